@@ -1,0 +1,7 @@
+"""`python -m coterie`."""
+
+import sys
+
+from coterie.launch.cli import main
+
+sys.exit(main())

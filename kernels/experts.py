@@ -1,0 +1,71 @@
+"""The experts' feed-forward networks over stacked weights: the plain reference and the CPU path.
+
+Both compute sum over slots j of weights[t, j] * expert[ids[t, j]](x[t]), with id -1 meaning an empty slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class StackedExperts:
+    """The weights of S experts as transformers stacks them, and what happens between the two products.
+
+    first: gate_up_proj or up_proj, `[S, 2I or I, H]`, or `[S, H, 2I or I]` if transposed; first_bias `[S, 2I or I]`.
+    second: down_proj, `[S, H, I]`, or `[S, I, H]` if transposed; second_bias `[S, H]`.
+    activation: `[rows, 2I or I]` -> `[rows, I]`; finish: applied to each expert's output `[rows, H]`, or None.
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    first_bias: torch.Tensor | None = None
+    second_bias: torch.Tensor | None = None
+    transposed: bool = False
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """One expert on its rows, `[rows, H]` -> `[rows, H]`."""
+        hidden = self.activation(self._product(x, self.first, self.first_bias, expert))
+        y = self._product(hidden, self.second, self.second_bias, expert)
+        return y if self.finish is None else self.finish(y)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert: int) -> torch.Tensor:
+        matrix = weight[expert].T if self.transposed else weight[expert]
+        return F.linear(x, matrix, None if bias is None else bias[expert])
+
+
+def reference_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """One token and one slot at a time: what every fast path must equal. Shapes as `grouped_experts`."""
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for t in range(len(x)):
+        for j in range(ids.shape[1]):
+            if ids[t, j] >= 0:
+                out[t] += experts.run(int(ids[t, j]), x[t : t + 1])[0].float() * weights[t, j].float()
+    return out.to(x.dtype)
+
+
+def grouped_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Rows grouped by expert, one product each, summed over slots in fp32 in slot order.
+
+    x: `[T, H]`; ids: integer `[T, K]`, positions in the stack, -1 for an empty slot; weights: float `[T, K]`.
+    Returns `[T, H]` in x's dtype. Stable order, no atomics: a repeat run is bit-identical.
+    """
+    tokens, slots = ids.shape
+    flat = ids.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat + 1, minlength=experts.first.shape[0] + 1).tolist()
+    parts = torch.zeros(tokens * slots, x.shape[1], dtype=torch.float32, device=x.device)
+    start = counts[0]
+    for expert, count in enumerate(counts[1:]):
+        if count:
+            pairs = order[start : start + count]
+            y = experts.run(expert, x[pairs // slots])
+            parts[pairs] = y.float() * weights.reshape(-1)[pairs, None].float()
+            start += count
+    return parts.view(tokens, slots, -1).sum(1).to(x.dtype)

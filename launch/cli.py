@@ -1,0 +1,179 @@
+"""The command line. Parsing and error handling only; what the verbs do is in `commands`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from coterie.launch.distributed import launched_rank
+from coterie.placement.baselines import BASELINES
+from coterie.routing.errors import CoterieError, InputError
+
+DONE, FAILED, WRONG_INPUT = 0, 1, 2
+MODEL_HELP = "a transformers checkpoint folder, a Hugging Face hub id, or coterie-tiny, the model inside"
+TOPOLOGY_HELP = "NODESxRANKS_PER_NODE (2x4: two nodes of four), a preset's name, or a JSON file"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 failed, 2 wrong input or arguments."""
+    arguments = _without_launcher(list(sys.argv[1:] if argv is None else argv))
+    debug = "--debug" in arguments
+    try:
+        options = build_parser().parse_args(arguments)
+        command = getattr(importlib.import_module(f"coterie.launch.{options.module}"), options.function)
+        result = command(options)
+        if options.json and result is not None and launched_rank() == 0:
+            print(json.dumps(result), flush=True)
+        return DONE
+    except CoterieError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        return WRONG_INPUT if isinstance(error, InputError) else FAILED
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _complain("interrupted; no output was written")
+        return FAILED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if debug:
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        _complain(f"{type(error).__name__}: {first[:300]}\n(this is a defect of coterie: --debug shows where it is)")
+        return FAILED
+
+
+def _without_launcher(arguments: list[str]) -> list[str]:
+    """deepspeed puts --local_rank=N before the verb; the environment says the same."""
+    while arguments and arguments[0].replace("-", "_").startswith("__local_rank"):
+        arguments = arguments[1:] if "=" in arguments[0] else arguments[2:]
+    return arguments
+
+
+def _complain(message: str) -> None:
+    if launched_rank() == 0:
+        print(f"coterie: {message}", file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors in one line like every other of this program."""
+
+    def error(self, message: str) -> Any:
+        """Raise instead of printing the usage."""
+        raise InputError(f"{message} (coterie {self.prog.removeprefix('coterie ')} --help tells what is expected)")
+
+
+def build_parser() -> Parser:
+    """The parser of all verbs."""
+    parser = Parser("coterie", description="Mixture-of-Experts inference that knows which experts keep company.")
+    parser.add_argument("--version", action="version", version=f"coterie {_version()}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for add in (_demo, _trace, _import, _plan, _evaluate, _show, _generate, _doctor):
+        add(verbs)
+    return parser
+
+
+def _version() -> str:
+    from coterie import __version__
+
+    return __version__
+
+
+def _verb(verbs: Any, name: str, module: str, help_text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output, all else on standard error")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    parser.set_defaults(module=module, function=name.replace("-", "_"))
+    return parser
+
+
+def _demo(verbs: Any) -> None:
+    p = _verb(verbs, "demo", "demo", "the whole tour on the model inside, in about a minute")
+    p.add_argument("--out", type=Path, default=Path("coterie-demo"), help="folder for its files (default: %(default)s)")
+    p.add_argument("--ranks", type=int, default=4, help="processes to run on (default: %(default)s)")
+
+
+def _trace(verbs: Any) -> None:
+    p = _verb(verbs, "trace", "commands", "run a model and record its routing")
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text, one prompt a line, or JSONL")
+    p.add_argument("--out", type=Path, required=True, metavar="T", help="the trace file to write")
+    p.add_argument("--max-tokens", type=int, metavar="N", help="stop after recording N tokens")
+    p.add_argument("--max-new-tokens", type=int, default=0, metavar="N", help="also generate N tokens a prompt, greedily (default: 0)")
+    p.add_argument("--phase", choices=("prefill", "decode", "mixed"), help="what to record (default: whatever is run)")
+    p.add_argument("--scenario", default="", help="a name for the traffic, kept in the trace")
+    _running(p)
+
+
+def _import(verbs: Any) -> None:
+    p = _verb(verbs, "import", "commands", "bring in routing that was recorded elsewhere (npz, SGLang .pt dumps, JSON logical_count)")
+    p.add_argument("file", type=Path, metavar="FILE", help="the recording")
+    p.add_argument("--out", type=Path, required=True, metavar="T", help="the trace or load-statistics file to write")
+    p.add_argument("--model", default="", help="the model's name, kept in the file")
+    p.add_argument("--num-experts", type=int, metavar="E", help="experts a layer (default: the file's, or the largest id seen + 1)")
+    p.add_argument("--scenario", default="", help="a name for the traffic")
+    p.add_argument("--phase", choices=("prefill", "decode", "mixed"), default="mixed", help="default: %(default)s")
+    p.set_defaults(function="import_")
+
+
+def _plan(verbs: Any) -> None:
+    p = _verb(verbs, "plan", "commands", "place the experts of a traced model on ranks")
+    p.add_argument("trace", type=Path, metavar="T", help="a trace file")
+    p.add_argument("--topology", required=True, metavar="TOPOLOGY", help=TOPOLOGY_HELP)
+    p.add_argument("--out", type=Path, required=True, metavar="P", help="the plan file to write")
+    p.add_argument("--strategy", default="all_to_all", metavar="S", help="how tokens will be dispatched (default: %(default)s)")
+    p.add_argument("--objective", choices=("hops", "dispatch"), help="what to minimise (default: what the strategy pays for)")
+    p.add_argument("--method", default="auto", metavar="M", help=f"auto, {', '.join(BASELINES)} (default: %(default)s)")
+    p.add_argument("--max-load", type=float, metavar="X", help="busiest rank over mean, in every layer (default: 1.1, or what is possible)")
+    p.add_argument("--slots-per-rank", type=int, metavar="N", help="expert slots of a rank in a layer (default: experts/ranks)")
+    p.add_argument("--time-limit", type=float, default=60.0, metavar="S", help="seconds to search and to prove (default: %(default)g)")
+    p.add_argument("--exact", action="store_true", help="minimise the evaluated number itself, these traces' homes included")
+    p.add_argument("--workers", type=int, default=1, metavar="N", help="threads of the solver (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def _evaluate(verbs: Any) -> None:
+    p = _verb(verbs, "evaluate", "commands", "what a plan does to traces, beside the plans that need no planning")
+    p.add_argument("plan", type=Path, metavar="P", help="a plan file")
+    p.add_argument("traces", type=Path, nargs="+", metavar="T", help="trace or load-statistics files")
+
+
+def _show(verbs: Any) -> None:
+    p = _verb(verbs, "show", "commands", "a page of pictures: affinity, load, links, the plan")
+    p.add_argument("files", type=Path, nargs="+", metavar="T|P", help="a trace, a plan, or both (the plan is drawn on the trace)")
+    p.add_argument("--out", type=Path, required=True, metavar="HTML", help="the page to write")
+
+
+def _generate(verbs: Any) -> None:
+    p = _verb(verbs, "generate", "commands", "continue prompts, on one process or under torchrun, deepspeed or mpirun")
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    given = p.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", metavar="TEXT", help="one prompt; its text is streamed")
+    given.add_argument("--prompts", type=Path, metavar="FILE", help="text, one prompt a line, or JSONL")
+    p.add_argument("--plan", type=Path, metavar="P", help="where the experts live (default: in order over the processes)")
+    p.add_argument("--strategy", metavar="S", help="local or all_to_all (default: what fits the number of processes)")
+    p.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
+    p.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest tokens only")
+    p.add_argument("--top-p", type=float, metavar="X", help="sample among the likeliest tokens that hold this probability")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    p.add_argument("--out", type=Path, metavar="F.jsonl", help="write the outputs there, one JSON object a line")
+    _running(p)
+
+
+def _running(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: float32 on a CPU, else the checkpoint's own")
+    p.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at once on each process (default: %(default)s)")
+
+
+def _doctor(verbs: Any) -> None:
+    _verb(verbs, "doctor", "doctor", "what this machine has, what will be used, what is missing and how to get it")

@@ -1,0 +1,223 @@
+"""What the verbs do: read files, call the library, print. Each takes the parsed options and returns its JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coterie.launch.tables import table
+from coterie.placement.plan import read_plan, save_plan
+from coterie.placement.topology import parse_topology
+from coterie.routing.errors import InputError
+from coterie.routing.files import check_writable, write_text
+from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing, read_trace, save_load, save_trace
+
+if TYPE_CHECKING:
+    from coterie.moe.collectives import Group
+    from coterie.moe.model import Output, Prompt, Statistics
+
+
+def say(text: str) -> None:
+    """A line for people, on standard error: standard output belongs to the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def trace(options: argparse.Namespace) -> dict[str, Any]:
+    """Run a model and record its routing."""
+    from tqdm import tqdm
+
+    from coterie.launch.prompts import read_prompts
+    from coterie.launch.quiet import quiet_transformers
+
+    check_writable(options.out)
+    prompts = read_prompts(options.prompts)
+    quiet_transformers()
+    from coterie.moe.model import load
+
+    model = load(options.model, dtype=options.dtype)
+    with tqdm(desc="trace", unit=" tokens", disable=None) as bar:
+        tokens = model.record(
+            prompts, options.out, options.max_new_tokens, options.phase, options.max_tokens, options.scenario,
+            _positive("--batch-size", options.batch_size), on_tokens=bar.update,
+        )  # fmt: skip
+    say(f"{options.out}: {tokens} tokens, {len(model.shape.layer_ids)} layers, {model.shape.num_experts} experts, top-{model.shape.top_k}")
+    return {"trace": str(options.out), "tokens": tokens, "layers": len(model.shape.layer_ids), "num_experts": model.shape.num_experts}
+
+
+def import_(options: argparse.Namespace) -> dict[str, Any]:
+    """Bring in a recording made elsewhere."""
+    from coterie.routing.imports import ImportOptions, import_routing
+
+    if options.num_experts is not None:
+        _positive("--num-experts", options.num_experts)
+    settings = ImportOptions(options.model, options.num_experts, options.scenario, options.phase)
+    found = import_routing(options.file, settings)
+    if isinstance(found, RoutingTrace):
+        save_trace(found, options.out)
+        size = {"tokens": found.tokens, "layers": found.layers}
+    else:
+        save_load(found, options.out)
+        size = {"scenarios": len(found.scenarios), "layers": len(found.layer_ids)}
+    say(f"{options.out}: " + ", ".join(f"{v} {k}" for k, v in size.items()) + f", {found.num_experts} experts")
+    return {"trace": str(options.out), **size, "num_experts": found.num_experts}
+
+
+def plan(options: argparse.Namespace) -> dict[str, Any]:
+    """Place the experts of a traced model."""
+    from coterie.placement.planner import PlanRequest, compare
+    from coterie.placement.planner import plan as make_plan
+
+    check_writable(options.out)
+    request = PlanRequest(
+        topology=parse_topology(options.topology), strategy=options.strategy, objective=options.objective, method=options.method,
+        max_load=options.max_load, slots_per_rank=options.slots_per_rank, time_limit=options.time_limit, exact=options.exact,
+        seed=options.seed, threads=_positive("--workers", options.workers),
+    )  # fmt: skip
+    recorded = read_trace(options.trace)
+    made = make_plan(recorded, request, (options.trace,))
+    save_plan(made, options.out)
+    objective = made.objective
+    if not options.json:
+        print(_comparison(compare(made, recorded)))
+    bound = "" if objective.gap is None else f", bound {objective.lower_bound:.4f}, gap {objective.gap:.2%}"
+    say(f"{options.out}: {objective.name} {objective.value:.4f}{bound}, in {made.seconds:.1f} s")
+    result = {"name": objective.name, "value": objective.value, "lower_bound": objective.lower_bound, "gap": objective.gap}
+    return {"plan": str(options.out), "objective": result, "seconds": made.seconds}
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """What a plan does to traces."""
+    from coterie.placement.planner import compare
+
+    made = read_plan(options.plan)
+    results: dict[str, dict[str, Any]] = {}
+    for path in options.traces:
+        for name, routing, scenario in _scenarios(path, read_routing(path)):
+            try:
+                plans = compare(made, routing, scenario)
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from error
+            tokens = routing.tokens if isinstance(routing, RoutingTrace) else int(routing.expert_load[scenario].sum())
+            results[name] = {"plans": plans, "tokens": tokens, "layers": len(routing.layer_ids)}
+            if not options.json:
+                print(f"{name}\n{_comparison(plans)}")
+    return next(iter(results.values())) if len(results) == 1 else {"scenarios": results}
+
+
+def _scenarios(path: Path, routing: RoutingTrace | LoadStatistics) -> list[tuple[str, RoutingTrace | LoadStatistics, int]]:
+    if isinstance(routing, RoutingTrace) or len(routing.scenarios) == 1:
+        return [(str(path), routing, 0)]
+    return [(f"{path}:{name}", routing, i) for i, name in enumerate(routing.scenarios)]
+
+
+def _comparison(plans: dict[str, dict[str, float | None]]) -> str:
+    fields = list(next(iter(plans.values())))
+    return table(["plan", *fields], [[name, *values.values()] for name, values in plans.items()])
+
+
+def show(options: argparse.Namespace) -> dict[str, Any]:
+    """Draw a trace, a plan, or a plan on a trace."""
+    from coterie.launch.show import write_report
+
+    check_writable(options.out)
+    plans = [read_plan(p) for p in options.files if p.suffix == ".json"]
+    traces = [(p, read_routing(p)) for p in options.files if p.suffix != ".json"]
+    if len(plans) > 1 or len(traces) > 1:
+        raise InputError(f"show: found {len(plans)} plans and {len(traces)} traces, expected at most one of each")
+    recorded = traces[0][1] if traces else None
+    if recorded is None and plans:
+        recorded = _planned_trace(plans[0].inputs)
+    write_report(options.out, plans[0] if plans else None, recorded)
+    say(f"{options.out}: open it in a browser")
+    return {"report": str(options.out)}
+
+
+def _planned_trace(inputs: tuple[dict[str, str], ...]) -> RoutingTrace | LoadStatistics | None:
+    """The trace a plan was made from, if it is still where it was and still the same."""
+    from coterie.routing.files import sha256
+
+    for entry in inputs:
+        path = Path(entry.get("file", ""))
+        if path.is_file() and sha256(path) == entry.get("sha256"):
+            return read_routing(path)
+    say("the trace that the plan was made from is not there (any more): drawing the plan alone; give the trace to draw both")
+    return None
+
+
+def generate(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Continue prompts on all launched processes; only rank 0 prints."""
+    from coterie.launch.distributed import job, together
+    from coterie.launch.prompts import read_prompts
+    from coterie.launch.quiet import quiet_transformers
+
+    with job() as group:
+        quiet_transformers()
+        from coterie.moe.model import Prompt, load
+        from coterie.routing.errors import CoterieError
+
+        def prepare() -> tuple[Any, list[Prompt]]:
+            if options.out is not None and group.rank == 0:
+                check_writable(options.out)
+            prompts = read_prompts(options.prompts) if options.prompts else [Prompt(text=options.prompt)]
+            plan = None if options.plan is None else read_plan(options.plan)
+            try:
+                return load(options.model, plan, options.dtype, options.strategy, group=group), prompts
+            except CoterieError as error:
+                named = options.plan is not None and "the plan" in str(error)
+                raise type(error)(f"{options.plan}: {error}") from error if named else error
+
+        model, prompts = together(group, prepare)
+        outputs, statistics = together(group, lambda: _generate(model, prompts, options, group))
+        if group.rank != 0:
+            return None
+        return _print_generated(outputs, statistics, options)
+
+
+def _generate(model: Any, prompts: list[Prompt], options: argparse.Namespace, group: Group) -> tuple[list[Output], Statistics]:
+    from tqdm import tqdm
+
+    from coterie.moe.generate import Sampling
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    size = _positive("--batch-size", options.batch_size)
+    if options.prompt is not None:
+        streamer = _streamer(model, options, group)
+        return model.generate(prompts, options.max_new_tokens, sampling, size, streamer=streamer)
+    hidden = True if group.rank else None
+    with tqdm(desc="generate", unit=" tokens", disable=hidden) as bar:
+        return model.generate(prompts, options.max_new_tokens, sampling, size, on_token=lambda *_: bar.update())
+
+
+def _streamer(model: Any, options: argparse.Namespace, group: Group) -> Any:
+    if options.json or group.rank != 0 or model.tokenizer is None:
+        return None
+    from transformers import TextStreamer
+
+    print(options.prompt, end="", flush=True)
+    return TextStreamer(model.tokenizer, skip_special_tokens=True)
+
+
+def _print_generated(outputs: list[Output], statistics: Statistics, options: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    rows = [{**asdict(o), "token_ids": list(o.token_ids)} for o in outputs]
+    if options.out is not None:
+        write_text(options.out, "".join(json.dumps(row) + "\n" for row in rows))
+    elif options.prompts and not options.json:
+        for row in rows:
+            print(f"[{row['id']}] {row['prompt']}{row['text']}\n")
+    s = statistics
+    say(
+        f"{s.new_tokens} tokens in {s.seconds:.2f} s ({s.tokens_per_second:.1f} tokens/s), {s.strategy} on {s.ranks} rank(s), "
+        f"{s.bytes_read / 1e6:.1f} MB read, {s.rows_sent} rows sent"
+    )
+    return {"outputs": rows, "stats": asdict(s)}
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise InputError(f"{name}: found {value}, expected 1 or more")
+    return value

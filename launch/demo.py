@@ -1,0 +1,160 @@
+"""`coterie demo`: trace, plan, run on several processes, check against transformers, report. No network, about a minute."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import coterie
+from coterie.launch.commands import say
+from coterie.launch.show import check_plotting, write_report
+from coterie.launch.tables import table
+from coterie.placement.plan import PlacementPlan, save_plan
+from coterie.placement.planner import PlanRequest, compare
+from coterie.placement.planner import plan as make_plan
+from coterie.placement.topology import Topology
+from coterie.routing.errors import CoterieError, InputError
+from coterie.routing.files import write_text
+from coterie.routing.trace import RoutingTrace, read_trace
+
+NEW_TOKENS = 48
+LOGIT_TOLERANCE = 1e-4  # relative to the largest logit, in float32
+PLAN_SECONDS = 12.0
+JOB_SECONDS = 300
+
+
+def demo(options: argparse.Namespace) -> dict[str, Any]:
+    """The whole tour; raises CoterieError if text or logits differ from transformers' own."""
+    from tqdm import tqdm
+
+    from coterie.launch.quiet import quiet_transformers
+    from coterie.moe.families import EMBEDDED_FOLDER
+
+    started = time.perf_counter()
+    if options.ranks < 2:
+        raise InputError(f"--ranks: found {options.ranks}, expected 2 or more")
+    check_plotting()
+    folder = _folder(options.out)
+    files = {name: folder / name for name in ("trace.safetensors", "heldout.safetensors", "plan.json", "report.html")}
+    with tqdm(total=6, bar_format="{desc:<52}{bar}{n_fmt}/{total_fmt} [{elapsed}]", disable=None) as bar:
+        stage = _stages(bar)
+        stage("loading coterie-tiny, a real Mixture-of-Experts model")
+        quiet_transformers()
+        recorded, held_out = _trace(files, EMBEDDED_FOLDER, stage)
+        stage(f"planning for {options.ranks} ranks with HiGHS")
+        plan = make_plan(recorded, PlanRequest(Topology(1, options.ranks), time_limit=PLAN_SECONDS), (files["trace.safetensors"],))
+        save_plan(plan, files["plan.json"])
+        stage("the same prompts through plain transformers")
+        _reference(EMBEDDED_FOLDER, folder)
+        stage(f"running on {options.ranks} processes, twice")
+        measured = _run_job(folder, options.ranks)
+        stage("drawing the report")
+        write_report(files["report.html"], plan, held_out)
+    plans = compare(plan, held_out)
+    result = {
+        "model": str(EMBEDDED_FOLDER), "trace": str(files["trace.safetensors"]), "held_out_trace": str(files["heldout.safetensors"]),
+        "plan": str(files["plan.json"]), "report": str(files["report.html"]), "plans": plans,
+        "tokens_per_second": measured["tokens_per_second"], "max_logit_difference": measured["max_logit_difference"],
+        "text_equal": measured["text_equal"], "offload": None, "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+    if not options.json:
+        _print(result, plan, measured["sample"])
+    if not measured["text_equal"] or measured["max_logit_difference"] > LOGIT_TOLERANCE:
+        raise CoterieError(
+            f"demo: text equal: {measured['text_equal']}, largest logit difference {measured['max_logit_difference']:.2e}, "
+            f"expected true and at most {LOGIT_TOLERANCE:g}; see {folder}"
+        )
+    return result
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {path}: cannot be made a folder: {error.strerror}") from error
+    return path.resolve()
+
+
+def _stages(bar: Any) -> Callable[[str], None]:
+    def stage(text: str) -> None:
+        if bar.n or bar.desc:
+            bar.update()
+        bar.set_description_str(text)
+        if bar.disable:
+            say(text)
+
+    return stage
+
+
+def _trace(files: dict[str, Path], model_folder: Path, stage: Callable[[str], None]) -> tuple[RoutingTrace, RoutingTrace]:
+    from coterie.launch.prompts import read_prompts
+
+    model = coterie.load(coterie_tiny_name(), dtype="float32")
+    stage("recording which experts its tokens visit")
+    for prompts, out in (("calibration", "trace.safetensors"), ("heldout", "heldout.safetensors")):
+        model.record(read_prompts(model_folder / "prompts" / f"{prompts}.jsonl"), files[out], scenario=prompts)
+    return read_trace(files["trace.safetensors"]), read_trace(files["heldout.safetensors"])
+
+
+def coterie_tiny_name() -> str:
+    """The embedded model's name."""
+    from coterie.moe.families import EMBEDDED
+
+    return EMBEDDED
+
+
+def _reference(model_folder: Path, folder: Path) -> None:
+    """transformers' own greedy text and logits, on one process, without any code of ours."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    lines = (model_folder / "prompts" / "generate.jsonl").read_text().splitlines()
+    ids = tokenizer([json.loads(line)["prompt"] for line in lines], return_tensors="pt", padding=True).input_ids
+    with torch.inference_mode():
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+        logits = model(ids).logits
+    save_file({"prompts": ids, "text": text[:, ids.shape[1] :].contiguous(), "logits": logits}, folder / "reference.safetensors")
+
+
+def _run_job(folder: Path, ranks: int) -> dict[str, Any]:
+    root = str(Path(coterie.__file__).resolve().parent.parent)
+    paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+               "-m", "coterie.launch.demo_worker", str(folder)]  # fmt: skip
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=JOB_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise CoterieError(f"demo: the {ranks} processes did not end within {JOB_SECONDS} s") from error
+    result = folder / "job.json"
+    if done.returncode or not result.is_file():
+        write_text(folder / "job.log", done.stdout + done.stderr)
+        raise CoterieError(f"demo: the {ranks} processes failed with exit code {done.returncode}; see {folder / 'job.log'}")
+    found: dict[str, Any] = json.loads(result.read_text())
+    result.unlink()
+    return found
+
+
+def _print(result: dict[str, Any], plan: PlacementPlan, sample: dict[str, str]) -> None:
+    plans, speed = result["plans"], result["tokens_per_second"]
+    fields = ("remote_rows", "busiest_rank", "load")
+    rows = [[name, *(plans[name][f] for f in fields), speed[name]] for name in ("contiguous", "plan")]
+    gap = "" if plan.objective.gap is None else f" (proven within {plan.objective.gap:.1%} of the optimum)"
+    saved = 1 - plans["plan"]["remote_rows"] / plans["contiguous"]["remote_rows"]
+    print(f"\ncoterie-tiny on {plan.ranks} ranks, judged on text that neither the model nor the planner saw{gap}\n")
+    print(table(["placement", "rows sent / token / layer", "busiest rank", "load", "tokens/s"], rows))
+    print(f"\nrows saved by the plan        {saved:.1%}")
+    print(f"text equal to transformers'   {'yes, to the last token' if result['text_equal'] else 'NO'}")
+    print(f"largest logit difference      {result['max_logit_difference']:.1e} of the largest logit")
+    print(f"report                        {result['report']}")
+    print(f"took                          {result['seconds']:.0f} s\n\nit wrote: {sample['prompt']!r}\n      ->  {sample['text']!r}")

@@ -1,0 +1,72 @@
+"""What each of the demo's processes runs: both placements through the public API, compared with transformers' results.
+
+    torchrun --nproc-per-node 4 -m coterie.launch.demo_worker FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import coterie
+from coterie.launch.demo import NEW_TOKENS, coterie_tiny_name
+from coterie.launch.distributed import job
+from coterie.launch.quiet import quiet_transformers
+from coterie.routing.files import write_text
+
+REPEATS = 3  # the two placements take turns; medians are reported
+
+
+def main(folder: Path) -> None:
+    """Rank 0 writes `job.json`."""
+    reference = load_file(folder / "reference.safetensors")
+    with job() as group:
+        quiet_transformers()
+        plans = {"contiguous": None, "plan": coterie.read_plan(folder / "plan.json")}
+        models = {name: coterie.load(coterie_tiny_name(), plan, dtype="float32", group=group) for name, plan in plans.items()}
+        prompts = [coterie.Prompt(token_ids=tuple(row)) for row in reference["prompts"].tolist()]
+        speed: dict[str, list[float]] = {name: [] for name in models}
+        texts: list[Any] = []
+        for _ in range(REPEATS):
+            for name, model in models.items():
+                outputs, figures = model.generate(prompts, NEW_TOKENS)
+                speed[name].append(figures.tokens_per_second)
+                texts.append([list(o.token_ids) for o in outputs])
+        difference = max(_logit_difference(model, reference, group) for model in models.values())
+        if group.rank == 0:
+            expected = [_until_end(row, models["plan"]) for row in reference["text"].tolist()]
+            sample = models["plan"].decode(reference["prompts"][0].tolist()), models["plan"].decode(texts[-1][0])
+            result = {
+                "tokens_per_second": {name: statistics.median(values) for name, values in speed.items()},
+                "max_logit_difference": difference,
+                "text_equal": all(text == expected for text in texts),
+                "sample": dict(zip(("prompt", "text"), sample, strict=True)),
+            }
+            write_text(folder / "job.json", json.dumps(result))
+
+
+def _logit_difference(model: coterie.Model, reference: dict[str, torch.Tensor], group: Any) -> float:
+    """Over all ranks, each on its share of the prompts: largest difference relative to the largest logit."""
+    rows = torch.arange(len(reference["prompts"])) % group.size == group.rank
+    with torch.inference_mode():
+        model.context.live = None
+        logits = model.transformers(reference["prompts"][rows]).logits
+    expected = reference["logits"]
+    worst = (logits - expected[rows]).abs().max() / expected.abs().max() if rows.any() else torch.zeros(())
+    return max(group.gather(float(worst)))
+
+
+def _until_end(row: list[int], model: coterie.Model) -> list[int]:
+    """transformers pads a finished row; ours stops at the end token."""
+    end = model.transformers.generation_config.eos_token_id
+    return row[: row.index(end) + 1] if end in row else row
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

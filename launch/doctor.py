@@ -1,0 +1,110 @@
+"""What this machine has, what coterie will use of it, what is missing and the command that fixes it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from coterie.launch.tables import table
+
+REQUIRED = ("numpy", "scipy", "safetensors", "PuLP", "highspy", "torch", "transformers")
+OPTIONAL = {"matplotlib": "plot", "deepspeed": "deepspeed", "mpi4py": "mpi", "triton": ""}
+TRANSFORMERS_FLOOR = (5, 17)
+
+
+def doctor(options: argparse.Namespace) -> dict[str, Any]:
+    """Print the findings; `ok` is false if something that is needed is missing."""
+    findings = [*_python(), *_packages(), *_machine(), *_compute(), *_model()]
+    ok = all(status != "missing" for _, status, _ in findings)
+    if not options.json:
+        print(table(["what", "status", "found"], findings))
+        print("\nready" if ok else "\nnot ready: see the lines marked missing")
+    rows = [{"what": what, "status": status, "found": found} for what, status, found in findings]
+    return {"ok": ok, "findings": rows}
+
+
+Finding = tuple[str, str, str]
+
+
+def _python() -> list[Finding]:
+    fine = sys.version_info >= (3, 11)
+    return [("Python", "ok" if fine else "missing", platform.python_version() + ("" if fine else ": install 3.11 or later"))]
+
+
+def _packages() -> list[Finding]:
+    found: list[Finding] = []
+    for name in REQUIRED:
+        version = _version(name)
+        found.append((name, "ok" if version else "missing", version or f"pip install -c constraints.txt {name}"))
+    version = _version("transformers")
+    if version and tuple(int(p) for p in version.split(".")[:2]) < TRANSFORMERS_FLOOR:
+        found.append(("transformers", "missing", f"{version} is too old: pip install -c constraints.txt -U transformers"))
+    for name, extra in OPTIONAL.items():
+        version = _version(name)
+        way = f"pip install 'coterie[{extra}]'" if extra else f"pip install {name}"
+        found.append((name, "ok" if version else "optional", version or f"not installed: {way}"))
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _machine() -> list[Finding]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = shutil.disk_usage(Path.cwd()).free
+    return [
+        ("processor", "ok", f"{_cpu_name()}, {len(os.sched_getaffinity(0))} core(s) usable"),
+        ("memory", "ok", f"{memory / 2**30:.1f} GiB"),
+        ("disk here", "ok" if free > 2**30 else "missing", f"{free / 2**30:.1f} GiB free"),
+    ]
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    extras = [f for f in ("avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+    return f"{name} ({', '.join(extras)})" if extras else name
+
+
+def _compute() -> list[Finding]:
+    if _version("torch") is None:
+        return []
+    import torch
+    import torch.distributed as dist
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    backends = [b for b, there in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if there]
+    used = "nccl" if gpus else "gloo"
+    return [
+        ("GPU", "ok" if gpus else "optional", ", ".join(gpus) or "none: models run on the CPU, in float32 unless --dtype says otherwise"),
+        ("several processes", "ok" if used in backends else "missing", f"{', '.join(backends)}; {used} will be used"),
+        ("mpirun", "ok" if shutil.which("mpirun") else "optional", shutil.which("mpirun") or "not found: pip install 'coterie[mpi]'"),
+    ]
+
+
+def _model() -> list[Finding]:
+    from coterie.routing.errors import InputError
+
+    if _version("torch") is None or _version("transformers") is None:
+        return []
+    from coterie.moe.families import EMBEDDED, EMBEDDED_FOLDER, supported_families
+    from coterie.offload.checkpoint import Checkpoint
+
+    try:
+        count = len(Checkpoint.open(EMBEDDED_FOLDER).tensors)
+        embedded = (EMBEDDED, "ok", f"{count} tensors in {EMBEDDED_FOLDER}")
+    except InputError as error:
+        embedded = (EMBEDDED, "missing", f"{error}: install coterie again")
+    return [embedded, ("model families", "ok", f"{len(supported_families())} in transformers {_version('transformers')}")]

@@ -1,0 +1,202 @@
+"""Generation over data-parallel ranks that stay in step: every rank runs every step, with zero tokens if it has none.
+
+Static batches for now: each rank takes its prompts in batches, left-padded; finished rows stay in the batch but their
+tokens are no longer dispatched. A step ends when all ranks agree on whether anyone still has something to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from coterie.moe.collectives import Group
+from coterie.moe.layer import StepContext
+from coterie.routing.errors import InputError
+from coterie.routing.record import Recorder
+
+# Settings of a checkpoint's generation_config.json that change even greedy text and are not carried out here.
+UNSUPPORTED = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+               "forced_eos_token_id", "sequence_bias", "guidance_scale", "exponential_decay_length_penalty",
+               "encoder_repetition_penalty", "min_length", "min_new_tokens")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy; seed and prompt number fix a sequence's draws on any rank."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"--temperature: found {self.temperature}, expected 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"--top-k: found {self.top_k}, expected 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p: found {self.top_p}, expected more than 0 and at most 1")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise InputError("--top-k, --top-p: have no effect on greedy text, expected --temperature above 0 beside them")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt. index: its place among all prompts, which is also its sequence id; token_ids: at least one."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    max_new_tokens: int
+
+
+@dataclass
+class Running:
+    """A request being generated. finish_reason: `stop` (end token) or `length`, None while running."""
+
+    request: Request
+    new_tokens: list[int]
+    finish_reason: str | None = None
+    generator: torch.Generator | None = None
+
+
+OnToken = Callable[[int, int], None]  # (prompt index, token id), in order within a prompt
+
+
+class Generator:
+    """Runs requests through a loaded model, in step with the other ranks."""
+
+    def __init__(
+        self, model: Any, group: Group, context: StepContext, sampling: Sampling, recorder: Recorder | None = None,
+        on_token: OnToken | None = None,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.group = group
+        self.context = context
+        self.sampling = sampling
+        self.recorder = recorder
+        self.on_token = on_token
+        self.end_tokens = _end_tokens(model.generation_config)
+        self.processors = _processors(model.generation_config, sampling)
+        self.device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def run(self, requests: Sequence[Request], batch_size: int) -> list[Running]:
+        """Generate this rank's share; other ranks must call it too, whatever they have. Results in the order given."""
+        done: list[Running] = []
+        batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
+        for number in range(self.group.maximum(len(batches))):
+            batch = batches[number] if number < len(batches) else []
+            sequences = [self._open(r) for r in batch]
+            self._generate(sequences)
+            done += sequences
+        self.context.live = None
+        return done
+
+    def _open(self, request: Request) -> Running:
+        generator = None
+        if self.sampling.temperature > 0:
+            generator = torch.Generator().manual_seed(self.sampling.seed * 1_000_003 + request.index)
+        finished = "length" if request.max_new_tokens == 0 else None
+        return Running(request, [], finished, generator)
+
+    def _generate(self, sequences: list[Running]) -> None:
+        ids, mask = _pad([s.request.token_ids for s in sequences], self.device)
+        cache = DynamicCache(config=self.model.config)
+        # Prefill runs even for prompts that ask for no new token: recording wants their routing.
+        live = torch.tensor([True] * len(sequences) or [False], device=self.device)
+        while True:
+            logits = self._forward(ids, mask, cache, live, [s.request.index for s in sequences] or [0])
+            for row, sequence in enumerate(sequences):
+                if sequence.finish_reason is None:
+                    self._extend(sequence, logits[row])
+            running = [s.finish_reason is None for s in sequences]
+            if not self.group.any(any(running) and not self._enough()):
+                return
+            live = torch.tensor(running or [False], device=self.device)
+            ids = torch.tensor([[s.new_tokens[-1] if s.new_tokens else 0] for s in sequences] or [[0]], device=self.device)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+
+    def _enough(self) -> bool:
+        return self.recorder is not None and self.recorder.full
+
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, live: torch.Tensor, sequence_ids: list[int]
+    ) -> torch.Tensor:
+        """Logits `[rows, vocabulary]` of each row's last position."""
+        length = ids.shape[1]
+        self.context.live = (live[:, None] & mask[:, -length:].bool()).reshape(-1)
+        if self.recorder is not None:
+            self.recorder.sequences, self.recorder.live = sequence_ids, live
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
+        out = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return out.logits[:, -1].float()
+
+    def _extend(self, sequence: Running, logits: torch.Tensor) -> None:
+        seen = torch.tensor([[*sequence.request.token_ids, *sequence.new_tokens]], device=logits.device)
+        scores = self.processors(seen, logits[None])[0]
+        if sequence.generator is None:
+            token = int(scores.argmax())
+        else:
+            token = int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=sequence.generator))
+        sequence.new_tokens.append(token)
+        if token in self.end_tokens:
+            sequence.finish_reason = "stop"
+        elif len(sequence.new_tokens) >= sequence.request.max_new_tokens:
+            sequence.finish_reason = "length"
+        if self.on_token is not None:
+            self.on_token(sequence.request.index, token)
+
+
+def share(requests: Sequence[Request], group: Group) -> list[Request]:
+    """This rank's prompts: prompt i lives on rank i modulo the number of ranks, as the planner assumes."""
+    return [r for r in requests if r.index % group.size == group.rank]
+
+
+def _pad(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded ids and mask, int64 `[rows, longest]`; a rank without prompts gets one row of one masked-out token."""
+    if not prompts:
+        return torch.zeros((1, 1), dtype=torch.int64, device=device), torch.ones((1, 1), dtype=torch.int64, device=device)
+    longest = max(map(len, prompts))
+    ids = [[0] * (longest - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _end_tokens(config: GenerationConfig) -> frozenset[int]:
+    found = config.eos_token_id
+    if found is None:
+        return frozenset()
+    return frozenset(found if isinstance(found, list | tuple) else [int(found)])
+
+
+def _processors(config: GenerationConfig, sampling: Sampling) -> LogitsProcessorList:
+    defaults = GenerationConfig()
+    for name in UNSUPPORTED:
+        value = getattr(config, name, None)
+        if value not in (None, 0, getattr(defaults, name, None)):
+            raise InputError(f"generation_config.json: {name}: found {value!r}, which coterie does not carry out; remove it from there")
+    chosen: list[LogitsProcessor] = []
+    if config.repetition_penalty not in (None, 1.0):
+        chosen.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if sampling.temperature > 0:
+        chosen.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k is not None:
+            chosen.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p is not None:
+            chosen.append(TopPLogitsWarper(sampling.top_p))
+    return LogitsProcessorList(chosen)

@@ -1,0 +1,100 @@
+"""What happens to a token between the router's answer and the experts layer's output.
+
+Registered with transformers' experts interface under the name `coterie`: any family that goes through the interface calls
+`experts_forward` instead of its own loop, with no other change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from coterie.kernels.experts import StackedExperts, grouped_experts
+from coterie.moe.placement_map import LayerMap
+from coterie.moe.strategy import Local, Strategy
+from coterie.routing.record import expert_modules
+
+IMPLEMENTATION = "coterie"
+
+
+@dataclass
+class StepContext:
+    """What the experts interface does not show of the tokens in the current call.
+
+    live: bool `[tokens]` or None: tokens that are padding or belong to finished sequences are not dispatched and get a
+    zero output. Set by the generation loop before each call.
+    """
+
+    live: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """One experts module's place in the job; stands on the module as `coterie_layer`."""
+
+    map: LayerMap
+    strategy: Strategy
+    context: StepContext = field(default_factory=StepContext)
+
+
+def attach(model: nn.Module, maps: list[LayerMap], strategy: Strategy) -> StepContext:
+    """Tell every experts module of `model` its layer map (in layer order) and the strategy; returns their shared context."""
+    context = StepContext()
+    for layer_map, (_, module) in zip(maps, expert_modules(model).values(), strict=True):
+        module.coterie_layer = ExpertLayer(layer_map, strategy, context)  # type: ignore[assignment]
+    return context
+
+
+def stacked(module: Any) -> StackedExperts:
+    """A view of an experts module's weights as the kernels take them."""
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    return StackedExperts(
+        first=getattr(module, first),
+        second=module.down_proj,
+        activation=module._apply_gate if module.has_gate else module.act_fn,
+        first_bias=getattr(module, f"{first}_bias") if module.has_bias else None,
+        second_bias=module.down_proj_bias if module.has_bias else None,
+        transposed=module.is_transposed,
+        finish=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
+    )
+
+
+def experts_forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """hidden_states `[tokens, H]`, top_k_index and top_k_weights `[tokens, K]`; returns `[tokens, H]`.
+
+    Ids outside the model's experts are slots without computation. On a model that coterie did not load, all experts are
+    here and the kernels run as they are.
+    """
+    experts = stacked(module)
+    layer: ExpertLayer | None = getattr(module, "coterie_layer", None)
+    if layer is None:
+        layer = ExpertLayer(_everything(experts), Local())
+    ids = top_k_index.masked_fill(top_k_index >= len(layer.map.destination), -1)
+    if layer.context.live is None:
+        return _run(layer, experts, hidden_states, ids, top_k_weights)
+    rows = layer.context.live.nonzero()[:, 0]
+    out = torch.zeros_like(hidden_states)
+    out[rows] = _run(layer, experts, hidden_states[rows], ids[rows], top_k_weights[rows])
+    return out
+
+
+def _run(
+    layer: ExpertLayer, experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    dispatched = layer.strategy.dispatch(x, ids, weights, layer.map)
+    y = grouped_experts(experts, dispatched.rows, dispatched.ids, dispatched.weights)
+    return layer.strategy.combine(y, dispatched)
+
+
+def _everything(experts: StackedExperts) -> LayerMap:
+    count, device = experts.second.shape[0], experts.second.device
+    return LayerMap(tuple(range(count)), torch.zeros(count, dtype=torch.int64, device=device), torch.arange(count, device=device))
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -1,0 +1,61 @@
+"""A plan turned into what one rank needs: which experts to load, and where every expert is to be found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from coterie.moe.families import ModelShape
+from coterie.placement.baselines import contiguous
+from coterie.placement.cost import destinations
+from coterie.placement.plan import PlacementPlan, slots_from_assignment
+from coterie.placement.topology import Topology
+from coterie.routing.errors import InputError
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """One layer as one rank sees it.
+
+    local: ascending ids of the experts this rank holds, in the order in which its weights are stacked.
+    destination: int64 `[E]`, the rank to which this rank sends a token for each expert.
+    position: int64 `[E]`, where the expert is in that rank's stack.
+    """
+
+    local: tuple[int, ...]
+    destination: torch.Tensor
+    position: torch.Tensor
+
+
+def contiguous_plan(shape: ModelShape, ranks: int) -> PlacementPlan:
+    """Experts in order over the ranks of one node: what is used without a plan."""
+    if ranks > shape.num_experts:
+        raise InputError(f"ranks: found {ranks} processes, expected at most {shape.num_experts}: the model has that many experts")
+    assignment = contiguous(np.zeros((len(shape.layer_ids), shape.num_experts)), ranks)
+    slots = slots_from_assignment(assignment, ranks, -(-shape.num_experts // ranks))
+    return PlacementPlan(slots, shape.num_experts, shape.layer_ids, Topology(1, ranks), model=shape.name)
+
+
+def check_plan(plan: PlacementPlan, shape: ModelShape, ranks: int) -> None:
+    """Raises InputError unless the plan is for this model and this number of processes."""
+    if plan.ranks != ranks:
+        raise InputError(f"ranks: the plan is for {plan.ranks}, found {ranks} processes; start {plan.ranks}, or plan for {ranks}")
+    pairs = (("num_experts", plan.num_experts, shape.num_experts), ("layer_ids", plan.layer_ids, shape.layer_ids))
+    for field, planned, actual in (*pairs, ("model", plan.model, shape.name)):
+        if planned != actual:
+            raise InputError(f"{field}: the plan has {planned!r}, expected {actual!r} as the model; plan from a trace of this model")
+
+
+def layer_maps(plan: PlacementPlan, rank: int) -> list[LayerMap]:
+    """The plan's layers as `rank` sees them."""
+    holds = plan.holds()
+    maps = []
+    for layer in range(len(plan.layer_ids)):
+        destination = destinations(holds[layer], plan.topology)[rank].astype(np.int64)
+        order = np.cumsum(holds[layer], axis=0) - 1  # [E, ranks]: position among the ascending experts of each rank
+        position = order[np.arange(plan.num_experts), destination]
+        local = tuple(plan.experts_on(layer, rank))
+        maps.append(LayerMap(local, torch.from_numpy(destination), torch.from_numpy(position.astype(np.int64))))
+    return maps

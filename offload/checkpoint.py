@@ -1,0 +1,213 @@
+"""Where every tensor of a safetensors checkpoint lies on disk, and reading just the parts that are wanted.
+
+Files are read with `pread` at known offsets, never through a memory map, and every byte read is counted: that a rank reads
+only its own experts is a number, not a promise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie.routing.errors import InputError
+from coterie.routing.files import read_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_HEADER = 100_000_000  # the format's own limit
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """One tensor in its file. offset: absolute, bytes; length: bytes."""
+
+    file: Path
+    offset: int
+    length: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass
+class ReadCounter:
+    """Bytes read from checkpoint files by this process; safe to add to from several threads."""
+
+    bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, count: int) -> None:
+        """Count `count` more bytes."""
+        with self._lock:
+            self.bytes += count
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder by name, and a counter of what was read."""
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorPlace]) -> None:
+        self.folder = folder
+        self.tensors = tensors
+        self.counter = ReadCounter()
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Index the headers of all shards. Raises InputError, naming the file, for a missing, truncated or malformed one."""
+        tensors: dict[str, TensorPlace] = {}
+        for shard in _shards(folder):
+            tensors |= read_header(shard)
+        _check_index(folder, tensors)
+        return cls(folder, tensors)
+
+    def slice(self, name: str, rows: Sequence[int] | None = None) -> TensorSlice:
+        """A tensor, or some of its first dimension's rows, to be read when asked for."""
+        return TensorSlice(self.tensors[name], self.counter, None if rows is None else tuple(rows))
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """A lazily read tensor; `slice[...]` reads it, as transformers' loader does with safetensors' own slices.
+
+    rows: indices into the first dimension, in the order wanted, or None for all.
+    """
+
+    place: TensorPlace
+    counter: ReadCounter
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype on disk."""
+        return self.place.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that reading gives."""
+        return self.place.shape if self.rows is None else (len(self.rows), *self.place.shape[1:])
+
+    def get_shape(self) -> list[int]:
+        """As safetensors' slices spell it."""
+        return list(self.shape)
+
+    def is_floating_point(self) -> bool:
+        """As tensors spell it."""
+        return self.place.dtype.is_floating_point
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.read()[index]
+
+    def read(self) -> torch.Tensor:
+        """Read the bytes and return a tensor of `shape`; runs of adjacent rows are one read each."""
+        buffer = bytearray(math.prod(self.shape) * self.place.dtype.itemsize)
+        view = memoryview(buffer)
+        done = 0
+        for offset, length in self._ranges():
+            _read_into(self.place.file, self.place.offset + offset, view[done : done + length])
+            done += length
+        self.counter.add(done)
+        if not buffer:
+            return torch.empty(self.shape, dtype=self.place.dtype)
+        return torch.frombuffer(buffer, dtype=self.place.dtype).reshape(self.shape)
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        if self.rows is None:
+            return [(0, self.place.length)]
+        size = self.place.length // self.place.shape[0]
+        ranges: list[tuple[int, int]] = []
+        for row in self.rows:
+            if ranges and sum(ranges[-1]) == row * size:
+                ranges[-1] = (ranges[-1][0], ranges[-1][1] + size)
+            else:
+                ranges.append((row * size, size))
+        return ranges
+
+
+def _read_into(file: Path, offset: int, view: memoryview) -> None:
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            done = 0
+            while done < len(view):
+                got = os.preadv(descriptor, [view[done:]], offset + done)
+                if got == 0:
+                    raise InputError(f"{file}: ends at byte {offset + done}, expected {len(view) - done} more; is it truncated?")
+                done += got
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        weight_map = _weight_map(index)
+        shards = [folder / name for name in sorted(set(weight_map.values()))]
+    else:
+        shards = [folder / SINGLE]
+    for shard in shards:
+        if not shard.is_file():
+            wanted = f"listed in {INDEX}" if index.is_file() else f"or {INDEX} beside it"
+            raise InputError(f"{shard}: no such file, expected it {wanted}; fetch the checkpoint again")
+    return shards
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index)
+    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) and "/" not in v for v in weight_map.values()):
+        raise InputError(f"{index}: weight_map: found {str(weight_map)[:60]}, expected an object of tensor name to file name")
+    return weight_map
+
+
+def _check_index(folder: Path, tensors: dict[str, TensorPlace]) -> None:
+    index = folder / INDEX
+    if not index.is_file():
+        return
+    for name, shard in _weight_map(index).items():
+        if name not in tensors:
+            raise InputError(f"{folder / shard}: lacks tensor {name!r}, expected it there by {INDEX}; fetch the checkpoint again")
+
+
+def read_header(file: Path) -> dict[str, TensorPlace]:
+    """The tensors of one safetensors file. Raises InputError if the header is malformed or the file shorter than it says."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or not 0 < length <= min(MAX_HEADER, size - 8):
+                raise InputError(f"{file}: found a header of {length} bytes in a file of {size}; is it truncated or not safetensors?")
+            header = json.loads(stream.read(length).decode("utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file}: header is not JSON ({str(error)[:80]}); is it a safetensors file?") from error
+    if not isinstance(header, dict):
+        raise InputError(f"{file}: header: found {type(header).__name__}, expected an object")
+    return {k: _place(file, k, v, 8 + length, size) for k, v in header.items() if k != "__metadata__"}
+
+
+def _place(file: Path, name: str, entry: Any, start: int, size: int) -> TensorPlace:
+    try:
+        dtype, shape, (first, last) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: tensor {name!r}: found {str(entry)[:80]}, expected dtype, shape, data_offsets") from error
+    if not whole or last - first != math.prod(shape) * dtype.itemsize:
+        raise InputError(f"{file}: tensor {name!r}: shape {list(shape)} does not fit data_offsets [{first}, {last}]")
+    if start + last > size:
+        raise InputError(f"{file}: found {size} bytes, expected {start + last} for tensor {name!r}: the file is truncated; fetch it again")
+    return TensorPlace(file, start + first, last - first, dtype, shape)

@@ -1,0 +1,229 @@
+"""What a plan does to recorded traffic. Every number that `evaluate` prints is defined here, once.
+
+hops: ExFlow (Yao et al., 2024). dispatch: rows sent once per token and destination rank, as DeepEP, SGLang and vLLM do.
+coherent: ExFlow's context-coherent execution, generalised to any top-k (docs/planning.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.placement.plan import PlacementPlan
+from coterie.placement.topology import Topology
+from coterie.routing.affinity import transition_counts
+from coterie.routing.errors import InputError
+from coterie.routing.trace import LoadStatistics, RoutingTrace
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """A plan on a trace. Scalars are means over tokens and layers (units: docs/formats.md).
+
+    rows: float64 `[layers, ranks, ranks]`, rows per token sent in dispatch from home rank to destination rank.
+    rank_load: float64 `[layers, ranks]`, (token, expert) pairs on each rank.
+    Fields that need single tokens are None where only load statistics are known.
+    """
+
+    load: float
+    rank_load: NDArray[np.float64]
+    hops: float | None = None
+    dispatch: float | None = None
+    remote_rows: float | None = None
+    node_rows: float | None = None
+    busiest_rank: float | None = None
+    coherent: float | None = None
+    seconds: float | None = None
+    rows: NDArray[np.float64] | None = None
+
+    def to_json(self) -> dict[str, float | None]:
+        """The scalars, in the order of the contract."""
+        names = ("hops", "dispatch", "remote_rows", "node_rows", "busiest_rank", "load", "coherent", "seconds")
+        return {name: getattr(self, name) for name in names}
+
+
+def check_match(plan: PlacementPlan, routing: RoutingTrace | LoadStatistics) -> None:
+    """Raises InputError unless the plan and the recording are of the same model."""
+    for name in ("model", "num_experts", "layer_ids"):
+        ours, theirs = getattr(plan, name), getattr(routing, name)
+        if ours != theirs:
+            raise InputError(f"{name}: the trace has {theirs!r}, the plan {ours!r}; expected a trace of the plan's model")
+
+
+def homes_of(trace: RoutingTrace, ranks: int) -> NDArray[np.int64]:
+    """The home rank of each token, int64 `[tokens]`: its sequence id modulo the number of ranks."""
+    return trace.sequence_ids.astype(np.int64) % ranks
+
+
+def destinations(holds: NDArray[np.bool_], topology: Topology) -> NDArray[np.int16]:
+    """Which copy of an expert a token uses: int16 `[ranks, E]`, by the rank that the token is on.
+
+    holds: bool `[E, ranks]`. The rank's own copy, else one on the same node, else any; among several equal ones, each
+    source rank takes another in turn. The dispatcher uses this very table.
+    """
+    ranks = np.arange(topology.ranks)
+    same_node = ranks[:, None] // topology.ranks_per_node == ranks[None, :] // topology.ranks_per_node
+    nearness = same_node.astype(np.int64) + np.eye(topology.ranks, dtype=np.int64)
+    table = np.empty((topology.ranks, holds.shape[0]), dtype=np.int16)
+    for expert, held in enumerate(holds):
+        copies = np.flatnonzero(held)
+        near = nearness[:, copies]
+        best = near == near.max(1, keepdims=True)
+        turn = ranks % best.sum(1)
+        nth = np.cumsum(best, 1) - 1
+        table[:, expert] = copies[np.argmax(best & (nth == turn[:, None]), axis=1)]
+    return table
+
+
+def evaluate(plan: PlacementPlan, trace: RoutingTrace) -> CostReport:
+    """Everything about `plan` on `trace`. Raises InputError if they are of different models."""
+    check_match(plan, trace)
+    topology, holds, homes = plan.topology, plan.holds(), homes_of(trace, plan.ranks)
+    rows = np.zeros((trace.layers, plan.ranks, plan.ranks))
+    node_pairs = np.zeros(trace.layers)
+    pairs = np.zeros((trace.layers, plan.ranks))
+    for layer in range(trace.layers):
+        ids = trace.expert_ids[:, layer]
+        used = destinations(holds[layer], topology)[homes[:, None], ids]
+        used[ids < 0] = -1
+        pairs[layer] = np.bincount(used[used >= 0], minlength=plan.ranks)
+        needed = needed_ranks(used, plan.ranks)
+        np.add.at(rows[layer], homes, needed)
+        node_pairs[layer] = distinct_remote_nodes(needed, homes, topology)
+    rows /= trace.tokens
+    node_pairs /= trace.tokens
+    remote = rows * ~np.eye(plan.ranks, dtype=bool)
+    coherent = coherent_rows(trace, holds, topology)
+    sent, left = strategy_rows(plan.strategy, remote, node_pairs, coherent, topology)
+    return CostReport(
+        load=mean_imbalance(pairs),
+        rank_load=pairs,
+        hops=hops(trace, holds),
+        dispatch=float(remote.sum((1, 2)).mean()),
+        remote_rows=sent,
+        node_rows=left,
+        busiest_rank=float(remote.sum(1).max(1).mean()),
+        coherent=coherent[0],
+        seconds=float(np.mean(layer_seconds(remote * trace.tokens, pairs, topology))),
+        rows=rows,
+    )
+
+
+def evaluate_load(plan: PlacementPlan, statistics: LoadStatistics, scenario: int) -> CostReport:
+    """What load statistics can tell: the balance, copies of an expert taking equal shares."""
+    check_match(plan, statistics)
+    holds = plan.holds().astype(np.float64)
+    share = holds / holds.sum(2, keepdims=True)
+    rank_load = np.einsum("le,ler->lr", statistics.expert_load[scenario].astype(np.float64), share)
+    return CostReport(load=mean_imbalance(rank_load), rank_load=rank_load)
+
+
+def needed_ranks(used: NDArray[np.integer], ranks: int) -> NDArray[np.bool_]:
+    """bool `[tokens, ranks]`: the ranks that host a token's experts; used: ranks `[tokens, top_k]`, -1 where unused."""
+    needed = np.zeros((len(used), ranks + 1), dtype=bool)
+    needed[np.arange(len(used))[:, None], used] = True
+    return needed[:, :ranks]
+
+
+def distinct_remote_nodes(needed: NDArray[np.bool_], homes: NDArray[np.int64], topology: Topology) -> int:
+    """Over all tokens, the nodes other than home that host an expert of the token; needed: bool `[tokens, ranks]`."""
+    by_node = needed.reshape(len(needed), topology.nodes, topology.ranks_per_node).any(2)
+    at_home = by_node[np.arange(len(homes)), homes // topology.ranks_per_node]
+    return int(by_node.sum() - at_home.sum())
+
+
+def mean_imbalance(rank_load: NDArray[np.float64]) -> float:
+    """Busiest over mean, averaged over layers; rank_load `[layers, ranks]`. 1 is even."""
+    mean = rank_load.mean(1)
+    return float(np.mean(np.where(mean > 0, rank_load.max(1) / np.where(mean > 0, mean, 1.0), 1.0)))
+
+
+def hops(trace: RoutingTrace, holds: NDArray[np.bool_]) -> float:
+    """Share of (expert at layer i, expert at layer i+1) pairs of a token that share no rank; holds `[layers, E, ranks]`."""
+    counts = transition_counts(trace)
+    held = holds.astype(np.float64)
+    meet = np.einsum("ler,lfr->lef", held[:-1], held[1:]) > 0
+    total = counts.sum()
+    return float((counts * ~meet).sum() / total) if total else 0.0
+
+
+def coherent_rows(trace: RoutingTrace, holds: NDArray[np.bool_], topology: Topology) -> tuple[float, float]:
+    """Rows per token and layer, and those that leave a node, when tokens stay with their experts.
+
+    At each layer a token with anchor a and expert ranks R sends |R - {a}| rows, moves to a' (a if in R, else the member of
+    R with the largest gate mass, the lowest rank among equals) and gets |R - {a'}| rows back. The first layer only sets
+    the anchor, so at top_k = 1 this equals the hops. holds: bool `[layers, E, ranks]`.
+    """
+    anchor = homes_of(trace, topology.ranks)
+    token = np.arange(trace.tokens)
+    rows = outside = 0
+    for layer in range(trace.layers):
+        ids = trace.expert_ids[:, layer]
+        used = destinations(holds[layer], topology)[anchor[:, None], ids].astype(np.int64)
+        used[ids < 0] = -1
+        needed = needed_ranks(used, topology.ranks)
+        following = _next_anchor(trace, layer, used, needed, anchor)
+        if layer > 0:
+            for at in (anchor, following):
+                rows += int(needed.sum() - needed[token, at].sum())
+                outside += _rows_between_nodes(needed, at, topology)
+        anchor = following
+    steps = trace.tokens * max(trace.layers - 1, 1)
+    return rows / steps, outside / steps
+
+
+def _next_anchor(
+    trace: RoutingTrace, layer: int, used: NDArray[np.int64], needed: NDArray[np.bool_], anchor: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    token, ranks = np.arange(trace.tokens), needed.shape[1]
+    weights = np.ones(used.shape) if trace.router_weights is None else trace.router_weights[:, layer].astype(np.float64)
+    mass = np.zeros((trace.tokens, ranks + 1))
+    np.add.at(mass, (token[:, None], used), weights)
+    heaviest = np.where(needed, mass[:, :ranks], -1.0).argmax(1)
+    stays = needed[token, anchor] | ~needed.any(1)
+    return np.where(stays, anchor, heaviest)
+
+
+def _rows_between_nodes(needed: NDArray[np.bool_], at: NDArray[np.int64], topology: Topology) -> int:
+    node = np.arange(topology.ranks) // topology.ranks_per_node
+    return int((needed & (node[None, :] != node[at][:, None])).sum())
+
+
+def strategy_rows(
+    strategy: str, remote: NDArray[np.float64], node_pairs: NDArray[np.float64], coherent: tuple[float, float], t: Topology
+) -> tuple[float, float]:
+    """(rows sent, rows that leave a node) per token and layer, dispatch and combine together, under `strategy`.
+
+    remote: dispatch rows per token `[layers, ranks, ranks]`, home rank left out; node_pairs `[layers]`: distinct remote
+    nodes per token.
+    """
+    node = np.arange(t.ranks) // t.ranks_per_node
+    leaves = float((remote * (node[:, None] != node[None, :])).sum((1, 2)).mean())
+    everyone, elsewhere = float(t.ranks - 1), float(t.ranks - t.ranks_per_node)
+    if strategy == "coherent":
+        return coherent
+    if strategy in ("all_gather", "replicated"):
+        return 2 * everyone, 2 * elsewhere
+    if strategy == "hierarchical":
+        return 2 * float(remote.sum((1, 2)).mean()), 2 * float(node_pairs.mean())
+    return 2 * float(remote.sum((1, 2)).mean()), 2 * leaves
+
+
+def layer_seconds(remote: NDArray[np.float64], pairs: NDArray[np.float64], t: Topology) -> NDArray[np.float64]:
+    """Predicted seconds per layer for one batch, float64 `[layers]`: 2T + Q of docs/planning.md.
+
+    remote: rows in the batch `[layers, ranks, ranks]`, home rank left out; pairs: (token, expert) pairs `[layers, ranks]`.
+    T is the slowest of: what any rank sends or receives within its node, what any node sends or receives; Q the busiest
+    rank's experts.
+    """
+    node = np.arange(t.ranks) // t.ranks_per_node
+    same = node[:, None] == node[None, :]
+    inside, outside = remote * same, remote * ~same
+    layers = len(remote)
+    within = np.maximum(inside.sum(2).max(1), inside.sum(1).max(1)) * t.row_bytes / t.within.bytes_per_second
+    by_node = outside.reshape(layers, t.nodes, t.ranks_per_node, t.nodes, t.ranks_per_node).sum((2, 4))
+    between = np.maximum(by_node.sum(2).max(1), by_node.sum(1).max(1)) * t.row_bytes / t.between.bytes_per_second
+    latency = t.between.latency_seconds if t.nodes > 1 else t.within.latency_seconds if t.ranks > 1 else 0.0
+    return np.asarray(2 * (latency + np.maximum(within, between)) + pairs.max(1) / t.pairs_per_second)

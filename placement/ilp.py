@@ -1,0 +1,220 @@
+"""The integer programs, in PuLP with HiGHS, and what they prove.
+
+hops: binary x[l,e,g]; y[l,e,f,g] <= both x's says that the pair is together on g. The capacity rows multiplied by x
+(reformulation-linearisation: sum_f y <= slots * x) make the relaxation strong. ExFlow's chain program, kept exact.
+dispatch: per layer, d[p,g] >= x[e,g] for every expert e of pattern p: a row is paid once per rank and pattern; with the
+pair variables of the same kind, d[p,g] >= x[e,g] + x[f,g] - y[e,f,g], which alone is exact for top-2 routing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import highspy
+import numpy as np
+import pulp
+from numpy.typing import NDArray
+
+from coterie.placement.baselines import Assignment
+from coterie.placement.problem import Problem
+
+MAX_VARIABLES = 150_000  # beyond this the model takes longer to build than a search to converge
+Cell = dict[tuple[int, ...], pulp.LpVariable]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """assignment: int64 `[L, E]` or None if none was found; lower_bound: on the cost, in the problem's counts."""
+
+    assignment: Assignment | None
+    lower_bound: float
+
+
+class WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
+    """PuLP's HiGHS, started from a known solution, which PuLP's own interface does not offer."""
+
+    def __init__(self, start: dict[str, float], **options: Any) -> None:
+        super().__init__(**options)
+        self.start = start
+
+    def callSolver(self, lp: pulp.LpProblem) -> None:  # noqa: N802, D102 (PuLP's name)
+        if self.start:
+            solution = highspy.HighsSolution()
+            solution.col_value = [self.start.get(v.name, 0.0) for v in lp.variables()]
+            lp.solverModel.setSolution(solution)
+        lp.solverModel.HandleKeyboardInterrupt = True
+        lp.solverModel.solve()
+
+
+def solve(problem: Problem, start: Assignment, deadline: float, threads: int = 1) -> Proof:
+    """Improve `start` and bound the optimum until `deadline` (a `time.monotonic()` value).
+
+    Layers of a dispatch problem are independent and share the time that is left. A layer or chain for which the model
+    would be too large, or no time is left, keeps its start and gets no more than the trivial bound 0.
+    """
+    if problem.transitions is not None:
+        return _solve_hops(problem, start, deadline, threads)
+    best, bound = start.copy(), 0.0
+    for layer in range(problem.layers):
+        remaining = deadline - time.monotonic()
+        share = time.monotonic() + remaining / (problem.layers - layer)
+        proof = _solve_dispatch_layer(problem, layer, start[layer], share, threads)
+        bound += proof.lower_bound
+        if proof.assignment is not None:
+            best[layer] = proof.assignment[0]
+    return Proof(best, bound)
+
+
+def _solve_hops(problem: Problem, start: Assignment, deadline: float, threads: int) -> Proof:
+    weights = problem.transitions
+    assert weights is not None
+    pairs = np.argwhere(weights > 0)
+    size = problem.layers * problem.experts * problem.ranks + len(pairs) * problem.ranks
+    if size > MAX_VARIABLES or time.monotonic() >= deadline:
+        return Proof(None, 0.0)
+    model = pulp.LpProblem("hops", pulp.LpMinimize)
+    x = _placement_variables(model, problem, range(problem.layers))
+    y: Cell = {}
+    for layer, e, f in pairs.tolist():
+        for g in range(problem.ranks):
+            y[layer, e, f, g] = pulp.LpVariable(f"y_{layer}_{e}_{f}_{g}", 0, 1)
+    model += pulp.lpSum(-float(weights[k[:3]]) * v for k, v in y.items())
+    _products(model, problem, x, y)
+    _interchangeable(model, problem, x, layer=0)
+    named = _canonical(start)
+    values = {v.name: float(named[layer, e] == g) for (layer, e, g), v in x.items()}
+    values |= {v.name: float(named[k[0], k[1]] == k[3] and named[k[0] + 1, k[2]] == k[3]) for k, v in y.items()}
+    bound = _run(model, values, deadline, threads)
+    total = float(weights.sum())
+    return Proof(_read(problem, x, range(problem.layers)), max(0.0, total + bound) if bound is not None else 0.0)
+
+
+def _products(model: pulp.LpProblem, problem: Problem, x: Cell, y: Cell) -> None:
+    by_first: dict[tuple[int, int, int], list[pulp.LpVariable]] = {}
+    by_second: dict[tuple[int, int, int], list[pulp.LpVariable]] = {}
+    for (layer, e, f, g), variable in y.items():
+        model += variable <= x[layer, e, g]
+        model += variable <= x[layer + 1, f, g]
+        by_first.setdefault((layer, e, g), []).append(variable)
+        by_second.setdefault((layer + 1, f, g), []).append(variable)
+    for rows in (by_first, by_second):
+        for key, variables in rows.items():
+            if len(variables) > problem.slots:
+                model += pulp.lpSum(variables) <= problem.slots * x[key]
+
+
+def _solve_dispatch_layer(problem: Problem, layer: int, start: NDArray[np.int64], deadline: float, threads: int) -> Proof:
+    members, prices = problem.members[layer], problem.prices[layer]
+    trivial = trivial_dispatch_bound(members, prices, problem.slots)
+    picks = members.sum(1).astype(np.int64)
+    size = int(problem.ranks * (1 + picks * (picks - 1) // 2).sum())
+    if size > MAX_VARIABLES or time.monotonic() >= deadline:
+        return Proof(None, trivial)
+    model = pulp.LpProblem("dispatch", pulp.LpMinimize)
+    x = _placement_variables(model, problem, [layer])
+    y = _pair_variables(model, problem, x, layer)
+    d = _pattern_variables(model, problem, x, y, layer)
+    model += pulp.lpSum(float(prices[k]) * v for k, v in d.items())
+    if (prices == prices[:, :1]).all():
+        _interchangeable(model, problem, x, layer)
+        start = _canonical(start[None])[0]
+    values = {v.name: float(start[e] == g) for (_, e, g), v in x.items()}
+    values |= {v.name: float(start[e] == g and start[f] == g) for (e, f, g), v in y.items()}
+    hosts = {g: members[:, start == g].any(1) for g in range(problem.ranks)}
+    values |= {v.name: float(hosts[g][p]) for (p, g), v in d.items()}
+    bound = _run(model, values, deadline, threads)
+    return Proof(_read(problem, x, [layer]), trivial if bound is None else max(trivial, bound))
+
+
+def _pair_variables(model: pulp.LpProblem, problem: Problem, x: Cell, layer: int) -> Cell:
+    """y[e,f,g]: both on g, for pairs that some pattern holds; at most slots - 1 companions share an expert's rank."""
+    together = problem.members[layer].T.astype(np.int64) @ problem.members[layer].astype(np.int64)
+    y: Cell = {}
+    companions: dict[tuple[int, int], list[pulp.LpVariable]] = {}
+    for e, f in np.argwhere(np.triu(together, 1) > 0).tolist():
+        for g in range(problem.ranks):
+            y[e, f, g] = variable = pulp.LpVariable(f"y_{e}_{f}_{g}", 0, 1)
+            model += variable <= x[layer, e, g]
+            model += variable <= x[layer, f, g]
+            companions.setdefault((e, g), []).append(variable)
+            companions.setdefault((f, g), []).append(variable)
+    for (e, g), variables in companions.items():
+        model += pulp.lpSum(variables) <= (problem.slots - 1) * x[layer, e, g]
+    return y
+
+
+def _pattern_variables(model: pulp.LpProblem, problem: Problem, x: Cell, y: Cell, layer: int) -> Cell:
+    d: Cell = {}
+    for p, row in enumerate(problem.members[layer]):
+        used = np.flatnonzero(row).tolist()
+        for g in range(problem.ranks):
+            d[p, g] = variable = pulp.LpVariable(f"d_{p}_{g}", 0, 1)
+            if len(used) == 1:
+                model += variable >= x[layer, used[0], g]
+            for e, f in combinations(used, 2):
+                model += variable >= x[layer, e, g] + x[layer, f, g] - y[e, f, g]
+        model += pulp.lpSum(d[p, g] for g in range(problem.ranks)) >= math.ceil(len(used) / problem.slots)
+    return d
+
+
+def trivial_dispatch_bound(members: NDArray[np.bool_], prices: NDArray[np.float64], slots: int) -> float:
+    """A pattern of n experts needs at least ceil(n / slots) ranks, at best its cheapest ones."""
+    needed = -(-members.sum(1) // slots)
+    cheapest = np.cumsum(np.sort(prices, axis=1), axis=1)
+    return float(sum(cheapest[p, n - 1] for p, n in enumerate(needed) if n > 0))
+
+
+def _placement_variables(model: pulp.LpProblem, problem: Problem, layers: Any) -> Cell:
+    x: Cell = {}
+    for layer in layers:
+        for e in range(problem.experts):
+            for g in range(problem.ranks):
+                x[layer, e, g] = pulp.LpVariable(f"x_{layer}_{e}_{g}", cat="Binary")
+            model += pulp.lpSum(x[layer, e, g] for g in range(problem.ranks)) == 1
+        for g in range(problem.ranks):
+            model += pulp.lpSum(x[layer, e, g] for e in range(problem.experts)) <= problem.slots
+            carried = pulp.lpSum(float(problem.load[layer, e]) * x[layer, e, g] for e in range(problem.experts))
+            model += carried <= float(problem.caps[layer]) * (1 + 1e-9)
+    return x
+
+
+def _interchangeable(model: pulp.LpProblem, problem: Problem, x: Cell, layer: int) -> None:
+    """Ranks have no names here: the first expert lives on rank 0, the second on 0 or 1, and so on."""
+    for e in range(min(problem.experts, problem.ranks)):
+        for g in range(e + 1, problem.ranks):
+            model += x[layer, e, g] == 0
+
+
+def _canonical(assignment: Assignment) -> Assignment:
+    """The same placement with ranks named in the order in which the first layer's experts use them, as above."""
+    seen = list(dict.fromkeys(assignment[0].tolist()))
+    seen += [g for g in range(int(assignment.max()) + 1) if g not in seen]
+    name = np.empty(len(seen), dtype=np.int64)
+    name[seen] = np.arange(len(seen))
+    return np.asarray(name[assignment])
+
+
+def _run(model: pulp.LpProblem, start: dict[str, float], deadline: float, threads: int) -> float | None:
+    """Solve until `deadline`; the dual bound of the objective, None if the solver proved nothing."""
+    limit = max(0.1, deadline - time.monotonic())
+    model.solve(WarmHiGHS(start, msg=False, timeLimit=limit, threads=threads, gapRel=0.0, gapAbs=1e-6))
+    status = model.solverModel.getModelStatus()
+    if status == highspy.HighsModelStatus.kInterrupt:
+        raise KeyboardInterrupt
+    bound = float(model.solverModel.getInfo().mip_dual_bound)
+    return bound if math.isfinite(bound) else None
+
+
+def _read(problem: Problem, x: Cell, layers: Any) -> Assignment | None:
+    """The placement in the solver's variables, None if they hold no integer solution."""
+    rows = []
+    for layer in layers:
+        values = [[x[layer, e, g].varValue or 0.0 for g in range(problem.ranks)] for e in range(problem.experts)]
+        if any(max(row) < 0.99 for row in values):
+            return None
+        rows.append(np.array(values).argmax(1))
+    return np.array(rows, dtype=np.int64)

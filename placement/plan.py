@@ -1,0 +1,250 @@
+"""The placement plan and its file, `coterie.plan.v1` (docs/formats.md).
+
+One map, used by the loader, the dispatcher, the evaluation and the exports.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.placement.topology import Topology, from_json
+from coterie.routing.errors import InputError
+from coterie.routing.files import read_json, write_text
+
+PLAN_FORMAT = "coterie.plan.v1"
+STRATEGIES = ("all_to_all", "hierarchical", "coherent", "all_gather", "replicated")
+OBJECTIVES = ("time", "dispatch", "hops", "coherent", "load")
+MAX_SLOTS = 1 << 24  # layers x ranks x slots: what a file may ask for before it is called a mistake
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What was minimised. value: what `evaluate` prints for it on the planned traces; lower_bound: no plan of the same
+    shape does better; gap: (value - lower_bound) / value, 0 if both are 0. All None where nothing was optimised.
+    """
+
+    name: str
+    value: float | None = None
+    lower_bound: float | None = None
+
+    @property
+    def gap(self) -> float | None:
+        """Relative distance to the bound, 0 when proven optimal."""
+        if self.value is None or self.lower_bound is None:
+            return None
+        return 0.0 if self.value == self.lower_bound else (self.value - self.lower_bound) / self.value
+
+
+@dataclass(frozen=True)
+class PlacementPlan:
+    """Which expert lives in which slot.
+
+    physical_to_logical: int32 `[layers, ranks * slots_per_rank]`, expert ids, -1 for an empty slot; slot s lives on rank
+    s // slots_per_rank. Every expert of a layer stands at least once, never twice on one rank.
+    inputs: the files it was planned from with their SHA-256; seconds: planning time.
+    """
+
+    physical_to_logical: NDArray[np.int32]
+    num_experts: int
+    layer_ids: tuple[int, ...]
+    topology: Topology
+    model: str = ""
+    strategy: str = "all_to_all"
+    objective: Objective = Objective("hops")
+    seconds: float = 0.0
+    seed: int = 0
+    inputs: tuple[dict[str, str], ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        _check_plan(self)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks over all nodes."""
+        return self.topology.ranks
+
+    @property
+    def slots_per_rank(self) -> int:
+        """Expert slots on each rank, in each layer."""
+        return int(self.physical_to_logical.shape[1]) // self.ranks
+
+    def experts_on(self, layer: int, rank: int) -> list[int]:
+        """Ascending ids of the experts that `rank` holds in the plan's `layer`-th layer."""
+        slots = self.physical_to_logical[layer].reshape(self.ranks, -1)[rank]
+        return sorted(int(e) for e in slots if e >= 0)
+
+    def holds(self) -> NDArray[np.bool_]:
+        """bool `[layers, E, ranks]`: whether the rank has a copy of the expert."""
+        return holders(self.physical_to_logical, self.num_experts, self.ranks)
+
+
+def holders(physical_to_logical: NDArray[np.int32], num_experts: int, ranks: int) -> NDArray[np.bool_]:
+    """bool `[layers, E, ranks]` from a slot map `[layers, ranks * slots]`."""
+    layers, slots = physical_to_logical.shape
+    held = np.zeros((layers, num_experts + 1, ranks), dtype=bool)  # the last row takes the empty slots
+    rank_of_slot = np.arange(slots) // (slots // ranks)
+    held[np.arange(layers)[:, None], physical_to_logical, rank_of_slot[None, :]] = True
+    return held[:, :num_experts]
+
+
+def slots_from_assignment(assignment: NDArray[np.integer], ranks: int, slots_per_rank: int) -> NDArray[np.int32]:
+    """A slot map from the rank of every expert, `[layers, E]`; experts ascend within a rank."""
+    layers, experts = assignment.shape
+    slots = np.full((layers, ranks, slots_per_rank), -1, dtype=np.int32)
+    for layer in range(layers):
+        for rank in range(ranks):
+            own = np.flatnonzero(assignment[layer] == rank)
+            slots[layer, rank, : len(own)] = own
+    return slots.reshape(layers, ranks * slots_per_rank)
+
+
+def _require(condition: bool, field_name: str, found: object, allowed: str) -> None:
+    if not condition:
+        raise InputError(f"{field_name}: found {found}, expected {allowed}")
+
+
+def _check_plan(p: PlacementPlan) -> None:
+    slots = p.physical_to_logical
+    _require(slots.ndim == 2, "physical_to_logical", f"{slots.ndim} dimensions", "[layers][ranks*slots_per_rank]")
+    layers, width = slots.shape
+    _require(layers == len(p.layer_ids) > 0, "physical_to_logical", f"{layers} layers", f"{len(p.layer_ids)}, as layer_ids")
+    _require(width > 0 and width % p.ranks == 0, "physical_to_logical", f"{width} slots", f"a multiple of {p.ranks} ranks")
+    low, high = int(slots.min()), int(slots.max())
+    _require(low >= -1 and high < p.num_experts, "physical_to_logical", low if low < -1 else high,
+             f"-1 (empty) to {p.num_experts - 1}")  # fmt: skip
+    held = holders(slots, p.num_experts, p.ranks)
+    if (missing := np.argwhere(~held.any(2))).size:
+        layer, expert = missing[0]
+        raise InputError(f"physical_to_logical: layer {p.layer_ids[layer]} lacks expert {expert}, expected each at least once")
+    copies = (slots >= 0).sum(1)
+    if (twice := np.flatnonzero(held.sum((1, 2)) != copies)).size:
+        raise InputError(f"physical_to_logical: layer {p.layer_ids[twice[0]]} has an expert twice on one rank, expected once")
+    _require(p.strategy in STRATEGIES, "strategy", repr(p.strategy), " or ".join(STRATEGIES))
+    _require(p.objective.name in OBJECTIVES, "objective.name", repr(p.objective.name), " or ".join(OBJECTIVES))
+
+
+def save_plan(plan: PlacementPlan, path: Path) -> None:
+    """Write a plan file, atomically."""
+    value = {
+        "format": PLAN_FORMAT,
+        "model": plan.model,
+        "num_experts": plan.num_experts,
+        "layer_ids": list(plan.layer_ids),
+        "nodes": plan.topology.nodes,
+        "ranks": plan.ranks,
+        "slots_per_rank": plan.slots_per_rank,
+        "physical_to_logical": plan.physical_to_logical.tolist(),
+        "strategy": plan.strategy,
+        "objective": {**asdict(plan.objective), "gap": plan.objective.gap},
+        "seconds": plan.seconds,
+        "seed": plan.seed,
+        "inputs": list(plan.inputs),
+        "topology": plan.topology.to_json(),
+    }
+    write_text(path, json.dumps(value) + "\n")
+
+
+def read_plan(path: Path) -> PlacementPlan:
+    """Read a plan file. Raises InputError, naming the file and the field, for anything that is not a valid plan."""
+    try:
+        return _from_json(read_json(path))
+    except InputError as error:
+        raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from error
+
+
+def _from_json(value: Any) -> PlacementPlan:
+    _require(isinstance(value, dict), "plan", type(value).__name__, "a JSON object")
+    found = value.get("format")
+    _require(found == PLAN_FORMAT, "format", repr(found)[:60], repr(PLAN_FORMAT))
+    counts = {name: _count(value, name) for name in ("num_experts", "nodes", "ranks", "slots_per_rank")}
+    topology = _topology(value, counts["nodes"], counts["ranks"])
+    layer_ids = _integers(value.get("layer_ids"), "layer_ids")
+    slots = _slot_map(value.get("physical_to_logical"), len(layer_ids), counts["ranks"] * counts["slots_per_rank"])
+    plan = PlacementPlan(
+        physical_to_logical=slots,
+        num_experts=counts["num_experts"],
+        layer_ids=tuple(layer_ids),
+        topology=topology,
+        model=_text(value, "model"),
+        strategy=_text(value, "strategy"),
+        objective=_objective(value.get("objective")),
+        seconds=_number(value.get("seconds", 0.0), "seconds"),
+        seed=int(_number(value.get("seed", 0), "seed")),
+        inputs=tuple(_inputs(value.get("inputs", []))),
+    )
+    _check_gap(value["objective"].get("gap"), plan.objective.gap)
+    return plan
+
+
+def _check_gap(stated: Any, computed: float | None) -> None:
+    number = None if stated is None else _number(stated, "objective.gap")
+    same = number == computed or (number is not None and computed is not None and abs(number - computed) < 1e-6)
+    _require(same, "objective.gap", stated, f"{computed} = (value - lower_bound) / value")
+
+
+def _count(value: dict[str, Any], name: str) -> int:
+    found = value.get(name)
+    _require(type(found) is int and 0 < found <= 1 << 20, name, repr(found)[:40], "an integer of at least 1")
+    return int(found)  # type: ignore[arg-type]
+
+
+def _text(value: dict[str, Any], name: str) -> str:
+    found = value.get(name)
+    _require(isinstance(found, str), name, repr(found)[:40], "a string")
+    return str(found)
+
+
+def _number(found: Any, name: str) -> float:
+    ok = isinstance(found, int | float) and not isinstance(found, bool) and abs(found) < 1e18
+    _require(ok, name, repr(found)[:40], "a finite number")
+    return float(found)
+
+
+def _integers(found: Any, name: str) -> list[int]:
+    ok = isinstance(found, list) and len(found) > 0 and all(type(v) is int and 0 <= v < 1 << 20 for v in found)
+    _require(ok, name, str(found)[:60], "a list of layer numbers")
+    _require(all(a < b for a, b in zip(found, found[1:], strict=False)), name, str(found)[:60], "increasing layer numbers")
+    return list(found)
+
+
+def _slot_map(found: Any, layers: int, width: int) -> NDArray[np.int32]:
+    name = "physical_to_logical"
+    _require(layers * width <= MAX_SLOTS, name, f"{layers} x {width} slots", f"at most {MAX_SLOTS} in all")
+    _require(isinstance(found, list) and len(found) == layers, name, f"{_size(found)} layers", f"{layers}, as layer_ids has")
+    for i, row in enumerate(found):
+        _require(isinstance(row, list) and len(row) == width, f"{name}[{i}]", f"{_size(row)} slots",
+                 f"{width} = ranks x slots_per_rank")  # fmt: skip
+        _require(all(type(v) is int and -1 <= v < 1 << 20 for v in row), f"{name}[{i}]", str(row)[:60], "expert ids or -1")
+    return np.array(found, dtype=np.int32)
+
+
+def _size(found: Any) -> object:
+    return len(found) if isinstance(found, list) else type(found).__name__
+
+
+def _objective(found: Any) -> Objective:
+    _require(isinstance(found, dict), "objective", type(found).__name__, "an object with name, value, lower_bound, gap")
+    numbers = [found.get("value"), found.get("lower_bound")]
+    value, bound = (None if n is None else _number(n, "objective") for n in numbers)
+    return Objective(_text(found, "name"), value, bound)
+
+
+def _topology(value: dict[str, Any], nodes: int, ranks: int) -> Topology:
+    topology = from_json(value.get("topology"))
+    _require(ranks % nodes == 0, "ranks", ranks, f"a multiple of nodes = {nodes}")
+    same = (topology.nodes, topology.ranks) == (nodes, ranks)
+    _require(same, "topology", f"{topology.nodes} nodes, {topology.ranks} ranks", f"{nodes} nodes and {ranks} ranks, as above it")
+    return topology
+
+
+def _inputs(found: Any) -> Sequence[dict[str, str]]:
+    ok = isinstance(found, list) and all(isinstance(i, dict) for i in found)
+    _require(ok, "inputs", str(found)[:60], "a list of {file, sha256}")
+    return [{str(k): str(v) for k, v in i.items()} for i in found]

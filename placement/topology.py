@@ -1,0 +1,121 @@
+"""The machines a plan is for: nodes, ranks, links, memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from coterie.routing.errors import InputError
+from coterie.routing.files import read_json
+
+MAX_RANKS = 4096
+
+
+@dataclass(frozen=True)
+class Link:
+    """bytes_per_second: one direction, unidirectional; latency_seconds: of one message."""
+
+    bytes_per_second: float
+    latency_seconds: float
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Nodes of equally many ranks. Who sets the fields: a `NODESxRANKS` string, a preset's name or a JSON file.
+
+    nodes, ranks_per_node: counts; rank r lives on node r // ranks_per_node.
+    within: the link of one rank inside its node; between: the link of one node to the others, shared by its ranks.
+    memory_bytes: of one rank, for weights and caches.
+    row_bytes: of one token's hidden state (model dependent: hidden size x bytes per value).
+    pairs_per_second: (token, expert) pairs that one rank computes per second (model dependent).
+    """
+
+    nodes: int
+    ranks_per_node: int
+    within: Link = Link(450e9, 5e-6)
+    between: Link = Link(400e9, 10e-6)
+    memory_bytes: float = 80e9
+    row_bytes: float = 8192.0
+    pairs_per_second: float = 1e7
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "ranks_per_node"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InputError(f"topology: {name}: found {value!r}, expected an integer of at least 1")
+        if self.ranks > MAX_RANKS:
+            raise InputError(f"topology: found {self.ranks} ranks, expected at most {MAX_RANKS}")
+        for name in ("memory_bytes", "row_bytes", "pairs_per_second"):
+            _require_positive(name, getattr(self, name))
+        for name in ("within", "between"):
+            link = getattr(self, name)
+            _require_positive(f"{name}.bytes_per_second", link.bytes_per_second)
+            _require_positive(f"{name}.latency_seconds", link.latency_seconds, zero=True)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks over all nodes."""
+        return self.nodes * self.ranks_per_node
+
+    def node_of(self, rank: int) -> int:
+        """The node that a rank lives on."""
+        return rank // self.ranks_per_node
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads back."""
+        return asdict(self)
+
+
+def _require_positive(name: str, value: object, zero: bool = False) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (value > 0 or (zero and value == 0)) or value == float("inf"):  # type: ignore[operator]
+        raise InputError(f"topology: {name}: found {value!r}, expected a {'non-negative' if zero else 'positive'} number")
+
+
+# Unidirectional NVLink per GPU and network per node, from the vendors' data sheets.
+PRESETS = {
+    "dgx-a100": Topology(1, 8, Link(300e9, 5e-6), Link(200e9, 10e-6), 80e9),
+    "dgx-h100": Topology(1, 8, Link(450e9, 5e-6), Link(400e9, 10e-6), 80e9),
+    "dgx-h200": Topology(1, 8, Link(450e9, 5e-6), Link(400e9, 10e-6), 141e9),
+    "gb200-nvl72": Topology(18, 4, Link(900e9, 5e-6), Link(3600e9, 5e-6), 186e9),
+}
+
+
+def parse_topology(text: str) -> Topology:
+    """`2x4` (nodes x ranks per node), a preset's name, or the path of a JSON file. Raises InputError otherwise."""
+    if match := re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})", text):
+        return Topology(int(match[1]), int(match[2]))
+    if text in PRESETS:
+        return PRESETS[text]
+    path = Path(text)
+    if path.suffix == ".json" or path.is_file():
+        try:
+            return from_json(read_json(path))
+        except InputError as error:
+            raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
+    allowed = ", ".join(sorted(PRESETS))
+    raise InputError(f"topology: found {text!r}, expected NODESxRANKS such as 2x4, a JSON file, or one of {allowed}")
+
+
+def from_json(value: Any) -> Topology:
+    """A topology from its JSON object; unknown fields are an error, missing ones take the defaults."""
+    if not isinstance(value, dict):
+        raise InputError(f"topology: found {type(value).__name__}, expected a JSON object")
+    names = {f.name for f in fields(Topology)}
+    for name in value:
+        if name not in names:
+            raise InputError(f"topology: field {name!r} is unknown, expected some of {', '.join(sorted(names))}")
+    for name in ("nodes", "ranks_per_node"):
+        if name not in value:
+            raise InputError(f"topology: field {name!r} is missing")
+    links = {name: _link(name, value[name]) for name in ("within", "between") if name in value}
+    return Topology(**{**value, **links})
+
+
+def _link(name: str, value: Any) -> Link:
+    expected = {f.name for f in fields(Link)}
+    if not isinstance(value, dict) or set(value) != expected:
+        raise InputError(f"topology: {name}: found {str(value)[:60]}, expected an object with {', '.join(sorted(expected))}")
+    return Link(**value)

@@ -1,0 +1,14 @@
+"""The exceptions of the whole package.
+
+The command line maps them to exit codes: `InputError` to 2 (a file or an argument is wrong), every other `CoterieError`
+to 1 (the work failed). Their messages are one or two lines that name the file, the field, the value found, the value
+expected and the way out.
+"""
+
+
+class CoterieError(Exception):
+    """Something failed that the user can be told about in a line."""
+
+
+class InputError(CoterieError, ValueError):
+    """A file or an argument is wrong."""

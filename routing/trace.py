@@ -1,0 +1,267 @@
+"""Recorded routing: which experts each token visited in each layer, and the files it is kept in.
+
+Formats `coterie.trace.v1` and `coterie.load.v1` (docs/formats.md). No torch here: planning works on a laptop.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from coterie.routing.errors import InputError
+from coterie.routing.files import atomic_output
+
+TRACE_FORMAT = "coterie.trace.v1"
+LOAD_FORMAT = "coterie.load.v1"
+PHASES = ("prefill", "decode", "mixed")
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """The experts that tokens visited.
+
+    expert_ids: int16 `[tokens, layers, top_k]`, -1 where a slot is unused; order within top_k carries no meaning.
+    sequence_ids, positions: int32 `[tokens]`: the sequence a token belongs to and its place in it.
+    router_weights: float16 like expert_ids, or None; the largest marks the top-1.
+    layer_ids: the decoder layers traced, ascending.
+    """
+
+    expert_ids: NDArray[np.int16]
+    sequence_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    model: str
+    num_experts: int
+    layer_ids: tuple[int, ...]
+    scenario: str = ""
+    phase: str = "mixed"
+    router_weights: NDArray[np.float16] | None = None
+
+    def __post_init__(self) -> None:
+        _check_trace(self)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were recorded."""
+        return int(self.expert_ids.shape[0])
+
+    @property
+    def layers(self) -> int:
+        """How many layers were recorded."""
+        return int(self.expert_ids.shape[1])
+
+    @property
+    def top_k(self) -> int:
+        """Slots per token and layer."""
+        return int(self.expert_ids.shape[2])
+
+    def select(self, tokens: NDArray[Any]) -> RoutingTrace:
+        """The same trace with only the tokens that a boolean mask or an index array picks."""
+        weights = None if self.router_weights is None else self.router_weights[tokens]
+        return replace(
+            self,
+            expert_ids=self.expert_ids[tokens],
+            sequence_ids=self.sequence_ids[tokens],
+            positions=self.positions[tokens],
+            router_weights=weights,
+        )
+
+
+@dataclass(frozen=True)
+class LoadStatistics:
+    """How many tokens each expert got, by scenario, where single tokens were not recorded.
+
+    expert_load: int64 `[scenarios, layers, experts]`, token counts.
+    """
+
+    expert_load: NDArray[np.int64]
+    model: str
+    layer_ids: tuple[int, ...]
+    scenarios: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _check_load(self)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts per layer."""
+        return int(self.expert_load.shape[2])
+
+
+def _require(condition: bool, field: str, found: object, allowed: str) -> None:
+    if not condition:
+        raise InputError(f"{field}: found {found}, expected {allowed}")
+
+
+def _check_trace(t: RoutingTrace) -> None:
+    ids = t.expert_ids
+    _require(ids.ndim == 3, "expert_ids", f"{ids.ndim} dimensions", "[tokens, layers, top_k]")
+    _require(ids.shape[0] > 0, "expert_ids", "0 tokens", "at least one: record again with a longer prompt")
+    _require(ids.shape[1] > 0 and ids.shape[2] > 0, "expert_ids", f"shape {ids.shape}", "layers and top_k of at least 1")
+    _require(ids.dtype == np.int16, "expert_ids", ids.dtype, "int16")
+    _require(0 < t.num_experts <= 32767, "num_experts", t.num_experts, "1 to 32767")
+    _check_layers(t.layer_ids, ids.shape[1])
+    for name, values in (("sequence_ids", t.sequence_ids), ("positions", t.positions)):
+        _require(values.shape == ids.shape[:1], name, f"shape {values.shape}", f"[tokens] = {list(ids.shape[:1])}")
+        _require(values.dtype == np.int32, name, values.dtype, "int32")
+        _require(int(values.min()) >= 0, name, int(values.min()), "0 or more")
+    low, high = int(ids.min()), int(ids.max())
+    allowed = f"-1 (unused) to {t.num_experts - 1} (num_experts - 1)"
+    _require(low >= -1 and high < t.num_experts, "expert_ids", low if low < -1 else high, allowed)
+    _require(t.phase in PHASES, "phase", repr(t.phase), " or ".join(PHASES))
+    if t.router_weights is not None:
+        w = t.router_weights
+        _require(w.shape == ids.shape, "router_weights", f"shape {w.shape}", f"{ids.shape} like expert_ids")
+        _require(w.dtype == np.float16, "router_weights", w.dtype, "float16")
+    ordered = np.sort(ids, axis=2)
+    repeated = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)
+    _require(not repeated.any(), "expert_ids", "an expert picked twice by one token in one layer", "distinct experts")
+
+
+def _check_load(s: LoadStatistics) -> None:
+    load = s.expert_load
+    _require(load.ndim == 3 and min(load.shape) > 0, "expert_load", f"shape {load.shape}", "[scenarios, layers, experts]")
+    _require(load.dtype == np.int64, "expert_load", load.dtype, "int64")
+    _require(int(load.min()) >= 0, "expert_load", int(load.min()), "0 or more")
+    _require(len(s.scenarios) == load.shape[0], "scenarios", f"{len(s.scenarios)} names", f"{load.shape[0]}")
+    _check_layers(s.layer_ids, load.shape[1])
+
+
+def _check_layers(layer_ids: tuple[int, ...], layers: int) -> None:
+    _require(len(layer_ids) == layers, "layer_ids", f"{len(layer_ids)} entries", f"{layers}, one per layer recorded")
+    increasing = all(0 <= a for a in layer_ids) and all(a < b for a, b in zip(layer_ids, layer_ids[1:], strict=False))
+    _require(increasing, "layer_ids", list(layer_ids)[:8], "layer numbers in increasing order")
+
+
+def save_trace(trace: RoutingTrace, path: Path) -> None:
+    """Write a trace file, atomically."""
+    tensors = {
+        "expert_ids": trace.expert_ids,
+        "sequence_ids": trace.sequence_ids,
+        "positions": trace.positions,
+    }
+    if trace.router_weights is not None:
+        tensors["router_weights"] = trace.router_weights
+    with atomic_output(path) as temporary:
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, metadata=trace_metadata(trace))
+
+
+def trace_metadata(trace: RoutingTrace) -> dict[str, str]:
+    """The metadata strings of a trace file."""
+    return {
+        "format": TRACE_FORMAT,
+        "model": trace.model,
+        "num_experts": str(trace.num_experts),
+        "layer_ids": json.dumps(list(trace.layer_ids)),
+        "scenario": trace.scenario,
+        "phase": trace.phase,
+    }
+
+
+def save_load(statistics: LoadStatistics, path: Path) -> None:
+    """Write a load-statistics file, atomically."""
+    metadata = {
+        "format": LOAD_FORMAT,
+        "model": statistics.model,
+        "num_experts": str(statistics.num_experts),
+        "layer_ids": json.dumps(list(statistics.layer_ids)),
+        "scenarios": json.dumps(list(statistics.scenarios)),
+    }
+    with atomic_output(path) as temporary:
+        save_file({"expert_load": np.ascontiguousarray(statistics.expert_load)}, temporary, metadata=metadata)
+
+
+def read_routing(path: Path) -> RoutingTrace | LoadStatistics:
+    """Read either kind of file. Raises InputError, naming the file and the field, for anything else."""
+    metadata, tensors = _read_safetensors(path)
+    try:
+        kind = metadata.get("format")
+        if kind == TRACE_FORMAT:
+            return _to_trace(metadata, tensors)
+        if kind == LOAD_FORMAT:
+            return _to_load(metadata, tensors)
+        raise InputError(
+            f"format: found {kind!r}, expected {TRACE_FORMAT!r} or {LOAD_FORMAT!r}; other recordings come in with `coterie import`"
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def read_trace(path: Path) -> RoutingTrace:
+    """Read a trace; InputError if the file holds load statistics only."""
+    found = read_routing(path)
+    if not isinstance(found, RoutingTrace):
+        raise InputError(f"{path}: format: found {LOAD_FORMAT!r}, expected {TRACE_FORMAT!r}: single tokens are needed here")
+    return found
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise InputError(f"{path}: is not a readable safetensors file ({reason}); is it truncated?") from error
+
+
+def _tensor(tensors: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:
+    if name not in tensors:
+        raise InputError(f"{name}: found no such tensor, expected it beside {sorted(tensors)}")
+    return tensors[name]
+
+
+def _to_trace(metadata: dict[str, str], tensors: dict[str, NDArray[Any]]) -> RoutingTrace:
+    return RoutingTrace(
+        expert_ids=_tensor(tensors, "expert_ids"),
+        sequence_ids=_tensor(tensors, "sequence_ids"),
+        positions=_tensor(tensors, "positions"),
+        router_weights=tensors.get("router_weights"),
+        model=metadata.get("model", ""),
+        num_experts=_integer(metadata, "num_experts"),
+        layer_ids=_integers(metadata, "layer_ids"),
+        scenario=metadata.get("scenario", ""),
+        phase=metadata.get("phase", ""),
+    )
+
+
+def _to_load(metadata: dict[str, str], tensors: dict[str, NDArray[Any]]) -> LoadStatistics:
+    statistics = LoadStatistics(
+        expert_load=_tensor(tensors, "expert_load"),
+        model=metadata.get("model", ""),
+        layer_ids=_integers(metadata, "layer_ids"),
+        scenarios=tuple(str(s) for s in _json_list(metadata, "scenarios")),
+    )
+    stated = _integer(metadata, "num_experts")
+    _require(stated == statistics.num_experts, "num_experts", stated, f"{statistics.num_experts}, as expert_load has")
+    return statistics
+
+
+def _integer(metadata: dict[str, str], field: str) -> int:
+    text = metadata.get(field, "")
+    _require(text.isascii() and text.isdigit() and len(text) < 10, field, repr(text[:40]), "an integer")
+    return int(text)
+
+
+def _json_list(metadata: dict[str, str], field: str) -> list[Any]:
+    text = metadata.get(field, "")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, list):
+        raise InputError(f"{field}: found {text[:60]!r}, expected a JSON list")
+    return value
+
+
+def _integers(metadata: dict[str, str], field: str) -> tuple[int, ...]:
+    values = _json_list(metadata, field)
+    _require(all(type(v) is int for v in values), field, str(values)[:60], "a JSON list of integers")
+    return tuple(values)
