@@ -68,4 +68,4 @@ def grouped_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor,
             y = experts.run(expert, x[pairs // slots])
             parts[pairs] = y.float() * weights.reshape(-1)[pairs, None].float()
             start += count
-    return parts.view(tokens, slots, -1).sum(1).to(x.dtype)
+    return parts.view(tokens, slots, x.shape[1]).sum(1).to(x.dtype)

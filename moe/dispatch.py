@@ -57,7 +57,7 @@ def combine_rows(plan: DispatchPlan, partial: torch.Tensor) -> torch.Tensor:
     """Sum each token's partial results in the order of ranks, in fp32. partial: `[rows, H]` as sent; returns `[T, H]`."""
     parts = torch.zeros(plan.tokens * plan.width, partial.shape[1], dtype=torch.float32, device=partial.device)
     parts[plan.place] = partial.float()
-    return parts.view(plan.tokens, plan.width, -1).sum(1).to(partial.dtype)
+    return parts.view(plan.tokens, plan.width, partial.shape[1]).sum(1).to(partial.dtype)
 
 
 def pack_rows(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,7 @@ def _solve_hops(problem: Problem, start: Assignment, deadline: float, threads: i
     y: Cell = {}
     for layer, e, f in pairs.tolist():
         for g in range(problem.ranks):
-            y[layer, e, f, g] = pulp.LpVariable(f"y_{layer}_{e}_{f}_{g}", 0, 1)
+            y[layer, e, f, g] = model.add_variable(f"y_{layer}_{e}_{f}_{g}", 0, 1)
     model += pulp.lpSum(-float(weights[k[:3]]) * v for k, v in y.items())
     _products(model, problem, x, y)
     _interchangeable(model, problem, x, layer=0)
@@ -137,7 +137,7 @@ def _pair_variables(model: pulp.LpProblem, problem: Problem, x: Cell, layer: int
     companions: dict[tuple[int, int], list[pulp.LpVariable]] = {}
     for e, f in np.argwhere(np.triu(together, 1) > 0).tolist():
         for g in range(problem.ranks):
-            y[e, f, g] = variable = pulp.LpVariable(f"y_{e}_{f}_{g}", 0, 1)
+            y[e, f, g] = variable = model.add_variable(f"y_{e}_{f}_{g}", 0, 1)
             model += variable <= x[layer, e, g]
             model += variable <= x[layer, f, g]
             companions.setdefault((e, g), []).append(variable)
@@ -152,7 +152,7 @@ def _pattern_variables(model: pulp.LpProblem, problem: Problem, x: Cell, y: Cell
     for p, row in enumerate(problem.members[layer]):
         used = np.flatnonzero(row).tolist()
         for g in range(problem.ranks):
-            d[p, g] = variable = pulp.LpVariable(f"d_{p}_{g}", 0, 1)
+            d[p, g] = variable = model.add_variable(f"d_{p}_{g}", 0, 1)
             if len(used) == 1:
                 model += variable >= x[layer, used[0], g]
             for e, f in combinations(used, 2):
@@ -173,7 +173,7 @@ def _placement_variables(model: pulp.LpProblem, problem: Problem, layers: Any) -
     for layer in layers:
         for e in range(problem.experts):
             for g in range(problem.ranks):
-                x[layer, e, g] = pulp.LpVariable(f"x_{layer}_{e}_{g}", cat="Binary")
+                x[layer, e, g] = model.add_variable(f"x_{layer}_{e}_{g}", cat="Binary")
             model += pulp.lpSum(x[layer, e, g] for g in range(problem.ranks)) == 1
         for g in range(problem.ranks):
             model += pulp.lpSum(x[layer, e, g] for e in range(problem.experts)) <= problem.slots

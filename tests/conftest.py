@@ -1,0 +1,58 @@
+"""Shared fixtures. Every model here is small; every process uses one thread."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+
+from coterie.routing.trace import RoutingTrace, save_trace
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_trace(
+    tokens: int = 400, layers: int = 3, experts: int = 8, top_k: int = 2, sequences: int = 7, seed: int = 0, model: str = "m"
+) -> RoutingTrace:
+    """Routing with structure: an expert's follower is one of few, loads are uneven."""
+    rng = np.random.default_rng(seed)
+    follower = np.argsort(rng.random((layers, experts, experts)), axis=2)
+    ids = np.zeros((tokens, layers, top_k), dtype=np.int16)
+    popularity = rng.dirichlet(np.ones(experts))
+    for t in range(tokens):
+        ids[t, 0] = rng.choice(experts, top_k, replace=False, p=popularity)
+        for layer in range(1, layers):
+            wanted = [int(follower[layer, e, rng.integers(2)]) for e in ids[t, layer - 1]]
+            free = [e for e in rng.permutation(experts) if e not in wanted]
+            distinct = list(dict.fromkeys(wanted))
+            ids[t, layer] = (distinct + free)[:top_k]
+    weights = np.sort(rng.dirichlet(np.ones(top_k), size=(tokens, layers)), axis=2)[:, :, ::-1]
+    return RoutingTrace(
+        ids, np.sort(rng.integers(0, sequences, tokens)).astype(np.int32), np.arange(tokens, dtype=np.int32), model, experts,
+        tuple(range(layers)), "test", "prefill", np.ascontiguousarray(weights).astype(np.float16),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def trace() -> RoutingTrace:
+    return make_trace()
+
+
+@pytest.fixture
+def trace_file(tmp_path: Path, trace: RoutingTrace) -> Path:
+    path = tmp_path / "trace.safetensors"
+    save_trace(trace, path)
+    return path
+
+
+@pytest.fixture
+def no_partial_files(tmp_path: Path):
+    """After the test, nothing half-written lies in its folder."""
+    yield
+    left = [p.name for p in tmp_path.rglob("*") if p.name.endswith((".part", ".probe"))]
+    assert not left, left
