@@ -133,7 +133,7 @@ def _plan(verbs: Any) -> None:
     p.add_argument("--strategy", default="all_to_all", metavar="S", help="how tokens will be dispatched (default: %(default)s)")
     p.add_argument("--objective", choices=("hops", "dispatch"), help="what to minimise (default: what the strategy pays for)")
     p.add_argument("--method", default="auto", metavar="M", help=f"auto, {', '.join(BASELINES)} (default: %(default)s)")
-    p.add_argument("--max-load", type=float, metavar="X", help="busiest rank over mean, in every layer (default: 1.1, or what is possible)")
+    p.add_argument("--max-load", type=float, metavar="X", help="busiest rank over mean, in every layer (default: 1.1, or the contiguous placement's own if that is less)")
     p.add_argument("--slots-per-rank", type=int, metavar="N", help="expert slots of a rank in a layer (default: experts/ranks)")
     p.add_argument("--time-limit", type=float, default=60.0, metavar="S", help="seconds to search and to prove (default: %(default)g)")
     p.add_argument("--exact", action="store_true", help="minimise the evaluated number itself, these traces' homes included")

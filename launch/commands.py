@@ -166,8 +166,9 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
             try:
                 return load(options.model, plan, options.dtype, options.strategy, group=group), prompts
             except CoterieError as error:
-                named = options.plan is not None and "the plan" in str(error)
-                raise type(error)(f"{options.plan}: {error}") from error if named else error
+                if options.plan is None or "the plan" not in str(error):
+                    raise
+                raise type(error)(f"{options.plan}: {error}") from error
 
         model, prompts = together(group, prepare)
         outputs, statistics = together(group, lambda: _generate(model, prompts, options, group))

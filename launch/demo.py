@@ -57,6 +57,7 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
         measured = _run_job(folder, options.ranks)
         stage("drawing the report")
         write_report(files["report.html"], plan, held_out)
+        bar.update()
     plans = compare(plan, held_out)
     result = {
         "model": str(EMBEDDED_FOLDER), "trace": str(files["trace.safetensors"]), "held_out_trace": str(files["heldout.safetensors"]),
@@ -83,12 +84,17 @@ def _folder(path: Path) -> Path:
 
 
 def _stages(bar: Any) -> Callable[[str], None]:
+    """Opens the next stage: on the bar of a terminal, or as a line where there is none."""
+    opened = 0
+
     def stage(text: str) -> None:
-        if bar.n or bar.desc:
-            bar.update()
-        bar.set_description_str(text)
+        nonlocal opened
         if bar.disable:
             say(text)
+        else:
+            bar.update(1 if opened else 0)
+            bar.set_description_str(text)
+        opened += 1
 
     return stage
 

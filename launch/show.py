@@ -184,9 +184,14 @@ def _order(experts: int, plan: PlacementPlan | None, layer: int) -> tuple[NDArra
 
 def _axes(lines: int, columns: int, width: float, height: float) -> tuple[Any, NDArray[Any]]:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, np.atleast_1d(figure.subplots(lines, columns)).ravel()
+    axes = np.atleast_1d(figure.subplots(lines, columns)).ravel()
+    for axis in axes:  # ranks, experts and layers are whole numbers
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axes
 
 
 def _svg(figure: Any) -> str:

@@ -35,10 +35,13 @@ def load_share(
     options = {} if device.type == "cpu" else {"device_map": {"": device}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        model, info = share.from_pretrained(
-            None, config=shape.config, state_dict=slices, dtype=dtype, experts_implementation=implementation,
-            output_loading_info=True, **options,
-        )  # fmt: skip
+        try:
+            model, info = share.from_pretrained(
+                None, config=shape.config, state_dict=slices, dtype=dtype, experts_implementation=implementation,
+                output_loading_info=True, ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
+        except RuntimeError as error:  # transformers' loader says only in its log which tensor it was
+            raise InputError(f"{shape.folder}: the weights cannot be converted; do they fit config.json? ({_first_line(error)})") from error
     model.__class__ = type(empty)
     _check(shape, model, info)
     if (shape.folder / "generation_config.json").is_file():
@@ -56,14 +59,16 @@ def select(
     state = empty.state_dict()
     layer_of = {name: layer for layer, name in shape.expert_names.items()}
     chosen: dict[str, TensorSlice] = {}
+    found: dict[tuple[str, str], set[int]] = {}
     for name, place in checkpoint.tensors.items():
         target, pattern = rename_source_key(name, renamings, converters, empty.base_model_prefix, state)
         layer = layer_of.get(target.rpartition(".")[0])
         if layer is None or state[target].ndim == 0:
             chosen[name] = checkpoint.slice(name)
         elif pattern is not None and "*" in pattern:
-            if _expert_in(name) in experts[layer]:
+            if (expert := _expert_in(name)) in experts[layer]:
                 chosen[name] = checkpoint.slice(name)
+                found.setdefault((target, pattern), set()).add(expert)
         elif place.shape[:1] == (shape.num_experts,):
             chosen[name] = checkpoint.slice(name, experts[layer])
         else:
@@ -71,6 +76,10 @@ def select(
                 f"{place.file}: tensor {name!r}: found shape {list(place.shape)}, expected [{shape.num_experts}, ...]: "
                 f"coterie reads experts stacked along the first dimension or one tensor per expert"
             )
+    for (target, _), present in found.items():
+        wanted = experts[layer_of[target.rpartition(".")[0]]]
+        if lacking := sorted(set(wanted) - present):
+            raise InputError(f"{shape.folder}: the checkpoint lacks expert {lacking[0]} of {target!r}; fetch it again")
     return chosen
 
 
@@ -100,6 +109,10 @@ def cut_experts(module: Any, num_experts: int, kept: int) -> None:
     module.num_experts = kept
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:120]
+
+
 def _check(shape: ModelShape, model: nn.Module, info: dict[str, Any]) -> None:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     missing = sorted(name for name in info["missing_keys"] if sizes.get(name, 1) > 0)
@@ -107,5 +120,5 @@ def _check(shape: ModelShape, model: nn.Module, info: dict[str, Any]) -> None:
         raise InputError(f"{shape.folder}: the checkpoint lacks {len(missing)} tensors, among them {missing[0]!r}; fetch it again")
     for field in ("mismatched_keys", "error_msgs", "conversion_errors"):
         if info.get(field):
-            first = next(iter(info[field].items())) if isinstance(info[field], dict) else next(iter(info[field]))
+            first = sorted(info[field].items() if isinstance(info[field], dict) else info[field])[0]
             raise InputError(f"{shape.folder}: {field.replace('_', ' ')}: {str(first)[:160]}; does config.json fit the weights?")
