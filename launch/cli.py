@@ -89,8 +89,12 @@ def _version() -> str:
 
 
 def _verb(verbs: Any, name: str, module: str, help_text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output, all else on standard error")
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=help_text, description=help_text[0].upper() + help_text[1:] + "."
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object on standard output, all else on standard error"
+    )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     parser.set_defaults(module=module, function=name.replace("-", "_"))
     return parser
@@ -108,18 +112,31 @@ def _trace(verbs: Any) -> None:
     p.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text, one prompt a line, or JSONL")
     p.add_argument("--out", type=Path, required=True, metavar="T", help="the trace file to write")
     p.add_argument("--max-tokens", type=int, metavar="N", help="stop after recording N tokens")
-    p.add_argument("--max-new-tokens", type=int, default=0, metavar="N", help="also generate N tokens a prompt, greedily (default: 0)")
+    p.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also generate N tokens a prompt, greedily (default: 0)",
+    )
     p.add_argument("--phase", choices=("prefill", "decode", "mixed"), help="what to record (default: whatever is run)")
     p.add_argument("--scenario", default="", help="a name for the traffic, kept in the trace")
     _running(p)
 
 
 def _import(verbs: Any) -> None:
-    p = _verb(verbs, "import", "commands", "bring in routing that was recorded elsewhere (npz, SGLang .pt dumps, JSON logical_count)")
+    p = _verb(
+        verbs,
+        "import",
+        "commands",
+        "bring in routing that was recorded elsewhere (npz, SGLang .pt dumps, JSON logical_count)",
+    )
     p.add_argument("file", type=Path, metavar="FILE", help="the recording")
     p.add_argument("--out", type=Path, required=True, metavar="T", help="the trace or load-statistics file to write")
     p.add_argument("--model", default="", help="the model's name, kept in the file")
-    p.add_argument("--num-experts", type=int, metavar="E", help="experts a layer (default: the file's, or the largest id seen + 1)")
+    p.add_argument(
+        "--num-experts", type=int, metavar="E", help="experts a layer (default: the file's, or the largest id seen + 1)"
+    )
     p.add_argument("--scenario", default="", help="a name for the traffic")
     p.add_argument("--phase", choices=("prefill", "decode", "mixed"), default="mixed", help="default: %(default)s")
     p.set_defaults(function="import_")
@@ -133,9 +150,20 @@ def _plan(verbs: Any) -> None:
     p.add_argument("--strategy", default="all_to_all", metavar="S", help="how tokens will be dispatched (default: %(default)s)")
     p.add_argument("--objective", choices=("hops", "dispatch"), help="what to minimise (default: what the strategy pays for)")
     p.add_argument("--method", default="auto", metavar="M", help=f"auto, {', '.join(BASELINES)} (default: %(default)s)")
-    p.add_argument("--max-load", type=float, metavar="X", help="busiest rank over mean, in every layer (default: 1.1, or the contiguous placement's own if that is less)")
+    p.add_argument(
+        "--max-load",
+        type=float,
+        metavar="X",
+        help="busiest rank over mean, in every layer (default: 1.1, or the contiguous placement's own if that is less)",
+    )
     p.add_argument("--slots-per-rank", type=int, metavar="N", help="expert slots of a rank in a layer (default: experts/ranks)")
-    p.add_argument("--time-limit", type=float, default=60.0, metavar="S", help="seconds to search and to prove (default: %(default)g)")
+    p.add_argument(
+        "--time-limit",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds to search and to prove (default: %(default)g)",
+    )
     p.add_argument("--exact", action="store_true", help="minimise the evaluated number itself, these traces' homes included")
     p.add_argument("--workers", type=int, default=1, metavar="N", help="threads of the solver (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -149,7 +177,9 @@ def _evaluate(verbs: Any) -> None:
 
 def _show(verbs: Any) -> None:
     p = _verb(verbs, "show", "commands", "a page of pictures: affinity, load, links, the plan")
-    p.add_argument("files", type=Path, nargs="+", metavar="T|P", help="a trace, a plan, or both (the plan is drawn on the trace)")
+    p.add_argument(
+        "files", type=Path, nargs="+", metavar="T|P", help="a trace, a plan, or both (the plan is drawn on the trace)"
+    )
     p.add_argument("--out", type=Path, required=True, metavar="HTML", help="the page to write")
 
 
@@ -171,8 +201,14 @@ def _generate(verbs: Any) -> None:
 
 
 def _running(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: float32 on a CPU, else the checkpoint's own")
-    p.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at once on each process (default: %(default)s)")
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        help="float32, bfloat16, float16, or auto: float32 on a CPU, else the checkpoint's own",
+    )
+    p.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="prompts at once on each process (default: %(default)s)"
+    )
 
 
 def _doctor(verbs: Any) -> None:

@@ -17,7 +17,8 @@ from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing, re
 
 if TYPE_CHECKING:
     from coterie.moe.collectives import Group
-    from coterie.moe.model import Output, Prompt, Statistics
+    from coterie.moe.generate import Sampling
+    from coterie.moe.model import Model, Output, Prompt, Statistics
 
 
 def say(text: str) -> None:
@@ -43,8 +44,9 @@ def trace(options: argparse.Namespace) -> dict[str, Any]:
             prompts, options.out, options.max_new_tokens, options.phase, options.max_tokens, options.scenario,
             _positive("--batch-size", options.batch_size), on_tokens=bar.update,
         )  # fmt: skip
-    say(f"{options.out}: {tokens} tokens, {len(model.shape.layer_ids)} layers, {model.shape.num_experts} experts, top-{model.shape.top_k}")
-    return {"trace": str(options.out), "tokens": tokens, "layers": len(model.shape.layer_ids), "num_experts": model.shape.num_experts}
+    layers, experts = len(model.shape.layer_ids), model.shape.num_experts
+    say(f"{options.out}: {tokens} tokens, {layers} layers, {experts} experts, top-{model.shape.top_k}")
+    return {"trace": str(options.out), "tokens": tokens, "layers": layers, "num_experts": experts}
 
 
 def import_(options: argparse.Namespace) -> dict[str, Any]:
@@ -72,9 +74,10 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
 
     check_writable(options.out)
     request = PlanRequest(
-        topology=parse_topology(options.topology), strategy=options.strategy, objective=options.objective, method=options.method,
-        max_load=options.max_load, slots_per_rank=options.slots_per_rank, time_limit=options.time_limit, exact=options.exact,
-        seed=options.seed, threads=_positive("--workers", options.workers),
+        topology=parse_topology(options.topology), strategy=options.strategy, objective=options.objective,
+        method=options.method, max_load=options.max_load, slots_per_rank=options.slots_per_rank,
+        time_limit=options.time_limit, exact=options.exact, seed=options.seed,
+        threads=_positive("--workers", options.workers),
     )  # fmt: skip
     recorded = read_trace(options.trace)
     made = make_plan(recorded, request, (options.trace,))
@@ -84,7 +87,12 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
         print(_comparison(compare(made, recorded)))
     bound = "" if objective.gap is None else f", bound {objective.lower_bound:.4f}, gap {objective.gap:.2%}"
     say(f"{options.out}: {objective.name} {objective.value:.4f}{bound}, in {made.seconds:.1f} s")
-    result = {"name": objective.name, "value": objective.value, "lower_bound": objective.lower_bound, "gap": objective.gap}
+    result = {
+        "name": objective.name,
+        "value": objective.value,
+        "lower_bound": objective.lower_bound,
+        "gap": objective.gap,
+    }
     return {"plan": str(options.out), "objective": result, "seconds": made.seconds}
 
 
@@ -158,7 +166,10 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
         from coterie.moe.model import Prompt, load
         from coterie.routing.errors import CoterieError
 
-        def prepare() -> tuple[Any, list[Prompt]]:
+        def prepare() -> tuple[Model, list[Prompt]]:
+            _positive("--max-new-tokens", options.max_new_tokens)
+            _positive("--batch-size", options.batch_size)
+            _sampling(options)
             if options.out is not None and group.rank == 0:
                 check_writable(options.out)
             prompts = read_prompts(options.prompts) if options.prompts else [Prompt(text=options.prompt)]
@@ -177,13 +188,12 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
         return _print_generated(outputs, statistics, options)
 
 
-def _generate(model: Any, prompts: list[Prompt], options: argparse.Namespace, group: Group) -> tuple[list[Output], Statistics]:
+def _generate(
+    model: Model, prompts: list[Prompt], options: argparse.Namespace, group: Group
+) -> tuple[list[Output], Statistics]:
     from tqdm import tqdm
 
-    from coterie.moe.generate import Sampling
-
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    size = _positive("--batch-size", options.batch_size)
+    sampling, size = _sampling(options), options.batch_size
     if options.prompt is not None:
         streamer = _streamer(model, options, group)
         return model.generate(prompts, options.max_new_tokens, sampling, size, streamer=streamer)
@@ -192,7 +202,13 @@ def _generate(model: Any, prompts: list[Prompt], options: argparse.Namespace, gr
         return model.generate(prompts, options.max_new_tokens, sampling, size, on_token=lambda *_: bar.update())
 
 
-def _streamer(model: Any, options: argparse.Namespace, group: Group) -> Any:
+def _sampling(options: argparse.Namespace) -> Sampling:
+    from coterie.moe.generate import Sampling
+
+    return Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+
+
+def _streamer(model: Model, options: argparse.Namespace, group: Group) -> Any:
     if options.json or group.rank != 0 or model.tokenizer is None:
         return None
     from transformers import TextStreamer

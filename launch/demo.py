@@ -49,7 +49,9 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
         quiet_transformers()
         recorded, held_out = _trace(files, EMBEDDED_FOLDER, stage)
         stage(f"planning for {options.ranks} ranks with HiGHS")
-        plan = make_plan(recorded, PlanRequest(Topology(1, options.ranks), time_limit=PLAN_SECONDS), (files["trace.safetensors"],))
+        plan = make_plan(
+            recorded, PlanRequest(Topology(1, options.ranks), time_limit=PLAN_SECONDS), (files["trace.safetensors"],)
+        )
         save_plan(plan, files["plan.json"])
         stage("the same prompts through plain transformers")
         _reference(EMBEDDED_FOLDER, folder)
@@ -60,7 +62,8 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
         bar.update()
     plans = compare(plan, held_out)
     result = {
-        "model": str(EMBEDDED_FOLDER), "trace": str(files["trace.safetensors"]), "held_out_trace": str(files["heldout.safetensors"]),
+        "model": str(EMBEDDED_FOLDER),
+        "trace": str(files["trace.safetensors"]), "held_out_trace": str(files["heldout.safetensors"]),
         "plan": str(files["plan.json"]), "report": str(files["report.html"]), "plans": plans,
         "tokens_per_second": measured["tokens_per_second"], "max_logit_difference": measured["max_logit_difference"],
         "text_equal": measured["text_equal"], "offload": None, "seconds": time.perf_counter() - started,
@@ -129,7 +132,10 @@ def _reference(model_folder: Path, folder: Path) -> None:
     with torch.inference_mode():
         text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
         logits = model(ids).logits
-    save_file({"prompts": ids, "text": text[:, ids.shape[1] :].contiguous(), "logits": logits}, folder / "reference.safetensors")
+    save_file(
+        {"prompts": ids, "text": text[:, ids.shape[1] :].contiguous(), "logits": logits},
+        folder / "reference.safetensors",
+    )
 
 
 def _run_job(folder: Path, ranks: int) -> dict[str, Any]:
@@ -163,4 +169,5 @@ def _print(result: dict[str, Any], plan: PlacementPlan, sample: dict[str, str]) 
     print(f"text equal to transformers'   {'yes, to the last token' if result['text_equal'] else 'NO'}")
     print(f"largest logit difference      {result['max_logit_difference']:.1e} of the largest logit")
     print(f"report                        {result['report']}")
-    print(f"took                          {result['seconds']:.0f} s\n\nit wrote: {sample['prompt']!r}\n      ->  {sample['text']!r}")
+    print(f"took                          {result['seconds']:.0f} s")
+    print(f"\nit wrote: {sample['prompt']!r}\n      ->  {sample['text']!r}")

@@ -1,6 +1,6 @@
 """What each of the demo's processes runs: both placements through the public API, compared with transformers' results.
 
-    torchrun --nproc-per-node 4 -m coterie.launch.demo_worker FOLDER
+torchrun --nproc-per-node 4 -m coterie.launch.demo_worker FOLDER
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _logit_difference(model: coterie.Model, reference: dict[str, torch.Tensor], 
         logits = model.transformers(reference["prompts"][rows]).logits
     expected = reference["logits"]
     worst = (logits - expected[rows]).abs().max() / expected.abs().max() if rows.any() else torch.zeros(())
-    return max(group.gather(float(worst)))
+    return float(max(group.gather(float(worst))))
 
 
 def _until_end(row: list[int], model: coterie.Model) -> list[int]:

@@ -75,7 +75,9 @@ def _environment_from_mpi() -> None:
             probe.bind(("", 0))
             address = (host, str(probe.getsockname()[1]))
     host, port = world.bcast(address)
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local.rank), MASTER_ADDR=host, MASTER_PORT=port)
+    os.environ.update(
+        RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local.rank), MASTER_ADDR=host, MASTER_PORT=port
+    )
 
 
 def together(group: Group, work: Callable[[], T]) -> T:

@@ -88,9 +88,17 @@ def _compute() -> list[Finding]:
     backends = [b for b, there in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if there]
     used = "nccl" if gpus else "gloo"
     return [
-        ("GPU", "ok" if gpus else "optional", ", ".join(gpus) or "none: models run on the CPU, in float32 unless --dtype says otherwise"),
+        (
+            "GPU",
+            "ok" if gpus else "optional",
+            ", ".join(gpus) or "none: models run on the CPU, in float32 unless --dtype says otherwise",
+        ),
         ("several processes", "ok" if used in backends else "missing", f"{', '.join(backends)}; {used} will be used"),
-        ("mpirun", "ok" if shutil.which("mpirun") else "optional", shutil.which("mpirun") or "not found: pip install 'coterie[mpi]'"),
+        (
+            "mpirun",
+            "ok" if shutil.which("mpirun") else "optional",
+            shutil.which("mpirun") or "not found: pip install 'coterie[mpi]'",
+        ),
     ]
 
 
@@ -107,4 +115,7 @@ def _model() -> list[Finding]:
         embedded = (EMBEDDED, "ok", f"{count} tensors in {EMBEDDED_FOLDER}")
     except InputError as error:
         embedded = (EMBEDDED, "missing", f"{error}: install coterie again")
-    return [embedded, ("model families", "ok", f"{len(supported_families())} in transformers {_version('transformers')}")]
+    return [
+        embedded,
+        ("model families", "ok", f"{len(supported_families())} in transformers {_version('transformers')}"),
+    ]

@@ -25,8 +25,10 @@ from coterie.routing.trace import LoadStatistics, RoutingTrace
 MAX_HEAT_MAPS = 12  # layer pairs drawn; of more, evenly spread ones
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c2430;background:#fff}
-h1{font-size:1.6rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin:2.2rem 0 .3rem} p{margin:.3rem 0 .8rem;color:#4a5565;max-width:56rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums} td,th{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #e3e8ef}
+h1{font-size:1.6rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin:2.2rem 0 .3rem}
+p{margin:.3rem 0 .8rem;color:#4a5565;max-width:56rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+td,th{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #e3e8ef}
 td:first-child,th:first-child{text-align:left} tr.plan td{font-weight:600;background:#eef6ff} svg{max-width:100%;height:auto}
 """
 COLUMNS = {
@@ -56,8 +58,9 @@ def write_report(path: Path, plan: PlacementPlan | None, routing: RoutingTrace |
     if isinstance(routing, RoutingTrace) and routing.layers > 1:
         sections.append(_affinity_pictures(routing, plan))
     title = html.escape((plan or routing).model or "model")  # type: ignore[union-attr]
-    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>coterie: {title}</title><style>{STYLE}</style></head>'
-    write_text(path, page + "<body>" + "\n".join(sections) + "</body></html>\n")
+    head = f'<head><meta charset="utf-8"><title>coterie: {title}</title><style>{STYLE}</style></head>'
+    body = "\n".join(sections)
+    write_text(path, f'<!doctype html><html lang="en">{head}<body>{body}</body></html>\n')
 
 
 def check_plotting() -> None:
@@ -110,7 +113,9 @@ def _rank_load(before: CostReport, after: CostReport) -> str:
         image = axis.imshow(report.rank_load, aspect="auto", cmap="Blues", vmin=0, vmax=scale)
         axis.set(title=f"{name}: busiest / mean {report.load:.3f}", xlabel="rank", ylabel="layer")
     figure.colorbar(image, ax=axes.tolist(), label="(token, expert) pairs")
-    return _section("Load of each rank", "Before and after; a dark cell keeps all other ranks waiting in that layer.", _svg(figure))
+    return _section(
+        "Load of each rank", "Before and after; a dark cell keeps all other ranks waiting in that layer.", _svg(figure)
+    )
 
 
 def _links(before: CostReport, after: CostReport) -> str:
@@ -167,8 +172,11 @@ def _affinity_pictures(trace: RoutingTrace, plan: PlacementPlan | None) -> str:
     for axis in axes[len(chosen) :]:
         axis.axis("off")
     figure.colorbar(image, ax=axes.tolist(), label="P(next layer's expert | this layer's)", shrink=0.6)
-    ordered = " Experts are ordered by their rank in the plan; blue lines part the ranks: what is dark inside a block stays on its rank."
-    text = f"Mean of the largest probability of a row: {mean_affinity(trace):.3f}; even routing would give {1 / trace.num_experts:.3f}."
+    ordered = (
+        " Experts are ordered by rank; blue lines part the ranks: what is dark in a block on the diagonal stays on its rank."
+    )
+    even = 1 / trace.num_experts
+    text = f"Mean of the largest probability of a row: {mean_affinity(trace):.3f}; even routing would give {even:.3f}."
     return _section("Affinity of consecutive layers", text + (ordered if plan else ""), _svg(figure))
 
 

@@ -76,11 +76,15 @@ def _no_bytes(part: torch.Tensor) -> torch.Tensor:
 
 def unpack_rows(message: torch.Tensor, slots: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x `[rows, H]` in dtype, ids int64 `[rows, slots]`, weights float32 `[rows, slots]`) from `pack_rows`' bytes."""
-    weights, ids, x = message.split([4 * slots, 4 * slots, message.shape[1] - 8 * slots], dim=1)
+    weights, ids, x = torch.split(message, [4 * slots, 4 * slots, message.shape[1] - 8 * slots], dim=1)
     if not len(message):
         hidden = x.shape[1] // dtype.itemsize
         empty = message.new_empty
-        return (empty((0, hidden), dtype=dtype), empty((0, slots), dtype=torch.int64), empty((0, slots), dtype=torch.float32))
+        return (
+            empty((0, hidden), dtype=dtype),
+            empty((0, slots), dtype=torch.int64),
+            empty((0, slots), dtype=torch.float32),
+        )
     return (
         x.contiguous().view(dtype),
         ids.contiguous().view(torch.int32).long(),

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -72,7 +72,9 @@ def read_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds for a bad configuration
         reason = str(error).strip().splitlines()[0][:160]
-        raise InputError(f"{file}: not a configuration that transformers {transformers.__version__} reads ({reason})") from error
+        raise InputError(
+            f"{file}: not a configuration that transformers {transformers.__version__} reads ({reason})"
+        ) from error
 
 
 def skeleton(config: Any, file: Path) -> Any:
@@ -82,7 +84,9 @@ def skeleton(config: Any, file: Path) -> Any:
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:160]
-        raise InputError(f"{file}: model_type {config.model_type!r} cannot be built as a causal language model ({reason})") from error
+        raise InputError(
+            f"{file}: model_type {config.model_type!r} cannot be built as a causal language model ({reason})"
+        ) from error
 
 
 def inspect(model: str) -> tuple[ModelShape, Any]:
@@ -93,7 +97,7 @@ def inspect(model: str) -> tuple[ModelShape, Any]:
     modules = expert_modules(empty)
     if not modules:
         raise InputError(_no_experts(folder / "config.json", config.model_type))
-    sizes = {module.down_proj.shape[0] for _, module in modules.values()}
+    sizes = {int(cast(torch.Tensor, module.down_proj).shape[0]) for _, module in modules.values()}
     if len(sizes) != 1:
         raise InputError(f"{folder / 'config.json'}: layers have {sorted(sizes)} experts, expected the same number in each")
     shape = ModelShape(name, folder, config, sizes.pop(), _top_k(config), {k: n for k, (n, _) in modules.items()})
@@ -102,7 +106,14 @@ def inspect(model: str) -> tuple[ModelShape, Any]:
 
 def _top_k(config: Any) -> int:
     text = config.get_text_config()
-    for field in ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "experts_per_token", "num_experts_per_token"):
+    for field in (
+        "num_experts_per_tok",
+        "moe_topk",
+        "moe_k",
+        "top_k_experts",
+        "experts_per_token",
+        "num_experts_per_token",
+    ):
         value = getattr(text, field, None)
         if isinstance(value, int):
             return value

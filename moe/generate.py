@@ -142,9 +142,15 @@ class Generator:
             self.recorder.sequences, self.recorder.live = sequence_ids, live
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
         out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
-        return out.logits[:, -1].float()
+        logits: torch.Tensor = out.logits[:, -1].float()
+        return logits
 
     def _extend(self, sequence: Running, logits: torch.Tensor) -> None:
         seen = torch.tensor([[*sequence.request.token_ids, *sequence.new_tokens]], device=logits.device)
@@ -189,7 +195,9 @@ def _processors(config: GenerationConfig, sampling: Sampling) -> LogitsProcessor
     for name in UNSUPPORTED:
         value = getattr(config, name, None)
         if value not in (None, 0, getattr(defaults, name, None)):
-            raise InputError(f"generation_config.json: {name}: found {value!r}, which coterie does not carry out; remove it from there")
+            raise InputError(
+                f"generation_config.json: {name}: found {value!r}, which coterie does not carry out; remove it from there"
+            )
     chosen: list[LogitsProcessor] = []
     if config.repetition_penalty not in (None, 1.0):
         chosen.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))

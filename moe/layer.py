@@ -94,7 +94,9 @@ def _run(
 
 def _everything(experts: StackedExperts) -> LayerMap:
     count, device = experts.second.shape[0], experts.second.device
-    return LayerMap(tuple(range(count)), torch.zeros(count, dtype=torch.int64, device=device), torch.arange(count, device=device))
+    return LayerMap(
+        tuple(range(count)), torch.zeros(count, dtype=torch.int64, device=device), torch.arange(count, device=device)
+    )
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -41,7 +41,9 @@ def load_share(
                 output_loading_info=True, ignore_mismatched_sizes=True, **options,
             )  # fmt: skip
         except RuntimeError as error:  # transformers' loader says only in its log which tensor it was
-            raise InputError(f"{shape.folder}: the weights cannot be converted; do they fit config.json? ({_first_line(error)})") from error
+            raise InputError(
+                f"{shape.folder}: the weights cannot be converted; do they fit config.json? ({_first_line(error)})"
+            ) from error
     model.__class__ = type(empty)
     _check(shape, model, info)
     if (shape.folder / "generation_config.json").is_file():
@@ -117,8 +119,12 @@ def _check(shape: ModelShape, model: nn.Module, info: dict[str, Any]) -> None:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     missing = sorted(name for name in info["missing_keys"] if sizes.get(name, 1) > 0)
     if missing:
-        raise InputError(f"{shape.folder}: the checkpoint lacks {len(missing)} tensors, among them {missing[0]!r}; fetch it again")
+        raise InputError(
+            f"{shape.folder}: the checkpoint lacks {len(missing)} tensors, among them {missing[0]!r}; fetch it again"
+        )
     for field in ("mismatched_keys", "error_msgs", "conversion_errors"):
         if info.get(field):
             first = sorted(info[field].items() if isinstance(info[field], dict) else info[field])[0]
-            raise InputError(f"{shape.folder}: {field.replace('_', ' ')}: {str(first)[:160]}; does config.json fit the weights?")
+            raise InputError(
+                f"{shape.folder}: {field.replace('_', ' ')}: {str(first)[:160]}; does config.json fit the weights?"
+            )

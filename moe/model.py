@@ -91,7 +91,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.transformers.parameters()).device
+        return torch.device(next(self.transformers.parameters()).device)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt. Raises InputError if it is empty, out of the vocabulary, or needs a tokenizer not there."""
@@ -150,7 +150,9 @@ class Model:
             raise InputError(f"trace: found {self.group.size} processes, expected one")
         phase = phase or ("mixed" if max_new_tokens else "prefill")
         if phase in ("decode", "mixed") and max_new_tokens < 2:
-            raise InputError(f"--phase: found {phase!r} with {max_new_tokens} new tokens, expected --max-new-tokens of 2 or more")
+            raise InputError(
+                f"--phase: found {phase!r} with {max_new_tokens} new tokens, expected --max-new-tokens of 2 or more"
+            )
         if max_tokens is not None and max_tokens < 1:
             raise InputError(f"--max-tokens: found {max_tokens}, expected 1 or more")
         check_writable(out)
@@ -241,7 +243,9 @@ def _maps_on(plan: PlacementPlan, rank: int, device: torch.device) -> list[Any]:
 
 def _tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer, or None if it brings none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    ):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder)

@@ -32,7 +32,9 @@ class LayerMap:
 def contiguous_plan(shape: ModelShape, ranks: int) -> PlacementPlan:
     """Experts in order over the ranks of one node: what is used without a plan."""
     if ranks > shape.num_experts:
-        raise InputError(f"ranks: found {ranks} processes, expected at most {shape.num_experts}: the model has that many experts")
+        raise InputError(
+            f"ranks: found {ranks} processes, expected at most {shape.num_experts}: the model has that many experts"
+        )
     assignment = contiguous(np.zeros((len(shape.layer_ids), shape.num_experts)), ranks)
     slots = slots_from_assignment(assignment, ranks, -(-shape.num_experts // ranks))
     return PlacementPlan(slots, shape.num_experts, shape.layer_ids, Topology(1, ranks), model=shape.name)
@@ -41,11 +43,15 @@ def contiguous_plan(shape: ModelShape, ranks: int) -> PlacementPlan:
 def check_plan(plan: PlacementPlan, shape: ModelShape, ranks: int) -> None:
     """Raises InputError unless the plan is for this model and this number of processes."""
     if plan.ranks != ranks:
-        raise InputError(f"ranks: the plan is for {plan.ranks}, found {ranks} processes; start {plan.ranks}, or plan for {ranks}")
+        raise InputError(
+            f"ranks: the plan is for {plan.ranks}, found {ranks} processes; start {plan.ranks}, or plan for {ranks}"
+        )
     pairs = (("num_experts", plan.num_experts, shape.num_experts), ("layer_ids", plan.layer_ids, shape.layer_ids))
     for field, planned, actual in (*pairs, ("model", plan.model, shape.name)):
         if planned != actual:
-            raise InputError(f"{field}: the plan has {planned!r}, expected {actual!r} as the model; plan from a trace of this model")
+            raise InputError(
+                f"{field}: the plan has {planned!r}, expected {actual!r} as the model; plan from a trace of this model"
+            )
 
 
 def layer_maps(plan: PlacementPlan, rank: int) -> list[LayerMap]:

@@ -72,9 +72,7 @@ class AllToAll:
         plan = plan_dispatch(ids, weights, layer.destination, layer.position, self.group.size)
         receive = self.group.exchange_counts(plan.counts, x.device)
         message = pack_rows(x[plan.token_of_row], plan.ids, plan.weights)
-        rows, row_ids, row_weights = unpack_rows(
-            self.group.exchange_rows(message, plan.counts, receive), ids.shape[1], x.dtype
-        )
+        rows, row_ids, row_weights = unpack_rows(self.group.exchange_rows(message, plan.counts, receive), ids.shape[1], x.dtype)
         return Dispatched(rows, row_ids, row_weights, (plan, receive))
 
     def combine(self, y: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:

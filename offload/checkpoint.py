@@ -141,7 +141,9 @@ def _read_into(file: Path, offset: int, view: memoryview) -> None:
             while done < len(view):
                 got = os.preadv(descriptor, [view[done:]], offset + done)
                 if got == 0:
-                    raise InputError(f"{file}: ends at byte {offset + done}, expected {len(view) - done} more; is it truncated?")
+                    raise InputError(
+                        f"{file}: ends at byte {offset + done}, expected {len(view) - done} more; is it truncated?"
+                    )
                 done += got
         finally:
             os.close(descriptor)
@@ -177,7 +179,9 @@ def _check_index(folder: Path, tensors: dict[str, TensorPlace]) -> None:
         return
     for name, shard in _weight_map(index).items():
         if name not in tensors:
-            raise InputError(f"{folder / shard}: lacks tensor {name!r}, expected it there by {INDEX}; fetch the checkpoint again")
+            raise InputError(
+                f"{folder / shard}: lacks tensor {name!r}, expected it there by {INDEX}; fetch the checkpoint again"
+            )
 
 
 def read_header(file: Path) -> dict[str, TensorPlace]:
@@ -187,7 +191,9 @@ def read_header(file: Path) -> dict[str, TensorPlace]:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or not 0 < length <= min(MAX_HEADER, size - 8):
-                raise InputError(f"{file}: found a header of {length} bytes in a file of {size}; is it truncated or not safetensors?")
+                raise InputError(
+                    f"{file}: found a header of {length} bytes in a file of {size}; is it truncated or not safetensors?"
+                )
             header = json.loads(stream.read(length).decode("utf-8"))
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from error
@@ -209,5 +215,7 @@ def _place(file: Path, name: str, entry: Any, start: int, size: int) -> TensorPl
     if not whole or last - first != math.prod(shape) * dtype.itemsize:
         raise InputError(f"{file}: tensor {name!r}: shape {list(shape)} does not fit data_offsets [{first}, {last}]")
     if start + last > size:
-        raise InputError(f"{file}: found {size} bytes, expected {start + last} for tensor {name!r}: the file is truncated; fetch it again")
+        raise InputError(
+            f"{file}: found {size} bytes, expected {start + last} for tensor {name!r}: the file is truncated; fetch it again"
+        )
     return TensorPlace(file, start + first, last - first, dtype, shape)

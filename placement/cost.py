@@ -122,14 +122,14 @@ def evaluate_load(plan: PlacementPlan, statistics: LoadStatistics, scenario: int
 
 def needed_ranks(used: NDArray[np.integer], ranks: int) -> NDArray[np.bool_]:
     """bool `[tokens, ranks]`: the ranks that host a token's experts; used: ranks `[tokens, top_k]`, -1 where unused."""
-    needed = np.zeros((len(used), ranks + 1), dtype=bool)
+    needed: NDArray[np.bool_] = np.zeros((len(used), ranks + 1), dtype=bool)
     needed[np.arange(len(used))[:, None], used] = True
     return needed[:, :ranks]
 
 
 def distinct_remote_nodes(needed: NDArray[np.bool_], homes: NDArray[np.int64], topology: Topology) -> int:
     """Over all tokens, the nodes other than home that host an expert of the token; needed: bool `[tokens, ranks]`."""
-    by_node = needed.reshape(len(needed), topology.nodes, topology.ranks_per_node).any(2)
+    by_node = np.asarray(needed.reshape(len(needed), topology.nodes, topology.ranks_per_node).any(2))
     at_home = by_node[np.arange(len(homes)), homes // topology.ranks_per_node]
     return int(by_node.sum() - at_home.sum())
 
@@ -192,7 +192,11 @@ def _rows_between_nodes(needed: NDArray[np.bool_], at: NDArray[np.int64], topolo
 
 
 def strategy_rows(
-    strategy: str, remote: NDArray[np.float64], node_pairs: NDArray[np.float64], coherent: tuple[float, float], t: Topology
+    strategy: str,
+    remote: NDArray[np.float64],
+    node_pairs: NDArray[np.float64],
+    coherent: tuple[float, float],
+    t: Topology,
 ) -> tuple[float, float]:
     """(rows sent, rows that leave a node) per token and layer, dispatch and combine together, under `strategy`.
 

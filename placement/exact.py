@@ -25,7 +25,7 @@ def fits(problem: Problem) -> bool:
     if problem.transitions is None or problem.ranks > MAX_RANKS or problem.experts != problem.ranks * problem.slots:
         return False
     partitions = factorial(problem.experts) // factorial(problem.slots) ** problem.ranks // factorial(problem.ranks)
-    return partitions * problem.ranks <= MAX_LABELLED
+    return bool(partitions * problem.ranks <= MAX_LABELLED)
 
 
 def solve(problem: Problem) -> Assignment | None:

@@ -41,7 +41,7 @@ class WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
         super().__init__(**options)
         self.start = start
 
-    def callSolver(self, lp: pulp.LpProblem) -> None:  # noqa: N802, D102 (PuLP's name)
+    def callSolver(self, lp: pulp.LpProblem) -> None:  # noqa: D102 (PuLP's name)
         if self.start:
             solution = highspy.HighsSolution()
             solution.col_value = [self.start.get(v.name, 0.0) for v in lp.variables()]
@@ -124,7 +124,7 @@ def _solve_dispatch_layer(problem: Problem, layer: int, start: NDArray[np.int64]
         start = _canonical(start[None])[0]
     values = {v.name: float(start[e] == g) for (_, e, g), v in x.items()}
     values |= {v.name: float(start[e] == g and start[f] == g) for (e, f, g), v in y.items()}
-    hosts = {g: members[:, start == g].any(1) for g in range(problem.ranks)}
+    hosts = {g: np.asarray(members[:, start == g].any(1)) for g in range(problem.ranks)}
     values |= {v.name: float(hosts[g][p]) for (p, g), v in d.items()}
     bound = _run(model, values, deadline, threads)
     return Proof(_read(problem, x, [layer]), trivial if bound is None else max(trivial, bound))

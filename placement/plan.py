@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def holders(physical_to_logical: NDArray[np.int32], num_experts: int, ranks: int
 
 def slots_from_assignment(assignment: NDArray[np.integer], ranks: int, slots_per_rank: int) -> NDArray[np.int32]:
     """A slot map from the rank of every expert, `[layers, E]`; experts ascend within a rank."""
-    layers, experts = assignment.shape
+    layers = len(assignment)
     slots = np.full((layers, ranks, slots_per_rank), -1, dtype=np.int32)
     for layer in range(layers):
         for rank in range(ranks):
@@ -210,7 +211,7 @@ def _number(found: Any, name: str) -> float:
 def _integers(found: Any, name: str) -> list[int]:
     ok = isinstance(found, list) and len(found) > 0 and all(type(v) is int and 0 <= v < 1 << 20 for v in found)
     _require(ok, name, str(found)[:60], "a list of layer numbers")
-    _require(all(a < b for a, b in zip(found, found[1:], strict=False)), name, str(found)[:60], "increasing layer numbers")
+    _require(all(a < b for a, b in pairwise(found)), name, str(found)[:60], "increasing layer numbers")
     return list(found)
 
 
@@ -240,7 +241,12 @@ def _topology(value: dict[str, Any], nodes: int, ranks: int) -> Topology:
     topology = from_json(value.get("topology"))
     _require(ranks % nodes == 0, "ranks", ranks, f"a multiple of nodes = {nodes}")
     same = (topology.nodes, topology.ranks) == (nodes, ranks)
-    _require(same, "topology", f"{topology.nodes} nodes, {topology.ranks} ranks", f"{nodes} nodes and {ranks} ranks, as above it")
+    _require(
+        same,
+        "topology",
+        f"{topology.nodes} nodes, {topology.ranks} ranks",
+        f"{nodes} nodes and {ranks} ranks, as above it",
+    )
     return topology
 
 

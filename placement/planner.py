@@ -56,7 +56,12 @@ class PlanRequest:
         checks: list[tuple[str, object, bool, str]] = [
             ("--strategy", self.strategy, self.strategy in STRATEGIES, ", ".join(STRATEGIES)),
             ("--method", self.method, self.method in METHODS, ", ".join(METHODS)),
-            ("--objective", self.objective, self.objective in (None, *PLANNED_OBJECTIVES), ", ".join(PLANNED_OBJECTIVES)),
+            (
+                "--objective",
+                self.objective,
+                self.objective in (None, *PLANNED_OBJECTIVES),
+                ", ".join(PLANNED_OBJECTIVES),
+            ),
             ("--max-load", self.max_load, self.max_load is None or 1 <= self.max_load < float("inf"), "at least 1"),
             ("--time-limit", self.time_limit, 0 < self.time_limit < float("inf"), "more than 0 seconds"),
             ("--seed", self.seed, self.seed >= 0, "0 or more"),
@@ -122,7 +127,9 @@ def baseline_plan(name: str, routing: RoutingTrace | LoadStatistics, topology: T
     )
 
 
-def compare(plan: PlacementPlan, routing: RoutingTrace | LoadStatistics, scenario: int = 0) -> dict[str, dict[str, float | None]]:
+def compare(
+    plan: PlacementPlan, routing: RoutingTrace | LoadStatistics, scenario: int = 0
+) -> dict[str, dict[str, float | None]]:
     """`plan` beside the baselines on one recording: `{name: fields of CostReport.to_json}`."""
     plans = {"plan": plan}
     plans |= {name: baseline_plan(name, routing, plan.topology, plan.strategy) for name in BASELINES}
@@ -134,7 +141,9 @@ def compare(plan: PlacementPlan, routing: RoutingTrace | LoadStatistics, scenari
 def _slots(experts: int, request: PlanRequest) -> int:
     ranks = request.topology.ranks
     if ranks > experts:
-        raise InputError(f"--topology: found {ranks} ranks, expected at most {experts}: the model has that many experts a layer")
+        raise InputError(
+            f"--topology: found {ranks} ranks, expected at most {experts}: the model has that many experts a layer"
+        )
     slots = -(-experts // ranks) if request.slots_per_rank is None else request.slots_per_rank
     if not -(-experts // ranks) <= slots <= experts:
         raise InputError(f"--slots-per-rank: found {slots}, expected {-(-experts // ranks)} to {experts}")

@@ -73,7 +73,7 @@ class Problem:
 
 def one_hot(assignment: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:
     """int64 `[..., E, ranks]` from the rank of every expert `[..., E]`."""
-    return (assignment[..., None] == np.arange(ranks)).astype(np.int64)
+    return np.asarray(assignment[..., None] == np.arange(ranks), dtype=np.int64)
 
 
 def hops_problem(affinity: Affinity, ranks: int, slots: int, caps: NDArray[np.float64]) -> Problem:
@@ -110,12 +110,12 @@ def load_caps(load: NDArray[np.float64], ranks: int, max_load: float | None) -> 
     reached = np.array([balanced_peak(row, ranks) for row in load])
     if max_load is None:
         unplanned = np.einsum("le,ler->lr", load, one_hot(contiguous(load, ranks), ranks)).max(1)
-        return np.maximum(np.minimum(DEFAULT_MAX_LOAD * mean, unplanned), reached)
+        return np.asarray(np.maximum(np.minimum(DEFAULT_MAX_LOAD * mean, unplanned), reached))
     caps = max_load * mean
     if (reached > caps * (1 + 1e-9)).any():
         worst = float((reached / np.where(mean > 0, mean, 1)).max())
         raise InputError(f"--max-load: found {max_load:g}, but one layer cannot be packed below {worst:.4f}; give that or more")
-    return caps
+    return np.asarray(caps)
 
 
 def balanced_peak(load: NDArray[np.float64], ranks: int) -> float:

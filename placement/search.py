@@ -89,7 +89,7 @@ def _allowed(problem: Problem, assignment: Assignment, layer: int) -> NDArray[np
     carried = np.bincount(here, weights=load, minlength=problem.ranks)
     after = carried[here][:, None] - load[:, None] + load[None, :]  # [e, f]: e's rank with f instead
     limit = np.maximum(problem.caps[layer] * (1 + 1e-9), np.maximum(carried[here][:, None], carried[here][None, :]))
-    return np.asarray((here[:, None] != here[None, :]) & (after <= limit) & (after.T <= limit))
+    return np.asarray((here[:, None] != here[None, :]) & (after <= limit) & (limit >= after.T))
 
 
 def _pad(problem: Problem) -> Problem:

@@ -23,7 +23,7 @@ def atomic_output(path: Path) -> Iterator[Path]:
     check_writable(path)
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise CoterieError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:

@@ -8,6 +8,7 @@ SGLang's expert-distribution recorder (`.pt`): `records` (modes per_token, per_p
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,11 @@ class ImportOptions:
 
 def import_routing(path: Path, options: ImportOptions) -> RoutingTrace | LoadStatistics:
     """Read `path` by its suffix. Raises InputError, naming the file and the field, if it is none of the known kinds."""
-    readers = {".npz": _read_npz, ".json": _read_counts, ".pt": _read_sglang}
+    readers: dict[str, Callable[[Path, ImportOptions], RoutingTrace | LoadStatistics]] = {
+        ".npz": _read_npz,
+        ".json": _read_counts,
+        ".pt": _read_sglang,
+    }
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if path.suffix not in readers:
@@ -110,7 +115,9 @@ def _load(counts: NDArray[np.float64], options: ImportOptions) -> LoadStatistics
     if counts.ndim == 2:
         counts = counts[None]
     if counts.ndim != 3 or not counts.size:
-        raise InputError(f"logical_count: found shape {list(counts.shape)}, expected [layers][experts], with or without scenarios")
+        raise InputError(
+            f"logical_count: found shape {list(counts.shape)}, expected [layers][experts], with or without scenarios"
+        )
     if not np.isfinite(counts).all() or counts.min() < 0 or counts.max() > 2**53:
         raise InputError("logical_count: found a value that is negative or not finite, expected counts")
     routed = counts.sum((0, 2)) > 0  # dense layers are listed with zero counts
@@ -153,7 +160,9 @@ def _sglang_records(found: dict[str, Any], options: ImportOptions) -> RoutingTra
         except (KeyError, TypeError, ValueError) as error:
             raise InputError("records: expected topk_ids_of_layer and positions, as mode per_token writes") from error
         if ids.ndim != 3 or ids.shape[1] != len(positions):
-            raise InputError(f"records: topk_ids_of_layer: found shape {list(ids.shape)}, expected [layers, {len(positions)}, top_k]")
+            raise InputError(
+                f"records: topk_ids_of_layer: found shape {list(ids.shape)}, expected [layers, {len(positions)}, top_k]"
+            )
         if to_logical is not None:
             table = np.asarray(to_logical).astype(np.int64)
             logical = table[np.arange(len(ids))[:, None, None], np.clip(ids, 0, table.shape[1] - 1)]

@@ -54,11 +54,17 @@ class TraceWriter:
         self._streams: dict[str, BinaryIO] = {name: part.open("wb") for name, part in self._parts.items()}
 
     def append(
-        self, expert_ids: NDArray[Any], router_weights: NDArray[Any], sequence_ids: NDArray[Any], positions: NDArray[Any]
+        self,
+        expert_ids: NDArray[Any],
+        router_weights: NDArray[Any],
+        sequence_ids: NDArray[Any],
+        positions: NDArray[Any],
     ) -> None:
         """Add tokens: ids and weights `[tokens, layers, top_k]`, the rest `[tokens]`."""
         if expert_ids.shape[1:] != self.shape:
-            raise CoterieError(f"expert_ids: found shape {expert_ids.shape}, expected [tokens, {self.shape[0]}, {self.shape[1]}]")
+            raise CoterieError(
+                f"expert_ids: found shape {expert_ids.shape}, expected [tokens, {self.shape[0]}, {self.shape[1]}]"
+            )
         values = dict(expert_ids=expert_ids, router_weights=router_weights, sequence_ids=sequence_ids, positions=positions)
         for name, _, dtype in self.COLUMNS:
             self._streams[name].write(np.ascontiguousarray(values[name], dtype=dtype).tobytes())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def _check_load(s: LoadStatistics) -> None:
 
 def _check_layers(layer_ids: tuple[int, ...], layers: int) -> None:
     _require(len(layer_ids) == layers, "layer_ids", f"{len(layer_ids)} entries", f"{layers}, one per layer recorded")
-    increasing = all(0 <= a for a in layer_ids) and all(a < b for a, b in zip(layer_ids, layer_ids[1:], strict=False))
+    increasing = all(a >= 0 for a in layer_ids) and all(a < b for a, b in pairwise(layer_ids))
     _require(increasing, "layer_ids", list(layer_ids)[:8], "layer numbers in increasing order")
 
 
@@ -187,7 +188,8 @@ def read_routing(path: Path) -> RoutingTrace | LoadStatistics:
         if kind == LOAD_FORMAT:
             return _to_load(metadata, tensors)
         raise InputError(
-            f"format: found {kind!r}, expected {TRACE_FORMAT!r} or {LOAD_FORMAT!r}; other recordings come in with `coterie import`"
+            f"format: found {kind!r}, expected {TRACE_FORMAT!r} or {LOAD_FORMAT!r}; "
+            f"recordings of other programs come in with `coterie import`"
         )
     except InputError as error:
         raise InputError(f"{path}: {error}") from error

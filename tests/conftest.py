@@ -17,7 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_trace(
-    tokens: int = 400, layers: int = 3, experts: int = 8, top_k: int = 2, sequences: int = 7, seed: int = 0, model: str = "m"
+    tokens: int = 400,
+    layers: int = 3,
+    experts: int = 8,
+    top_k: int = 2,
+    sequences: int = 7,
+    seed: int = 0,
+    model: str = "m",
 ) -> RoutingTrace:
     """Routing with structure: an expert's follower is one of few, loads are uneven."""
     rng = np.random.default_rng(seed)

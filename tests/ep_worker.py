@@ -1,6 +1,6 @@
 """Run by test_processes.py on every rank: loads each model under each plan, generates, reports what it saw.
 
-    torchrun --nproc-per-node N tests/ep_worker.py JOB.json RESULT.json
+torchrun --nproc-per-node N tests/ep_worker.py JOB.json RESULT.json
 """
 
 from __future__ import annotations
@@ -30,11 +30,17 @@ def main(job_file: Path, result_file: Path) -> None:
             model.context.live = None
             with torch.inference_mode():
                 logits = model.transformers(mine).logits[0, -1].tolist()
-            results.append({
-                "texts": [list(o.token_ids) for o in outputs], "repeatable": outputs == again, "bytes": loaded,
-                "rows": statistics.rows_sent, "traffic_bytes": group.gather(group.traffic.bytes), "logits": group.gather(logits),
-                "experts": group.gather([m.local for m in map(_map, _modules(model))]),
-            })  # fmt: skip
+            results.append(
+                {
+                    "texts": [list(o.token_ids) for o in outputs],
+                    "repeatable": outputs == again,
+                    "bytes": loaded,
+                    "rows": statistics.rows_sent,
+                    "traffic_bytes": group.gather(group.traffic.bytes),
+                    "logits": group.gather(logits),
+                    "experts": group.gather([m.local for m in map(_map, _modules(model))]),
+                }
+            )
         if group.rank == 0:
             result_file.write_text(json.dumps(results))
 

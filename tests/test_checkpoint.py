@@ -17,7 +17,10 @@ from coterie.routing.errors import InputError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_file({"a": torch.arange(24.0).reshape(4, 3, 2), "b": torch.ones(5, dtype=torch.bfloat16)}, tmp_path / "one.safetensors")
+    save_file(
+        {"a": torch.arange(24.0).reshape(4, 3, 2), "b": torch.ones(5, dtype=torch.bfloat16)},
+        tmp_path / "one.safetensors",
+    )
     save_file({"c": torch.arange(6, dtype=torch.int16), "empty": torch.empty(0, 3)}, tmp_path / "two.safetensors")
     where = {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors", "empty": "two.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
@@ -55,7 +58,9 @@ def test_every_dtype_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_a_missing_shard_is_named(folder: Path) -> None:
     (folder / "two.safetensors").unlink()
-    with pytest.raises(InputError, match=r"two\.safetensors: no such file, expected it listed in model\.safetensors\.index\.json"):
+    with pytest.raises(
+        InputError, match=r"two\.safetensors: no such file, expected it listed in model\.safetensors\.index\.json"
+    ):
         Checkpoint.open(folder)
 
 
@@ -109,7 +114,10 @@ def with_header(path: Path, header: object, data: bytes = bytes(64)) -> Path:
     [
         ([], "header: found list"),
         ({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, "tensor 'a': found"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, r"shape \[2\] does not fit data_offsets \[0, 4\]"),
+        (
+            {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+            r"shape \[2\] does not fit data_offsets \[0, 4\]",
+        ),
         ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}, "does not fit"),
         ({"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}, "does not fit"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}, "tensor 'a': found"),

@@ -22,8 +22,15 @@ from coterie.routing.trace import LoadStatistics, RoutingTrace
 def tiny_trace(ids, sequences, weights=None) -> RoutingTrace:
     ids = np.array(ids, dtype=np.int16)
     count = len(ids)
-    return RoutingTrace(ids, np.array(sequences, np.int32), np.arange(count, dtype=np.int32), "m", 4, tuple(range(ids.shape[1])),
-                        router_weights=None if weights is None else np.array(weights, np.float16))  # fmt: skip
+    return RoutingTrace(
+        ids,
+        np.array(sequences, np.int32),
+        np.arange(count, dtype=np.int32),
+        "m",
+        4,
+        tuple(range(ids.shape[1])),
+        router_weights=None if weights is None else np.array(weights, np.float16),
+    )
 
 
 def tiny_plan(assignment, nodes=1, ranks_per_node=2, **changes) -> PlacementPlan:
@@ -33,7 +40,8 @@ def tiny_plan(assignment, nodes=1, ranks_per_node=2, **changes) -> PlacementPlan
 
 
 def test_a_case_worked_by_hand() -> None:
-    # Experts 0, 1 on rank 0, 2, 3 on rank 1, in both layers. Token 0 (home 0): {0, 2} then {0, 1}. Token 1 (home 1): {2, 3} twice.
+    # Experts 0, 1 on rank 0, 2, 3 on rank 1, in both layers.
+    # Token 0 (home 0): {0, 2} then {0, 1}. Token 1 (home 1): {2, 3} twice.
     trace = tiny_trace([[[0, 2], [0, 1]], [[2, 3], [3, 2]]], [0, 1])
     report = evaluate(tiny_plan([[0, 0, 1, 1]] * 2), trace)
     assert report.dispatch == 1 / 4  # one remote row (token 0 to rank 1 in layer 0) over 2 tokens x 2 layers
@@ -102,10 +110,12 @@ def reference(plan: PlacementPlan, trace: RoutingTrace) -> dict[str, float]:
                 before = [int(e) for e in trace.expert_ids[t, layer - 1] if e >= 0]
                 pairs += len(before) * len(used)
                 apart += sum(owner[layer - 1, a] != owner[layer, b] for a in before for b in used)
-            mass = {r: 0.0 for r in sorted(ranks)}
+            mass = dict.fromkeys(sorted(ranks), 0.0)
             for slot, e in enumerate(trace.expert_ids[t, layer]):
                 if e >= 0:
-                    mass[int(owner[layer, e])] += 1.0 if trace.router_weights is None else float(trace.router_weights[t, layer, slot])
+                    mass[int(owner[layer, e])] += (
+                        1.0 if trace.router_weights is None else float(trace.router_weights[t, layer, slot])
+                    )
             following = anchor if anchor in ranks or not ranks else max(mass, key=lambda r: (mass[r], -r))
             if layer > 0:
                 coherent += len(ranks - {anchor}) + len(ranks - {following})
@@ -123,8 +133,12 @@ def reference(plan: PlacementPlan, trace: RoutingTrace) -> dict[str, float]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 999), top_k=st.integers(1, 4), shape=st.sampled_from([(1, 2), (1, 4), (2, 2), (4, 1), (1, 8)]),
-       weighted=st.booleans())  # fmt: skip
+@given(
+    seed=st.integers(0, 999),
+    top_k=st.integers(1, 4),
+    shape=st.sampled_from([(1, 2), (1, 4), (2, 2), (4, 1), (1, 8)]),
+    weighted=st.booleans(),
+)
 def test_evaluation_equals_counting_token_by_token(seed: int, top_k: int, shape, weighted: bool) -> None:
     trace = make_trace(tokens=40, top_k=top_k, seed=seed, sequences=5)
     if not weighted:

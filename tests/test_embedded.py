@@ -32,7 +32,14 @@ def test_the_weights_fit_in_8_megabytes() -> None:
 
 def test_its_configuration_is_what_the_script_trains(reference) -> None:
     ours = config()
-    for name in ("hidden_size", "num_hidden_layers", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "vocab_size"):
+    for name in (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "vocab_size",
+    ):
         assert getattr(reference.config, name) == getattr(ours, name)
 
 
@@ -75,7 +82,24 @@ def test_it_writes_recognisable_python_and_english() -> None:
     python = outputs[0].text + outputs[2].text
     assert sum(word in python for word in ("self", "def ", "return", "    ", "if ", "(", "):")) >= 5, python
     words = re.findall(r"[a-z]{2,}", outputs[1].text)
-    common = {"the", "of", "a", "to", "is", "in", "and", "that", "string", "object", "value", "function", "for", "be", "with", "returns"}
+    common = {
+        "the",
+        "of",
+        "a",
+        "to",
+        "is",
+        "in",
+        "and",
+        "that",
+        "string",
+        "object",
+        "value",
+        "function",
+        "for",
+        "be",
+        "with",
+        "returns",
+    }
     assert len(words) > 10 and sum(w in common for w in words) / len(words) > 0.25, outputs[1].text
 
 

@@ -53,8 +53,10 @@ def test_a_sharded_checkpoint_with_an_expert_split_over_two_files_loads(tmp_path
     assert len(list((tmp_path / "split").glob("*.safetensors"))) > 4
     ids = torch.arange(3, 30)[None]
     with torch.no_grad():
-        assert torch.equal(coterie.load(tmp_path / "split", dtype="float32").transformers(ids).logits,
-                           coterie.load(tmp_path / "whole", dtype="float32").transformers(ids).logits)  # fmt: skip
+        assert torch.equal(
+            coterie.load(tmp_path / "split", dtype="float32").transformers(ids).logits,
+            coterie.load(tmp_path / "whole", dtype="float32").transformers(ids).logits,
+        )
 
 
 def test_dtypes_are_the_checkpoints_the_callers_or_float32_on_a_cpu(tmp_path: Path) -> None:
@@ -73,16 +75,33 @@ def test_every_family_of_the_issue_is_listed() -> None:
 
 def test_a_model_without_experts_is_refused_with_the_families_that_work(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**COMMON)).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"config\.json: model_type 'llama' has no experts that go through.*mixtral.*qwen3_moe"):
+    with pytest.raises(
+        InputError, match=r"config\.json: model_type 'llama' has no experts that go through.*mixtral.*qwen3_moe"
+    ):
         coterie.load(tmp_path)
 
 
 def test_a_family_whose_experts_take_another_way_is_refused_by_name(tmp_path: Path) -> None:
-    config = dict(model_type="longcat_flash", vocab_size=97, hidden_size=32, ffn_hidden_size=48, num_layers=2, num_attention_heads=4,
-                  q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8,
-                  n_routed_experts=4, zero_expert_num=2, moe_topk=2, expert_ffn_hidden_size=16)  # fmt: skip
+    config = dict(
+        model_type="longcat_flash",
+        vocab_size=97,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_layers=2,
+        num_attention_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        head_dim=8,
+        n_routed_experts=4,
+        zero_expert_num=2,
+        moe_topk=2,
+        expert_ffn_hidden_size=16,
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="model_type 'longcat_flash' has no experts that go through.*olmoe"):
+    with pytest.raises(InputError, match=r"model_type 'longcat_flash' has no experts that go through.*olmoe"):
         coterie.load(tmp_path)
 
 
@@ -127,7 +146,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
         coterie.load(tmp_path)
     expert = "model.layers.1.mlp.experts.3.up_proj.weight"
     save_file({k: v for k, v in tensors.items() if k != expert}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="the checkpoint lacks expert 3 of 'model.layers.1.mlp.experts.gate_up_proj'"):
+    with pytest.raises(InputError, match=r"the checkpoint lacks expert 3 of 'model.layers.1.mlp.experts.gate_up_proj'"):
         coterie.load(tmp_path)
 
 
@@ -135,5 +154,5 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     make_model("mixtral", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
-    with pytest.raises(InputError, match="do(es)? .*fit"):
+    with pytest.raises(InputError, match=r"do(es)? .*fit"):
         coterie.load(tmp_path)

@@ -79,7 +79,9 @@ def test_a_checkpoints_repetition_penalty_is_carried_out(folder: Path, tmp_path:
 def test_settings_that_are_not_carried_out_are_refused(folder: Path) -> None:
     model = coterie.load(folder)
     model.transformers.generation_config.no_repeat_ngram_size = 2
-    with pytest.raises(InputError, match=r"generation_config\.json: no_repeat_ngram_size: found 2, which coterie does not carry out"):
+    with pytest.raises(
+        InputError, match=r"generation_config\.json: no_repeat_ngram_size: found 2, which coterie does not carry out"
+    ):
         model.generate(PROMPTS, 2)
 
 

@@ -18,10 +18,14 @@ def make_experts(kind: str, dtype: torch.dtype, count: int = 5, hidden: int = 12
         return StackedExperts(first, second, F.relu)
     if kind == "transposed":
         return StackedExperts(
-            first.transpose(1, 2).contiguous(), second.transpose(1, 2).contiguous(), lambda h: h[..., ::2] * h[..., 1::2].sigmoid(),
-            torch.randn(count, width, dtype=dtype), torch.randn(count, hidden, dtype=dtype), transposed=True,
+            first.transpose(1, 2).contiguous(),
+            second.transpose(1, 2).contiguous(),
+            lambda h: h[..., ::2] * h[..., 1::2].sigmoid(),
+            torch.randn(count, width, dtype=dtype),
+            torch.randn(count, hidden, dtype=dtype),
+            transposed=True,
             finish=lambda y: y * 0.5,
-        )  # fmt: skip
+        )
     return StackedExperts(first, second, lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1])
 
 
@@ -30,7 +34,11 @@ def routing(tokens: int, slots: int, count: int, kind: str) -> torch.Tensor:
         return torch.full((tokens, slots), count - 1)
     if kind == "none":
         return torch.full((tokens, slots), -1)
-    ids = torch.stack([torch.randperm(count)[:slots] for _ in range(tokens)]) if tokens else torch.empty(0, slots, dtype=torch.int64)
+    ids = (
+        torch.stack([torch.randperm(count)[:slots] for _ in range(tokens)])
+        if tokens
+        else torch.empty(0, slots, dtype=torch.int64)
+    )
     if kind == "half empty":
         ids[ids % 2 == 0] = -1
     return ids
@@ -38,9 +46,12 @@ def routing(tokens: int, slots: int, count: int, kind: str) -> torch.Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 10_000), tokens=st.integers(0, 9), slots=st.integers(1, 4), experts=st.sampled_from(["gated", "plain", "transposed"]),
+    seed=st.integers(0, 10_000),
+    tokens=st.integers(0, 9),
+    slots=st.integers(1, 4),
+    experts=st.sampled_from(["gated", "plain", "transposed"]),
     routed=st.sampled_from(["random", "all to one", "none", "half empty"]),
-)  # fmt: skip
+)
 def test_grouping_equals_one_token_at_a_time(seed, tokens, slots, experts, routed) -> None:
     torch.manual_seed(seed)
     made = make_experts(experts, torch.float32)

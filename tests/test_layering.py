@@ -62,7 +62,9 @@ def run_python(code: str) -> str:
 
 
 def test_importing_coterie_imports_neither_torch_nor_transformers() -> None:
-    heavy = run_python("import coterie, sys; print([m for m in ('torch', 'transformers', 'scipy', 'pulp') if m in sys.modules])")
+    heavy = run_python(
+        "import coterie, sys; print([m for m in ('torch', 'transformers', 'scipy', 'pulp') if m in sys.modules])"
+    )
     assert heavy.strip() == "[]"
 
 

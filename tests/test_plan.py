@@ -19,8 +19,18 @@ from coterie.routing.errors import CoterieError, InputError
 
 def make_plan(**changes: Any) -> PlacementPlan:
     slots = slots_from_assignment(np.array([[0, 0, 1, 1, 2, 2], [2, 1, 0, 0, 1, 2]]), 3, 2)
-    plan = PlacementPlan(slots, 6, (3, 4), Topology(1, 3), "m", "all_to_all", Objective("hops", 0.5, 0.4), 1.5, 7,
-                         ({"file": "t", "sha256": "ab"},))  # fmt: skip
+    plan = PlacementPlan(
+        slots,
+        6,
+        (3, 4),
+        Topology(1, 3),
+        "m",
+        "all_to_all",
+        Objective("hops", 0.5, 0.4),
+        1.5,
+        7,
+        ({"file": "t", "sha256": "ab"},),
+    )
     return replace(plan, **changes)
 
 
@@ -37,8 +47,22 @@ def test_a_plan_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_the_file_is_what_the_contract_says(tmp_path: Path) -> None:
     save_plan(make_plan(), tmp_path / "p.json")
     value = json.loads((tmp_path / "p.json").read_text())
-    assert set(value) == {"format", "model", "num_experts", "layer_ids", "nodes", "ranks", "slots_per_rank", "physical_to_logical",
-                          "strategy", "objective", "seconds", "seed", "inputs", "topology"}  # fmt: skip
+    assert set(value) == {
+        "format",
+        "model",
+        "num_experts",
+        "layer_ids",
+        "nodes",
+        "ranks",
+        "slots_per_rank",
+        "physical_to_logical",
+        "strategy",
+        "objective",
+        "seconds",
+        "seed",
+        "inputs",
+        "topology",
+    }
     assert set(value["objective"]) == {"name", "value", "lower_bound", "gap"}
     assert value["physical_to_logical"] == [[0, 1, 2, 3, 4, 5], [2, 3, 1, 4, 0, 5]]
     assert (value["nodes"], value["ranks"], value["slots_per_rank"]) == (1, 3, 2)
@@ -197,7 +221,10 @@ def test_a_wrong_topology_says_what_is_allowed(text: str, message: str) -> None:
         ({"nodes": 2.0, "ranks_per_node": 1}, "nodes: found 2.0, expected an integer"),
         ({"nodes": 1, "ranks_per_node": 1, "row_bytes": -1}, "row_bytes: found -1, expected a positive number"),
         ({"nodes": 1, "ranks_per_node": 1, "within": {"bytes_per_second": 1}}, "within: found .* latency_seconds"),
-        ({"nodes": 1, "ranks_per_node": 1, "within": {"bytes_per_second": "1", "latency_seconds": 0}}, "found '1', expected"),
+        (
+            {"nodes": 1, "ranks_per_node": 1, "within": {"bytes_per_second": "1", "latency_seconds": 0}},
+            "found '1', expected",
+        ),
     ],
 )
 def test_a_wrong_topology_file_names_the_field(tmp_path: Path, value, message) -> None:

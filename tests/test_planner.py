@@ -37,7 +37,9 @@ def brute_force(problem: Problem) -> float:
     return best
 
 
-def problems(seed: int, ranks: int, experts: int, slots: int, layers: int, top_k: int, max_load: float | None) -> dict[str, Problem]:
+def problems(
+    seed: int, ranks: int, experts: int, slots: int, layers: int, top_k: int, max_load: float | None
+) -> dict[str, Problem]:
     trace = make_trace(tokens=80, layers=layers, experts=experts, top_k=top_k, seed=seed, sequences=5)
     affinity = measure(trace)
     homes = homes_of(trace, ranks)
@@ -76,7 +78,11 @@ def test_the_integer_program_finds_and_proves_the_optimum(seed, shape, layers, t
 def test_dynamic_programming_equals_brute_force(seed, ranks, layers, capped) -> None:
     experts = {2: 4, 3: 6}[ranks]
     layers = 2 if ranks == 3 else layers
-    problem = problems(seed, ranks, experts, 2, layers, 2, 1.6 if capped else 100.0)["hops"] if not capped else _capped(seed, ranks, layers)
+    problem = (
+        problems(seed, ranks, experts, 2, layers, 2, 1.6 if capped else 100.0)["hops"]
+        if not capped
+        else _capped(seed, ranks, layers)
+    )
     assert exact.fits(problem)
     best = exact.solve(problem)
     assert best is not None and problem.feasible(best)
@@ -90,7 +96,16 @@ def _capped(seed: int, ranks: int, layers: int) -> Problem:
 def test_dynamic_programming_lists_every_partition_once() -> None:
     found = exact.partitions_of(8, 4)
     assert len(found) == 105
-    assert len({frozenset(frozenset(np.flatnonzero(row == g)) for g in range(4)) for row in found.tolist() for row in [np.array(row)]}) == 105
+    assert (
+        len(
+            {
+                frozenset(frozenset(np.flatnonzero(row == g)) for g in range(4))
+                for row in found.tolist()
+                for row in [np.array(row)]
+            }
+        )
+        == 105
+    )
     assert len(exact.partitions_of(16, 2)) == 6435
 
 
@@ -189,7 +204,10 @@ def test_free_slots_are_used_when_they_help(trace) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(topology=Topology(2, 8)), "--topology: found 16 ranks, expected at most 8: the model has that many experts"),
+        (
+            dict(topology=Topology(2, 8)),
+            "--topology: found 16 ranks, expected at most 8: the model has that many experts",
+        ),
         (dict(slots_per_rank=1), "--slots-per-rank: found 1, expected 2 to 8"),
         (dict(max_load=1.0), r"--max-load: found 1, but one layer cannot be packed below 1\.\d+; give that or more"),
         (dict(max_load=0.5), "--max-load: found 0.5, expected at least 1"),

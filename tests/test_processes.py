@@ -26,7 +26,15 @@ pytestmark = pytest.mark.processes
 
 def torchrun(ranks: int, *arguments: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        *arguments,
+    ]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
@@ -116,7 +124,9 @@ def test_more_ranks_than_prompts_and_uneven_batches_stay_in_step(tmp_path: Path,
     folder = make_model("qwen3_moe", tmp_path / "m")
     uneven_plan(folder, ranks, tmp_path / "p.json")
     sets = [[tokens(6, 1)], [tokens(n, n) for n in range(2, 9)]]
-    cases = [{"model": str(folder), "plan": str(tmp_path / "p.json"), "prompts": p, "new_tokens": 9, "batch_size": 2} for p in sets]
+    cases = [
+        {"model": str(folder), "plan": str(tmp_path / "p.json"), "prompts": p, "new_tokens": 9, "batch_size": 2} for p in sets
+    ]
     for result, prompts in zip(run_cases(tmp_path, ranks, cases), sets, strict=True):
         assert result["texts"] == expected_texts(folder, prompts, 9)[0]
 
@@ -129,7 +139,13 @@ def test_rows_sent_are_the_rows_the_plan_predicts(tmp_path: Path) -> None:
     coterie.load(folder).record([coterie.Prompt(token_ids=tuple(p)) for p in prompts], tmp_path / "t.safetensors")
     trace = coterie.read_trace(tmp_path / "t.safetensors")
     report = coterie.evaluate(plan, trace)
-    case = {"model": str(folder), "plan": str(tmp_path / "p.json"), "prompts": prompts, "new_tokens": 1, "batch_size": 2}
+    case = {
+        "model": str(folder),
+        "plan": str(tmp_path / "p.json"),
+        "prompts": prompts,
+        "new_tokens": 1,
+        "batch_size": 2,
+    }
     result = run_cases(tmp_path, 4, [case])[0]
     predicted = report.remote_rows * trace.tokens * trace.layers
     assert result["rows"] == round(predicted) and abs(predicted - round(predicted)) < 1e-6
@@ -143,16 +159,40 @@ def generate(tmp_path: Path, ranks: int, *options: str) -> subprocess.CompletedP
 def test_the_command_line_prints_one_object_on_rank_0_alone(tmp_path: Path) -> None:
     folder = make_model("mixtral", tmp_path / "m")
     prompts = [tokens(5, 1), tokens(9, 2), tokens(2, 3)]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"token_ids": p, "id": f"n{i}"}) + "\n" for i, p in enumerate(prompts)))
-    done = generate(tmp_path, 2, str(folder), "--prompts", str(tmp_path / "p.jsonl"), "--max-new-tokens", "6", "--json",
-                    "--dtype", "float32", "--out", str(tmp_path / "o.jsonl"))  # fmt: skip
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"token_ids": p, "id": f"n{i}"}) + "\n" for i, p in enumerate(prompts))
+    )
+    done = generate(
+        tmp_path,
+        2,
+        str(folder),
+        "--prompts",
+        str(tmp_path / "p.jsonl"),
+        "--max-new-tokens",
+        "6",
+        "--json",
+        "--dtype",
+        "float32",
+        "--out",
+        str(tmp_path / "o.jsonl"),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("\n") == 1
     result = json.loads(done.stdout)
     assert [o["id"] for o in result["outputs"]] == ["n0", "n1", "n2"]
     assert [o["token_ids"] for o in result["outputs"]] == expected_texts(folder, prompts, 6)[0]
-    assert set(result["stats"]) == {"prompt_tokens", "new_tokens", "seconds", "tokens_per_second", "strategy", "ranks", "bytes_read",
-                                    "rows_sent", "hit_rate", "peak_memory_bytes"}  # fmt: skip
+    assert set(result["stats"]) == {
+        "prompt_tokens",
+        "new_tokens",
+        "seconds",
+        "tokens_per_second",
+        "strategy",
+        "ranks",
+        "bytes_read",
+        "rows_sent",
+        "hit_rate",
+        "peak_memory_bytes",
+    }
     assert result["stats"]["ranks"] == 2 and result["stats"]["strategy"] == "all_to_all" and result["stats"]["rows_sent"] > 0
     assert [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()] == result["outputs"]
 
@@ -172,7 +212,11 @@ def test_what_fails_on_one_rank_ends_all_with_its_message(tmp_path: Path) -> Non
 
     folder = make_model("mixtral", tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")
-    save_file({k: v for k, v in tensors.items() if ".experts.7.w2." not in k}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v for k, v in tensors.items() if ".experts.7.w2." not in k},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (tmp_path / "p.jsonl").write_text('{"token_ids": [5, 6]}')
     done = generate(tmp_path, 2, str(folder), "--prompts", str(tmp_path / "p.jsonl"))
     ours = [line for line in done.stderr.splitlines() if line.startswith("coterie: ")]

@@ -29,7 +29,13 @@ def test_recorded_experts_are_the_routers_top_k(folder: Path, tmp_path: Path, no
     model = coterie.load(folder)
     assert model.record(prompts, tmp_path / "t.safetensors", scenario="x") == 18
     trace = coterie.read_trace(tmp_path / "t.safetensors")
-    assert (trace.phase, trace.scenario, trace.num_experts, trace.top_k, trace.layer_ids) == ("prefill", "x", 8, 3, (0, 1, 2))
+    assert (trace.phase, trace.scenario, trace.num_experts, trace.top_k, trace.layer_ids) == (
+        "prefill",
+        "x",
+        8,
+        3,
+        (0, 1, 2),
+    )
     assert trace.model == folder.name
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for number, prompt in enumerate(prompts):
@@ -119,7 +125,9 @@ def test_an_interrupted_recording_leaves_nothing_behind(folder: Path, tmp_path: 
         (dict(out=Path("/nowhere/t")), "/nowhere/t: the folder /nowhere does not exist"),
     ],
 )
-def test_wrong_arguments_are_named_before_anything_runs(folder: Path, tmp_path: Path, options, message, no_partial_files) -> None:
+def test_wrong_arguments_are_named_before_anything_runs(
+    folder: Path, tmp_path: Path, options, message, no_partial_files
+) -> None:
     arguments = {"prompts": [coterie.Prompt(token_ids=(3, 4))], "out": tmp_path / "t", **options}
     with pytest.raises(InputError, match=message):
         coterie.load(folder).record(**arguments)

@@ -17,6 +17,7 @@ import json
 import math
 import platform
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def locality_loss(picks: list[torch.Tensor]) -> torch.Tensor:
     it); ones this small do so less the longer they train, so they are asked to.
     """
     others = 1 - torch.eye(picks[0].shape[1])
-    joints = [a.T @ b for a, b in zip(picks, picks[1:], strict=False)] + [(a.T @ a) * others for a in picks]
+    joints = [a.T @ b for a, b in pairwise(picks)] + [(a.T @ a) * others for a in picks]
     return torch.stack([_conditional_entropy(j.clamp(min=1e-3)) for j in joints]).mean()
 
 
@@ -121,7 +122,8 @@ def train(corpus: dict[str, list[Document]], steps: int, rows: int, length: int,
         batch = torch.from_numpy(np.stack([streams[n].draw(length, rng) for n in names]))
         out = model(input_ids=batch[:, :-1], output_router_logits=True, use_cache=False)
         nats = F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten())
-        (nats + auxiliary_loss(out.router_logits, model.config.num_experts_per_tok)).backward()
+        loss = nats + auxiliary_loss(out.router_logits, model.config.num_experts_per_tok)
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -208,19 +210,21 @@ One document in {share}, by a hash of its name, was held out; the figures and th
 SHA-256 of the corpus: `{digest}`.
 
 ## Training
-`python -m coterie.moe.tiny.train --steps {steps} --rows {rows} --length {length} --seed {seed}`: {steps} steps of {rows} x {length} bytes,
-AdamW, {minutes:.0f} minutes on {threads} thread(s), torch {torch}. Beside the language loss: load balance (Switch Transformers), router
-z-loss and a locality term, the conditional entropy of the next layer's experts and of an expert's companions. Routers of large
-models agree across layers by themselves; without the term those of this one agree less the longer it trains (0.48 on the measure below
-after 300 steps, 0.36 after 4500), and there would be little here for a planner to find. At 300 steps it cost 0.02 nats per byte.
+`python -m coterie.moe.tiny.train --steps {steps} --rows {rows} --length {length} --seed {seed}`:
+{steps} steps of {rows} x {length} bytes, AdamW, {minutes:.0f} minutes on {threads} thread(s), torch {torch}.
+
+Beside the language loss: load balance (Switch Transformers), router z-loss and a locality term, the conditional entropy of
+the next layer's experts and of an expert's companions. Routers of large models agree across layers by themselves; without
+the term those of this one agree less the longer it trains (0.48 on the measure below after 300 steps, 0.36 after 4500), and
+there would be little here for a planner to find. At 300 steps it cost 0.02 nats per byte.
 
 ## Figures (held-out text, bf16 weights, fp32 arithmetic)
 | domain | loss, nats per byte |
 |---|---|
 {losses}
 
-Affinity, max P(next layer's top-1 expert | this layer's), mean per layer pair: {affinity} (mean {mean_affinity:.2f}; even routing
-would give 0.06). Busiest expert of a layer: {busiest:.2f} times the mean load.
+Affinity, max P(next layer's top-1 expert | this layer's), mean per layer pair: {affinity} (mean {mean_affinity:.2f};
+even routing would give 0.06). Busiest expert of a layer: {busiest:.2f} times the mean load.
 
 ## Licence
 Weights and card: Apache-2.0, as coterie. The prompts are excerpts of CPython's standard library, headers and documentation,

@@ -1,0 +1,303 @@
+"""The command line: one JSON object, exit codes, errors in a line or two, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_trace
+from tiny_models import make_model
+
+import coterie
+from coterie.launch.cli import main
+from coterie.routing.trace import LoadStatistics, read_routing, save_load, save_trace
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def run_json(capsys, *arguments: object) -> dict:
+    code, out, err = run(capsys, *arguments, "--json")
+    assert code == 0, err
+    assert out.count("\n") == 1 and out.endswith("\n")
+    return json.loads(out)
+
+
+def fails(capsys, *arguments: object) -> str:
+    """The message of a command that must end with exit code 2."""
+    code, out, err = run(capsys, *arguments)
+    lines = err.strip().splitlines()
+    assert code == 2 and out == "", (code, out, err)
+    assert 1 <= len(lines) <= 2 and lines[0].startswith("coterie: ") and "Traceback" not in err
+    return err
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path, trace_file: Path, capsys) -> Path:
+    path = tmp_path / "plan.json"
+    run_json(capsys, "plan", trace_file, "--topology", "1x2", "--out", path, "--time-limit", "2")
+    return path
+
+
+def test_plan_writes_a_plan_and_prints_its_objective(tmp_path: Path, trace_file: Path, capsys) -> None:
+    out = tmp_path / "p.json"
+    result = run_json(capsys, "plan", trace_file, "--topology", "2x2", "--out", out, "--time-limit", "2", "--seed", "5")
+    made = coterie.read_plan(out)
+    assert result["objective"]["value"] == made.objective.value and made.seed == 5
+    assert made.inputs[0]["file"] == str(trace_file) and len(made.inputs[0]["sha256"]) == 64
+    code, text, _ = run(capsys, "plan", trace_file, "--topology", "1x2", "--method", "packed", "--out", out)
+    assert code == 0 and "round_robin" in text and coterie.read_plan(out).objective.lower_bound is None
+
+
+def test_evaluate_prints_the_fields_of_the_contract(tmp_path: Path, trace_file: Path, plan_file: Path, capsys) -> None:
+    result = run_json(capsys, "evaluate", plan_file, trace_file)
+    assert set(result) == {"plans", "tokens", "layers"} and set(result["plans"]) == {
+        "plan",
+        "contiguous",
+        "round_robin",
+        "packed",
+    }
+    for values in result["plans"].values():
+        assert set(values) == {
+            "hops",
+            "dispatch",
+            "remote_rows",
+            "node_rows",
+            "busiest_rank",
+            "load",
+            "coherent",
+            "seconds",
+        }
+    other = tmp_path / "other.safetensors"
+    save_trace(make_trace(seed=9), other)
+    several = run_json(capsys, "evaluate", plan_file, trace_file, other)
+    assert set(several["scenarios"]) == {str(trace_file), str(other)} and several["scenarios"][str(trace_file)] == result
+    assert result["plans"]["plan"]["dispatch"] == coterie.read_plan(plan_file).objective.value
+
+
+def test_evaluate_takes_load_statistics(tmp_path: Path, plan_file: Path, capsys) -> None:
+    path = tmp_path / "load.safetensors"
+    load = np.random.default_rng(0).integers(1, 100, (2, 3, 8))
+    save_load(LoadStatistics(load, "m", (0, 1, 2), ("prefill", "decode")), path)
+    result = run_json(capsys, "evaluate", plan_file, path)["scenarios"]
+    assert set(result) == {f"{path}:prefill", f"{path}:decode"}
+    values = result[f"{path}:decode"]["plans"]["plan"]
+    assert values["load"] > 1 and values["hops"] is None
+
+
+def test_show_draws_traces_plans_and_both(tmp_path: Path, trace_file: Path, plan_file: Path, capsys) -> None:
+    for number, files in enumerate(([trace_file], [plan_file], [plan_file, trace_file])):
+        out = tmp_path / f"{number}.html"
+        assert run_json(capsys, "show", *files, "--out", out) == {"report": str(out)}
+        text = out.read_text()
+        assert text.startswith("<!doctype html>") and "<svg" in text
+        assert not re.findall(r'<script|<link|@import|(?:src|href)="(?!#|data:)|url\((?!#)', text), (
+            "the page needs nothing else"
+        )
+        assert ("What it saves" in text) == (number > 0), "a plan finds the trace it was made from"
+    assert "expected at most one of each" in fails(capsys, "show", trace_file, trace_file, "--out", tmp_path / "x.html")
+
+
+def test_doctor_finds_what_is_there(capsys) -> None:
+    result = run_json(capsys, "doctor")
+    found = {f["what"]: f["status"] for f in result["findings"]}
+    assert found["torch"] == found["transformers"] == "ok" and found["several processes"] == "ok"
+    code, text, _ = run(capsys, "doctor")
+    assert code == 0 and "processor" in text
+
+
+def test_trace_and_generate_on_a_checkpoint_without_a_tokenizer(tmp_path: Path, capsys) -> None:
+    folder = make_model("mixtral", tmp_path / "m")
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"token_ids": [5, 6, 7], "id": "a"}\n\n{"token_ids": [8], "max_new_tokens": 2}\n')
+    result = run_json(capsys, "trace", folder, "--prompts", prompts, "--out", tmp_path / "t", "--max-new-tokens", "4")
+    assert result["tokens"] == coterie.read_trace(tmp_path / "t").tokens == 3 + 3 + 1 + 1
+    made = run_json(capsys, "generate", folder, "--prompts", prompts, "--max-new-tokens", "4", "--out", tmp_path / "o.jsonl")
+    assert [o["id"] for o in made["outputs"]] == ["a", 1] and [len(o["token_ids"]) for o in made["outputs"]] == [4, 2]
+    assert made["stats"]["hit_rate"] is None and made["stats"]["strategy"] == "local"
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 2
+
+
+def test_generate_streams_one_prompt(capsys) -> None:
+    code, out, err = run(capsys, "generate", "coterie-tiny", "--prompt", "import os", "--max-new-tokens", "12")
+    assert code == 0 and out.startswith("import os") and len(out) > 12 and "12 tokens in" in err
+
+
+def test_launchers_local_rank_before_the_verb_is_accepted(capsys) -> None:
+    for given in (["--local_rank=0"], ["--local-rank", "0"]):
+        assert main([*given, "doctor", "--json"]) == 0
+    capsys.readouterr()
+
+
+def test_import_brings_in_npz_json_and_sglang_dumps(tmp_path: Path, capsys) -> None:
+    import torch
+
+    ids = np.array([[[0, 3], [1, 2]], [[2, 1], [0, 3]]])
+    np.savez(tmp_path / "a.npz", topk_ids=ids, sequence_ids=np.array([0, 1]))
+    run_json(
+        capsys,
+        "import",
+        tmp_path / "a.npz",
+        "--out",
+        tmp_path / "a",
+        "--model",
+        "x",
+        "--num-experts",
+        "8",
+        "--phase",
+        "decode",
+    )
+    trace = coterie.read_trace(tmp_path / "a")
+    assert (trace.expert_ids == ids).all() and (trace.num_experts, trace.model, trace.phase) == (8, "x", "decode")
+
+    (tmp_path / "b.json").write_text(json.dumps({"logical_count": [[[0, 0], [1, 2]], [[0, 0], [3, 4]]]}))
+    run_json(capsys, "import", tmp_path / "b.json", "--out", tmp_path / "b")
+    load = read_routing(tmp_path / "b")
+    assert isinstance(load, LoadStatistics) and load.layer_ids == (1,) and load.expert_load.tolist() == [[[1, 2]], [[3, 4]]]
+
+    physical = torch.full((3, 5, 8), -1, dtype=torch.int32)  # layer 0 is dense; 4 experts and one copy in 6 slots
+    physical[1:, :, 0], physical[1:, :, 1] = 5, torch.arange(5) % 3
+    table = torch.tensor([[0, 1, 2, 3, 0, 1]] + [[3, 2, 1, 0, 3, 0]] * 2)
+    prefill = dict(positions=[0, 1, 2, 0, 1], extend_seq_lens=[3, 2], input_ids=[1] * 5, topk_ids_of_layer=physical)
+    decode = dict(positions=[3, 2], extend_seq_lens=None, input_ids=[1] * 2, topk_ids_of_layer=physical[:, :2])
+    torch.save({"records": [prefill, decode], "last_physical_to_logical_map": table}, tmp_path / "c.pt")
+    run_json(capsys, "import", tmp_path / "c.pt", "--out", tmp_path / "c", "--num-experts", "4")
+    trace = coterie.read_trace(tmp_path / "c")
+    assert trace.expert_ids.shape == (7, 2, 2) and trace.layer_ids == (1, 2)
+    assert trace.sequence_ids.tolist() == [0, 0, 0, 1, 1, 0, 1] and trace.positions.tolist() == [0, 1, 2, 0, 1, 3, 2]
+    assert trace.expert_ids[:4, 0].tolist() == [[0, 3], [0, 2], [0, 1], [0, 3]]
+
+    torch.save({"rank": 0, "logical_count": torch.ones(4, 3, 5, dtype=torch.int64)}, tmp_path / "d.pt")
+    run_json(capsys, "import", tmp_path / "d.pt", "--out", tmp_path / "d")
+    assert read_routing(tmp_path / "d").expert_load.tolist() == [[[4] * 5] * 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.npz", b"no zip", "a.npz: is not a readable npz"),
+        ("a.json", b"{}", "a.json: found no field logical_count"),
+        ("a.json", b'{"logical_count": [[1, 2], [3]]}', "logical_count: is no regular array"),
+        ("a.json", b'{"logical_count": [[-1, 2]]}', "logical_count: found a value that is negative"),
+        ("a.json", b'{"logical_count": [[0, 0]]}', "logical_count: found only zeros"),
+        ("a.pt", b"no torch file", "a.pt: is not a readable .pt file"),
+        ("a.csv", b"1,2", "a.csv: found suffix '.csv', expected .json, .npz, .pt"),
+    ],
+)
+def test_import_names_what_is_wrong(tmp_path: Path, capsys, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert message in fails(capsys, "import", tmp_path / name, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_import_of_arrays_that_are_no_routing(tmp_path: Path, capsys) -> None:
+    for arrays, message in (
+        ({"x": np.zeros(3)}, "found arrays ['x'], expected expert_ids or topk_ids"),
+        ({"topk_ids": np.zeros((2, 2, 1))}, "topk_ids: found float64 with 3 dimensions, expected integers"),
+        ({"topk_ids": np.zeros((2, 2), int)}, "topk_ids: found int64 with 2 dimensions"),
+        ({"topk_ids": np.full((2, 2, 1), 9)}, "expert_ids: found 9, expected less than num_experts = 4"),
+        ({"topk_ids": np.zeros((2, 2, 2), int)}, "an expert picked twice"),
+        ({"topk_ids": np.zeros((0, 2, 2), int)}, "expected at least one token"),
+    ):
+        np.savez(tmp_path / "a.npz", **arrays)
+        assert message in fails(capsys, "import", tmp_path / "a.npz", "--out", tmp_path / "out", "--num-experts", "4")
+
+
+def test_wrong_arguments_are_one_line_with_exit_code_2(tmp_path: Path, trace_file: Path, plan_file: Path, capsys) -> None:
+    out = tmp_path / "out"
+    plan = ("plan", trace_file, "--out", out)
+    assert "--help tells what is expected" in fails(capsys, "plan")
+    assert "invalid choice" in fails(capsys, "fly")
+    assert "--topology: found 16 ranks, expected at most 8" in fails(capsys, *plan, "--topology", "4x4")
+    assert "topology: found 'big', expected NODESxRANKS" in fails(capsys, *plan, "--topology", "big")
+    assert "--workers: found 0" in fails(capsys, *plan, "--topology", "1x2", "--workers", "0")
+    assert "no such file" in fails(capsys, "plan", tmp_path / "none", "--topology", "1x2", "--out", out)
+    assert "the folder" in fails(capsys, "plan", trace_file, "--topology", "1x2", "--out", "/no/where/p.json")
+    assert "is a folder" in fails(capsys, "plan", trace_file, "--topology", "1x2", "--out", tmp_path)
+    assert "cannot be read" in fails(capsys, "evaluate", tmp_path / "none.json", trace_file)
+    prompts = tmp_path / "p.txt"
+    for text, message in (
+        ("", "found no prompt"),
+        ('{"prompt": "x", "token_ids": [1]}', ":1: found ['prompt', 'token_ids'], expected one of"),
+        ('{"prompt": ""}', "prompt: found '', expected a text that is not empty"),
+        ('{"token_ids": [-1]}', "token_ids: found [-1], expected a list of token ids"),
+        ('{"token_ids": [1]}\n{', ":2: is not JSON"),
+        ('{"prompt": "x", "max_new_tokens": 0}', "max_new_tokens: found 0"),
+        ('{"prompt": "x", "id": [1]}', "id: found [1]"),
+    ):
+        prompts.write_text(text)
+        assert message in fails(capsys, "generate", "coterie-tiny", "--prompts", prompts)
+    assert "cannot be read" in fails(capsys, "generate", "coterie-tiny", "--prompts", tmp_path / "none")
+    assert "--max-new-tokens: found 0" in fails(capsys, "generate", "coterie-tiny", "--prompt", "x", "--max-new-tokens", "0")
+    assert "--batch-size: found 0" in fails(capsys, "generate", "coterie-tiny", "--prompt", "x", "--batch-size", "0")
+    message = fails(capsys, "generate", "coterie-tiny", "--prompt", "x", "--plan", plan_file)
+    assert f"{plan_file}: ranks: the plan is for 2, found 1 processes; start 2, or plan for 1" in message
+    assert not out.exists()
+
+
+def test_a_trace_of_another_model_is_refused_with_its_name(tmp_path: Path, plan_file: Path, capsys) -> None:
+    other = tmp_path / "other.safetensors"
+    save_trace(make_trace(model="somebody/else"), other)
+    message = fails(capsys, "evaluate", plan_file, other)
+    assert f"{other}: model: the trace has 'somebody/else', the plan 'm'" in message
+
+
+def test_an_unexpected_failure_is_called_a_defect_and_debug_shows_it(
+    trace_file: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("coterie.launch.commands.read_trace", lambda path: 1 / 0)
+    arguments = ("plan", trace_file, "--topology", "1x2", "--out", tmp_path / "p")
+    code, _, err = run(capsys, *arguments)
+    assert code == 1 and "ZeroDivisionError" in err and "--debug" in err and "Traceback" not in err
+    with pytest.raises(ZeroDivisionError):
+        main([str(a) for a in (*arguments, "--debug")])
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("verb", ["plan", "trace"])
+def test_ctrl_c_in_the_middle_leaves_what_was_there(tmp_path: Path, verb: str) -> None:
+    out = tmp_path / "out"
+    out.write_text("precious")
+    if verb == "plan":
+        save_trace(make_trace(tokens=6000, layers=8, experts=24, top_k=4), tmp_path / "t")
+        arguments = ["plan", str(tmp_path / "t"), "--topology", "1x4", "--out", str(out), "--time-limit", "120"]
+    else:
+        (tmp_path / "p.txt").write_text("def f(x):\n" * 400)
+        arguments = [
+            "trace",
+            "coterie-tiny",
+            "--prompts",
+            str(tmp_path / "p.txt"),
+            "--out",
+            str(out),
+            "--max-new-tokens",
+            "800",
+        ]
+    process = subprocess.Popen([sys.executable, "-m", "coterie", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    time.sleep(12)
+    assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "coterie: interrupted; no output was written" in err
+    assert out.read_text() == "precious"
+    assert not [p for p in tmp_path.iterdir() if ".part" in p.name]
+
+
+def test_help_of_every_verb_fits_and_names_its_options(capsys) -> None:
+    for verb in ("demo", "trace", "import", "plan", "evaluate", "show", "generate", "doctor"):
+        with pytest.raises(SystemExit) as ended:
+            main([verb, "--help"])
+        assert ended.value.code == 0
+        assert "--json" in capsys.readouterr().out
