@@ -211,6 +211,7 @@ def load(
     """Load this rank's share of MODEL: a folder, a hub id, or `coterie-tiny`.
 
     plan: where experts live; by default in order over the ranks of the running torch.distributed job (or all here).
+    device: by default this process's GPU, or the CPU if there is none.
     dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on a GPU, float32 on a CPU.
     Raises InputError for a model, checkpoint or plan that is wrong or does not fit.
     """
@@ -220,7 +221,7 @@ def load(
         plan = contiguous_plan(shape, group.size)
     check_plan(plan, shape, group.size)
     chosen = make_strategy(strategy, group)
-    target = torch.device(device if device is not None else "cpu")
+    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = Checkpoint.open(shape.folder)
     experts = {layer: tuple(plan.experts_on(i, group.rank)) for i, layer in enumerate(shape.layer_ids)}
     loaded = load_share(shape, empty, checkpoint, experts, _dtype(dtype, shape.config, target), target, IMPLEMENTATION)

@@ -1,0 +1,79 @@
+"""The demo, and what the README says one can type."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
+
+def shell(command: str, folder: Path, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """Run as a user with the environment activated would, wherever the package is imported from."""
+    programs = folder / "bin"
+    programs.mkdir(exist_ok=True)
+    for name, module in (("coterie", "coterie"), ("torchrun", "torch.distributed.run")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+        (programs / name).chmod(0o755)
+    (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (programs / "python").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        ["bash", "-ec", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_the_demo_does_the_whole_tour(tmp_path: Path) -> None:
+    done = shell("coterie demo --json --out out", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert set(result) == {"model", "trace", "held_out_trace", "plan", "report", "plans", "tokens_per_second", "max_logit_difference",
+                           "text_equal", "offload", "seconds"}  # fmt: skip
+    assert result["text_equal"] is True and 0 <= result["max_logit_difference"] <= 1e-4
+    plans = result["plans"]
+    assert plans["plan"]["dispatch"] <= 0.85 * plans["contiguous"]["dispatch"]
+    assert plans["plan"]["load"] <= plans["contiguous"]["load"]
+    assert all(v > 0 for v in result["tokens_per_second"].values())
+    assert "<svg" in Path(result["report"]).read_text()
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
+def test_every_command_of_the_readme_runs_as_printed(tmp_path: Path) -> None:
+    steps = next(block for block in blocks("sh") if "coterie doctor" in block)
+    done = shell(steps, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "tokens/s" in done.stderr and "packed" in done.stdout and "[python-0]" in done.stdout
+    for name in ("trace.safetensors", "heldout.safetensors", "plan.json", "report.html"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_the_python_of_the_readme_runs_as_printed(tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(blocks("python")[0])
+    done = shell("python example.py", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Objective(name='dispatch'" in done.stdout
+
+
+def test_every_verb_is_in_the_readme() -> None:
+    from coterie.launch.cli import build_parser
+
+    verbs = next(a for a in build_parser()._actions if hasattr(a, "choices") and a.dest == "verb").choices
+    text = (ROOT / "README.md").read_text()
+    assert all(f"| `coterie {verb}" in text for verb in verbs)
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
