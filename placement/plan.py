@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.placement.topology import Topology, from_json
-from coterie.routing.errors import InputError
+from coterie.routing.errors import InputError, require
 from coterie.routing.files import read_json, write_text
 
 PLAN_FORMAT = "coterie.plan.v1"
@@ -106,19 +106,14 @@ def slots_from_assignment(assignment: NDArray[np.integer], ranks: int, slots_per
     return slots.reshape(layers, ranks * slots_per_rank)
 
 
-def _require(condition: bool, field_name: str, found: object, allowed: str) -> None:
-    if not condition:
-        raise InputError(f"{field_name}: found {found}, expected {allowed}")
-
-
 def _check_plan(p: PlacementPlan) -> None:
     slots = p.physical_to_logical
-    _require(slots.ndim == 2, "physical_to_logical", f"{slots.ndim} dimensions", "[layers][ranks*slots_per_rank]")
+    require(slots.ndim == 2, "physical_to_logical", f"{slots.ndim} dimensions", "[layers][ranks*slots_per_rank]")
     layers, width = slots.shape
-    _require(layers == len(p.layer_ids) > 0, "physical_to_logical", f"{layers} layers", f"{len(p.layer_ids)}, as layer_ids")
-    _require(width > 0 and width % p.ranks == 0, "physical_to_logical", f"{width} slots", f"a multiple of {p.ranks} ranks")
+    require(layers == len(p.layer_ids) > 0, "physical_to_logical", f"{layers} layers", f"{len(p.layer_ids)}, as layer_ids")
+    require(width > 0 and width % p.ranks == 0, "physical_to_logical", f"{width} slots", f"a multiple of {p.ranks} ranks")
     low, high = int(slots.min()), int(slots.max())
-    _require(low >= -1 and high < p.num_experts, "physical_to_logical", low if low < -1 else high,
+    require(low >= -1 and high < p.num_experts, "physical_to_logical", low if low < -1 else high,
              f"-1 (empty) to {p.num_experts - 1}")  # fmt: skip
     held = holders(slots, p.num_experts, p.ranks)
     if (missing := np.argwhere(~held.any(2))).size:
@@ -127,8 +122,8 @@ def _check_plan(p: PlacementPlan) -> None:
     copies = (slots >= 0).sum(1)
     if (twice := np.flatnonzero(held.sum((1, 2)) != copies)).size:
         raise InputError(f"physical_to_logical: layer {p.layer_ids[twice[0]]} has an expert twice on one rank, expected once")
-    _require(p.strategy in STRATEGIES, "strategy", repr(p.strategy), " or ".join(STRATEGIES))
-    _require(p.objective.name in OBJECTIVES, "objective.name", repr(p.objective.name), " or ".join(OBJECTIVES))
+    require(p.strategy in STRATEGIES, "strategy", repr(p.strategy), " or ".join(STRATEGIES))
+    require(p.objective.name in OBJECTIVES, "objective.name", repr(p.objective.name), " or ".join(OBJECTIVES))
 
 
 def save_plan(plan: PlacementPlan, path: Path) -> None:
@@ -161,9 +156,9 @@ def read_plan(path: Path) -> PlacementPlan:
 
 
 def _from_json(value: Any) -> PlacementPlan:
-    _require(isinstance(value, dict), "plan", type(value).__name__, "a JSON object")
+    require(isinstance(value, dict), "plan", type(value).__name__, "a JSON object")
     found = value.get("format")
-    _require(found == PLAN_FORMAT, "format", repr(found)[:60], repr(PLAN_FORMAT))
+    require(found == PLAN_FORMAT, "format", repr(found)[:60], repr(PLAN_FORMAT))
     counts = {name: _count(value, name) for name in ("num_experts", "nodes", "ranks", "slots_per_rank")}
     topology = _topology(value, counts["nodes"], counts["ranks"])
     layer_ids = _integers(value.get("layer_ids"), "layer_ids")
@@ -187,42 +182,42 @@ def _from_json(value: Any) -> PlacementPlan:
 def _check_gap(stated: Any, computed: float | None) -> None:
     number = None if stated is None else _number(stated, "objective.gap")
     same = number == computed or (number is not None and computed is not None and abs(number - computed) < 1e-6)
-    _require(same, "objective.gap", stated, f"{computed} = (value - lower_bound) / value")
+    require(same, "objective.gap", stated, f"{computed} = (value - lower_bound) / value")
 
 
 def _count(value: dict[str, Any], name: str) -> int:
     found = value.get(name)
-    _require(type(found) is int and 0 < found <= 1 << 20, name, repr(found)[:40], "an integer of at least 1")
+    require(type(found) is int and 0 < found <= 1 << 20, name, repr(found)[:40], "an integer of at least 1")
     return int(found)  # type: ignore[arg-type]
 
 
 def _text(value: dict[str, Any], name: str) -> str:
     found = value.get(name)
-    _require(isinstance(found, str), name, repr(found)[:40], "a string")
+    require(isinstance(found, str), name, repr(found)[:40], "a string")
     return str(found)
 
 
 def _number(found: Any, name: str) -> float:
     ok = isinstance(found, int | float) and not isinstance(found, bool) and abs(found) < 1e18
-    _require(ok, name, repr(found)[:40], "a finite number")
+    require(ok, name, repr(found)[:40], "a finite number")
     return float(found)
 
 
 def _integers(found: Any, name: str) -> list[int]:
     ok = isinstance(found, list) and len(found) > 0 and all(type(v) is int and 0 <= v < 1 << 20 for v in found)
-    _require(ok, name, str(found)[:60], "a list of layer numbers")
-    _require(all(a < b for a, b in pairwise(found)), name, str(found)[:60], "increasing layer numbers")
+    require(ok, name, str(found)[:60], "a list of layer numbers")
+    require(all(a < b for a, b in pairwise(found)), name, str(found)[:60], "increasing layer numbers")
     return list(found)
 
 
 def _slot_map(found: Any, layers: int, width: int) -> NDArray[np.int32]:
     name = "physical_to_logical"
-    _require(layers * width <= MAX_SLOTS, name, f"{layers} x {width} slots", f"at most {MAX_SLOTS} in all")
-    _require(isinstance(found, list) and len(found) == layers, name, f"{_size(found)} layers", f"{layers}, as layer_ids has")
+    require(layers * width <= MAX_SLOTS, name, f"{layers} x {width} slots", f"at most {MAX_SLOTS} in all")
+    require(isinstance(found, list) and len(found) == layers, name, f"{_size(found)} layers", f"{layers}, as layer_ids has")
     for i, row in enumerate(found):
-        _require(isinstance(row, list) and len(row) == width, f"{name}[{i}]", f"{_size(row)} slots",
+        require(isinstance(row, list) and len(row) == width, f"{name}[{i}]", f"{_size(row)} slots",
                  f"{width} = ranks x slots_per_rank")  # fmt: skip
-        _require(all(type(v) is int and -1 <= v < 1 << 20 for v in row), f"{name}[{i}]", str(row)[:60], "expert ids or -1")
+        require(all(type(v) is int and -1 <= v < 1 << 20 for v in row), f"{name}[{i}]", str(row)[:60], "expert ids or -1")
     return np.array(found, dtype=np.int32)
 
 
@@ -231,7 +226,7 @@ def _size(found: Any) -> object:
 
 
 def _objective(found: Any) -> Objective:
-    _require(isinstance(found, dict), "objective", type(found).__name__, "an object with name, value, lower_bound, gap")
+    require(isinstance(found, dict), "objective", type(found).__name__, "an object with name, value, lower_bound, gap")
     numbers = [found.get("value"), found.get("lower_bound")]
     value, bound = (None if n is None else _number(n, "objective") for n in numbers)
     return Objective(_text(found, "name"), value, bound)
@@ -239,9 +234,9 @@ def _objective(found: Any) -> Objective:
 
 def _topology(value: dict[str, Any], nodes: int, ranks: int) -> Topology:
     topology = from_json(value.get("topology"))
-    _require(ranks % nodes == 0, "ranks", ranks, f"a multiple of nodes = {nodes}")
+    require(ranks % nodes == 0, "ranks", ranks, f"a multiple of nodes = {nodes}")
     same = (topology.nodes, topology.ranks) == (nodes, ranks)
-    _require(
+    require(
         same,
         "topology",
         f"{topology.nodes} nodes, {topology.ranks} ranks",
@@ -252,5 +247,5 @@ def _topology(value: dict[str, Any], nodes: int, ranks: int) -> Topology:
 
 def _inputs(found: Any) -> Sequence[dict[str, str]]:
     ok = isinstance(found, list) and all(isinstance(i, dict) for i in found)
-    _require(ok, "inputs", str(found)[:60], "a list of {file, sha256}")
+    require(ok, "inputs", str(found)[:60], "a list of {file, sha256}")
     return [{str(k): str(v) for k, v in i.items()} for i in found]

@@ -120,17 +120,23 @@ def load_caps(load: NDArray[np.float64], ranks: int, max_load: float | None) -> 
 
 def balanced_peak(load: NDArray[np.float64], ranks: int) -> float:
     """The busiest rank's load after balanced packing and improving swaps; load `[E]`."""
-    assignment = packed(load[None], ranks)[0]
+    return balance(packed(load[None], ranks)[0], load, ranks, 0.0)
+
+
+def balance(here: NDArray[np.int64], load: NDArray[np.float64], ranks: int, cap: float) -> float:
+    """Swap experts of the busiest rank, in place, until it carries at most `cap` or no swap helps; returns its load.
+
+    here: the rank of every expert `[E]`; load `[E]`.
+    """
     while True:
-        carried = np.bincount(assignment, weights=load, minlength=ranks)
+        carried = np.bincount(here, weights=load, minlength=ranks)
         peak = int(carried.argmax())
-        inside, outside = np.flatnonzero(assignment == peak), np.flatnonzero(assignment != peak)
-        if not len(outside):
+        inside, outside = np.flatnonzero(here == peak), np.flatnonzero(here != peak)
+        if carried[peak] <= cap * (1 + 1e-9) or not len(outside):
             return float(carried[peak])
         change = load[outside][None, :] - load[inside][:, None]
-        after = np.maximum(carried[peak] + change, carried[assignment[outside]][None, :] - change)
-        best = np.unravel_index(after.argmin(), after.shape)
-        if after[best] >= carried[peak] - 1e-9:
+        after = np.maximum(carried[peak] + change, carried[here[outside]][None, :] - change)
+        i, o = np.unravel_index(after.argmin(), after.shape)
+        if after[i, o] >= carried[peak] - 1e-9:
             return float(carried[peak])
-        e, f = inside[best[0]], outside[best[1]]
-        assignment[e], assignment[f] = assignment[f], assignment[e]
+        here[inside[i]], here[outside[o]] = here[outside[o]], here[inside[i]]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.placement.baselines import Assignment, packed
-from coterie.placement.problem import Problem, one_hot
+from coterie.placement.problem import Problem, balance, one_hot
 
 
 def search(problem: Problem, seed: int, rounds: int, deadline: float) -> Assignment:
@@ -108,23 +108,8 @@ def _start(problem: Problem) -> Assignment:
     """Balanced packing; layers that miss their cap are brought under it by swaps of load alone."""
     assignment = packed(problem.load, problem.ranks)
     for layer in range(problem.layers):
-        _balance(assignment[layer], problem.load[layer], float(problem.caps[layer]), problem.ranks)
+        balance(assignment[layer], problem.load[layer], problem.ranks, float(problem.caps[layer]))
     return assignment
-
-
-def _balance(here: NDArray[np.int64], load: NDArray[np.float64], cap: float, ranks: int) -> None:
-    while True:
-        carried = np.bincount(here, weights=load, minlength=ranks)
-        peak = int(carried.argmax())
-        if carried[peak] <= cap * (1 + 1e-9):
-            return
-        inside, outside = np.flatnonzero(here == peak), np.flatnonzero(here != peak)
-        change = load[outside][None, :] - load[inside][:, None]
-        after = np.maximum(carried[peak] + change, carried[here[outside]][None, :] - change)
-        i, o = np.unravel_index(after.argmin(), after.shape)
-        if after[i, o] >= carried[peak] - 1e-9:
-            return
-        here[inside[i]], here[outside[o]] = here[outside[o]], here[inside[i]]
 
 
 def _perturbed(problem: Problem, assignment: Assignment, rng: np.random.Generator) -> Assignment:

@@ -12,3 +12,9 @@ class CoterieError(Exception):
 
 class InputError(CoterieError, ValueError):
     """A file or an argument is wrong."""
+
+
+def require(condition: bool, field: str, found: object, expected: str) -> None:
+    """Raises InputError in the words of all our errors unless `condition` holds."""
+    if not condition:
+        raise InputError(f"{field}: found {found}, expected {expected}")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from coterie.routing.errors import InputError
+from coterie.routing.errors import InputError, require
 from coterie.routing.files import atomic_output
 
 TRACE_FORMAT = "coterie.trace.v1"
@@ -95,49 +95,44 @@ class LoadStatistics:
         return int(self.expert_load.shape[2])
 
 
-def _require(condition: bool, field: str, found: object, allowed: str) -> None:
-    if not condition:
-        raise InputError(f"{field}: found {found}, expected {allowed}")
-
-
 def _check_trace(t: RoutingTrace) -> None:
     ids = t.expert_ids
-    _require(ids.ndim == 3, "expert_ids", f"{ids.ndim} dimensions", "[tokens, layers, top_k]")
-    _require(ids.shape[0] > 0, "expert_ids", "0 tokens", "at least one: record again with a longer prompt")
-    _require(ids.shape[1] > 0 and ids.shape[2] > 0, "expert_ids", f"shape {ids.shape}", "layers and top_k of at least 1")
-    _require(ids.dtype == np.int16, "expert_ids", ids.dtype, "int16")
-    _require(0 < t.num_experts <= 32767, "num_experts", t.num_experts, "1 to 32767")
+    require(ids.ndim == 3, "expert_ids", f"{ids.ndim} dimensions", "[tokens, layers, top_k]")
+    require(ids.shape[0] > 0, "expert_ids", "0 tokens", "at least one: record again with a longer prompt")
+    require(ids.shape[1] > 0 and ids.shape[2] > 0, "expert_ids", f"shape {ids.shape}", "layers and top_k of at least 1")
+    require(ids.dtype == np.int16, "expert_ids", ids.dtype, "int16")
+    require(0 < t.num_experts <= 32767, "num_experts", t.num_experts, "1 to 32767")
     _check_layers(t.layer_ids, ids.shape[1])
     for name, values in (("sequence_ids", t.sequence_ids), ("positions", t.positions)):
-        _require(values.shape == ids.shape[:1], name, f"shape {values.shape}", f"[tokens] = {list(ids.shape[:1])}")
-        _require(values.dtype == np.int32, name, values.dtype, "int32")
-        _require(int(values.min()) >= 0, name, int(values.min()), "0 or more")
+        require(values.shape == ids.shape[:1], name, f"shape {values.shape}", f"[tokens] = {list(ids.shape[:1])}")
+        require(values.dtype == np.int32, name, values.dtype, "int32")
+        require(int(values.min()) >= 0, name, int(values.min()), "0 or more")
     low, high = int(ids.min()), int(ids.max())
     allowed = f"-1 (unused) to {t.num_experts - 1} (num_experts - 1)"
-    _require(low >= -1 and high < t.num_experts, "expert_ids", low if low < -1 else high, allowed)
-    _require(t.phase in PHASES, "phase", repr(t.phase), " or ".join(PHASES))
+    require(low >= -1 and high < t.num_experts, "expert_ids", low if low < -1 else high, allowed)
+    require(t.phase in PHASES, "phase", repr(t.phase), " or ".join(PHASES))
     if t.router_weights is not None:
         w = t.router_weights
-        _require(w.shape == ids.shape, "router_weights", f"shape {w.shape}", f"{ids.shape} like expert_ids")
-        _require(w.dtype == np.float16, "router_weights", w.dtype, "float16")
+        require(w.shape == ids.shape, "router_weights", f"shape {w.shape}", f"{ids.shape} like expert_ids")
+        require(w.dtype == np.float16, "router_weights", w.dtype, "float16")
     ordered = np.sort(ids, axis=2)
     repeated = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)
-    _require(not repeated.any(), "expert_ids", "an expert picked twice by one token in one layer", "distinct experts")
+    require(not repeated.any(), "expert_ids", "an expert picked twice by one token in one layer", "distinct experts")
 
 
 def _check_load(s: LoadStatistics) -> None:
     load = s.expert_load
-    _require(load.ndim == 3 and min(load.shape) > 0, "expert_load", f"shape {load.shape}", "[scenarios, layers, experts]")
-    _require(load.dtype == np.int64, "expert_load", load.dtype, "int64")
-    _require(int(load.min()) >= 0, "expert_load", int(load.min()), "0 or more")
-    _require(len(s.scenarios) == load.shape[0], "scenarios", f"{len(s.scenarios)} names", f"{load.shape[0]}")
+    require(load.ndim == 3 and min(load.shape) > 0, "expert_load", f"shape {load.shape}", "[scenarios, layers, experts]")
+    require(load.dtype == np.int64, "expert_load", load.dtype, "int64")
+    require(int(load.min()) >= 0, "expert_load", int(load.min()), "0 or more")
+    require(len(s.scenarios) == load.shape[0], "scenarios", f"{len(s.scenarios)} names", f"{load.shape[0]}")
     _check_layers(s.layer_ids, load.shape[1])
 
 
 def _check_layers(layer_ids: tuple[int, ...], layers: int) -> None:
-    _require(len(layer_ids) == layers, "layer_ids", f"{len(layer_ids)} entries", f"{layers}, one per layer recorded")
+    require(len(layer_ids) == layers, "layer_ids", f"{len(layer_ids)} entries", f"{layers}, one per layer recorded")
     increasing = all(a >= 0 for a in layer_ids) and all(a < b for a, b in pairwise(layer_ids))
-    _require(increasing, "layer_ids", list(layer_ids)[:8], "layer numbers in increasing order")
+    require(increasing, "layer_ids", list(layer_ids)[:8], "layer numbers in increasing order")
 
 
 def save_trace(trace: RoutingTrace, path: Path) -> None:
@@ -242,13 +237,13 @@ def _to_load(metadata: dict[str, str], tensors: dict[str, NDArray[Any]]) -> Load
         scenarios=tuple(str(s) for s in _json_list(metadata, "scenarios")),
     )
     stated = _integer(metadata, "num_experts")
-    _require(stated == statistics.num_experts, "num_experts", stated, f"{statistics.num_experts}, as expert_load has")
+    require(stated == statistics.num_experts, "num_experts", stated, f"{statistics.num_experts}, as expert_load has")
     return statistics
 
 
 def _integer(metadata: dict[str, str], field: str) -> int:
     text = metadata.get(field, "")
-    _require(text.isascii() and text.isdigit() and len(text) < 10, field, repr(text[:40]), "an integer")
+    require(text.isascii() and text.isdigit() and len(text) < 10, field, repr(text[:40]), "an integer")
     return int(text)
 
 
@@ -265,5 +260,5 @@ def _json_list(metadata: dict[str, str], field: str) -> list[Any]:
 
 def _integers(metadata: dict[str, str], field: str) -> tuple[int, ...]:
     values = _json_list(metadata, field)
-    _require(all(type(v) is int for v in values), field, str(values)[:60], "a JSON list of integers")
+    require(all(type(v) is int for v in values), field, str(values)[:60], "a JSON list of integers")
     return tuple(values)
