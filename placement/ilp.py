@@ -20,6 +20,7 @@ import pulp
 from numpy.typing import NDArray
 
 from coterie.placement.baselines import Assignment
+from coterie.placement.bounds import dispatch_bound, lower_bound
 from coterie.placement.problem import Problem
 
 MAX_VARIABLES = 150_000  # beyond this the model takes longer to build than a search to converge
@@ -54,7 +55,7 @@ def solve(problem: Problem, start: Assignment, deadline: float, threads: int = 1
     """Improve `start` and bound the optimum until `deadline` (a `time.monotonic()` value).
 
     Layers of a dispatch problem are independent and share the time that is left. A layer or chain for which the model
-    would be too large, or no time is left, keeps its start and gets no more than the trivial bound 0.
+    would be too large, or no time is left, keeps its start and the bound of `bounds.py`.
     """
     if problem.transitions is not None:
         return _solve_hops(problem, start, deadline, threads)
@@ -72,10 +73,10 @@ def solve(problem: Problem, start: Assignment, deadline: float, threads: int = 1
 def _solve_hops(problem: Problem, start: Assignment, deadline: float, threads: int) -> Proof:
     weights = problem.transitions
     assert weights is not None
-    pairs = np.argwhere(weights > 0)
+    cheap, pairs = lower_bound(problem), np.argwhere(weights > 0)
     size = problem.layers * problem.experts * problem.ranks + len(pairs) * problem.ranks
     if size > MAX_VARIABLES or time.monotonic() >= deadline:
-        return Proof(None, 0.0)
+        return Proof(None, cheap)
     model = pulp.LpProblem("hops", pulp.LpMinimize)
     x = _placement_variables(model, problem, range(problem.layers))
     y: Cell = {}
@@ -89,8 +90,8 @@ def _solve_hops(problem: Problem, start: Assignment, deadline: float, threads: i
     values = {v.name: float(named[layer, e] == g) for (layer, e, g), v in x.items()}
     values |= {v.name: float(named[k[0], k[1]] == k[3] and named[k[0] + 1, k[2]] == k[3]) for k, v in y.items()}
     bound = _run(model, values, deadline, threads)
-    total = float(weights.sum())
-    return Proof(_read(problem, x, range(problem.layers)), max(0.0, total + bound) if bound is not None else 0.0)
+    proven = cheap if bound is None else max(cheap, float(weights.sum()) + bound)
+    return Proof(_read(problem, x, range(problem.layers)), proven)
 
 
 def _products(model: pulp.LpProblem, problem: Problem, x: Cell, y: Cell) -> None:
@@ -109,7 +110,7 @@ def _products(model: pulp.LpProblem, problem: Problem, x: Cell, y: Cell) -> None
 
 def _solve_dispatch_layer(problem: Problem, layer: int, start: NDArray[np.int64], deadline: float, threads: int) -> Proof:
     members, prices = problem.members[layer], problem.prices[layer]
-    trivial = trivial_dispatch_bound(members, prices, problem.slots)
+    trivial = dispatch_bound(members, prices, problem.slots)
     picks = members.sum(1).astype(np.int64)
     size = int(problem.ranks * (1 + picks * (picks - 1) // 2).sum())
     if size > MAX_VARIABLES or time.monotonic() >= deadline:
@@ -159,13 +160,6 @@ def _pattern_variables(model: pulp.LpProblem, problem: Problem, x: Cell, y: Cell
                 model += variable >= x[layer, e, g] + x[layer, f, g] - y[e, f, g]
         model += pulp.lpSum(d[p, g] for g in range(problem.ranks)) >= math.ceil(len(used) / problem.slots)
     return d
-
-
-def trivial_dispatch_bound(members: NDArray[np.bool_], prices: NDArray[np.float64], slots: int) -> float:
-    """A pattern of n experts needs at least ceil(n / slots) ranks, at best its cheapest ones."""
-    needed = -(-members.sum(1) // slots)
-    cheapest = np.cumsum(np.sort(prices, axis=1), axis=1)
-    return float(sum(cheapest[p, n - 1] for p, n in enumerate(needed) if n > 0))
 
 
 def _placement_variables(model: pulp.LpProblem, problem: Problem, layers: Any) -> Cell:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.placement import exact, ilp
+from coterie.placement.bounds import lower_bound, most_together
 from coterie.placement.cost import evaluate, homes_of
 from coterie.placement.planner import PlanRequest, baseline_plan, plan
 from coterie.placement.problem import Problem, dispatch_problem, hops_problem, load_caps
@@ -71,6 +72,27 @@ def test_the_integer_program_finds_and_proves_the_optimum(seed, shape, layers, t
         assert found == pytest.approx(best), name
         assert proof.lower_bound <= best + 1e-6, name
         assert proof.lower_bound == pytest.approx(best, abs=1e-5), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    shape=st.sampled_from([(2, 4, 2), (2, 5, 3), (3, 4, 2), (4, 4, 1)]),
+    top_k=st.integers(1, 3),
+)
+def test_the_cheap_bounds_hold(seed, shape, top_k) -> None:
+    for problem in problems(seed, *shape, 2, top_k, 100.0).values():
+        assert 0 <= lower_bound(problem) <= brute_force(problem) + 1e-6
+
+
+def test_the_matching_bound_is_the_best_matching() -> None:
+    from scipy.optimize import linear_sum_assignment
+
+    weights = np.random.default_rng(0).random((6, 6))
+    rows, cols = linear_sum_assignment(-weights)
+    assert most_together(weights, 1) == pytest.approx(weights[rows, cols].sum())
+    assert most_together(weights, 6) == pytest.approx(weights.sum())
+    assert most_together(np.zeros((3, 3)), 1) == 0
 
 
 @settings(max_examples=10, deadline=None)
