@@ -41,14 +41,14 @@ def contiguous_plan(shape: ModelShape, ranks: int) -> PlacementPlan:
 
 
 def check_plan(plan: PlacementPlan, shape: ModelShape, ranks: int) -> None:
-    """Raises InputError unless the plan is for this model and this number of processes."""
+    """Raises InputError unless the plan is for this model (or does not name one) and this number of processes."""
     if plan.ranks != ranks:
         raise InputError(
             f"ranks: the plan is for {plan.ranks}, found {ranks} processes; start {plan.ranks}, or plan for {ranks}"
         )
     pairs = (("num_experts", plan.num_experts, shape.num_experts), ("layer_ids", plan.layer_ids, shape.layer_ids))
     for field, planned, actual in (*pairs, ("model", plan.model, shape.name)):
-        if planned != actual:
+        if planned != actual and planned != "":
             raise InputError(
                 f"{field}: the plan has {planned!r}, expected {actual!r} as the model; plan from a trace of this model"
             )

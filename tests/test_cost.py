@@ -213,3 +213,4 @@ def test_a_trace_of_another_model_is_refused(trace) -> None:
     with pytest.raises(InputError, match="layer_ids: the trace has"):
         evaluate(replace(plan, layer_ids=(1, 2, 3)), trace)
     assert isinstance(evaluate(plan, trace), CostReport)
+    assert evaluate(replace(plan, model=""), trace).load == evaluate(plan, trace).load, "imported without a name"
