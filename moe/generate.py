@@ -97,12 +97,13 @@ class Generator:
         """Generate this rank's share; other ranks must call it too, whatever they have. Results in the order given."""
         done: list[Running] = []
         batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
-        for number in range(self.group.maximum(len(batches))):
-            batch = batches[number] if number < len(batches) else []
-            sequences = [self._open(r) for r in batch]
-            self._generate(sequences)
-            done += sequences
-        self.context.live = None
+        try:
+            for number in range(self.group.maximum(len(batches))):
+                sequences = [self._open(r) for r in (batches[number] if number < len(batches) else [])]
+                self._generate(sequences)
+                done += sequences
+        finally:
+            self.context.live = None  # the transformers model stays usable by itself
         return done
 
     def _open(self, request: Request) -> Running:
