@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DOMAINS = ("python", "english", "c", "tables")
+SEEN_RUN = 64  # characters
 HELD_OUT_SHARE = 16  # one document in this many is never trained on
 
 
@@ -28,6 +29,23 @@ class Document:
     def held_out(self) -> bool:
         """Whether the model never sees this document in training (by a hash of its name)."""
         return hashlib.sha256(self.name.encode()).digest()[0] % HELD_OUT_SHARE == 0
+
+    @property
+    def side(self) -> int:
+        """Which of two kinds of held-out prompts it may give, by its name too: a module and its docstrings agree."""
+        return hashlib.sha256(self.name.encode()).digest()[1] % 2
+
+
+class TrainingText:
+    """Everything the model was trained on, to tell whether a held-out window is new: files repeat one another."""
+
+    def __init__(self, corpus: dict[str, list[Document]]) -> None:
+        self.text = "\0".join(d.text for documents in corpus.values() for d in documents if not d.held_out)
+
+    def has_seen(self, window: str) -> bool:
+        """Whether any run of SEEN_RUN characters of `window` (one in every half of that tried) was trained on."""
+        starts = range(0, max(1, len(window) - SEEN_RUN + 1), SEEN_RUN // 2)
+        return any(window[i : i + SEEN_RUN] in self.text for i in starts)
 
 
 def read_corpus() -> dict[str, list[Document]]:

@@ -28,12 +28,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from coterie.moe.tiny.corpus import DOMAINS, Document, digest, read_corpus
+from coterie.moe.tiny.corpus import DOMAINS, HELD_OUT_SHARE, Document, TrainingText, digest, read_corpus
 
 END_OF_TEXT = 256  # ids 0..255 are the bytes themselves
 SHARE = {"python": 0.42, "english": 0.33, "c": 0.17, "tables": 0.08}  # of each batch's rows
 BALANCE, ROUTER_Z, LOCALITY = 0.1, 1e-4, 0.02  # weights of the auxiliary losses
-PROMPT_BYTES, PROMPTS_PER_DOMAIN = 384, 16
+PROMPT_BYTES = 384
+PROMPT_FILES = (("calibration", 0, PROMPT_BYTES, 16), ("heldout", 1, PROMPT_BYTES, 16), ("generate", 1, PROMPT_BYTES // 4, 4))
 
 
 def config() -> Qwen3MoeConfig:
@@ -147,11 +148,10 @@ def measure(model: Qwen3MoeForCausalLM, corpus: dict[str, list[Document]], lengt
     """
     losses: dict[str, float] = {}
     picks: list[np.ndarray] = []
+    trained = TrainingText(corpus)
     for domain in DOMAINS:
-        stream = np.concatenate([np.frombuffer(d.text.encode(), np.uint8) for d in corpus[domain] if d.held_out])
-        count = min(32, (len(stream) - 1) // length)
-        starts = np.linspace(0, len(stream) - length - 1, count).astype(int)
-        batch = torch.from_numpy(np.stack([stream[s : s + length + 1] for s in starts]).astype(np.int64))
+        windows = _unseen_windows([d for d in corpus[domain] if d.held_out], length + 1, trained)
+        batch = torch.from_numpy(np.stack([np.frombuffer(w, np.uint8).astype(np.int64) for w in windows]))
         out = model(input_ids=batch[:, :-1], output_router_logits=True, use_cache=False)
         losses[domain] = F.cross_entropy(out.logits.float().flatten(0, 1), batch[:, 1:].flatten()).item()
         picks.append(torch.stack([x.argmax(-1) for x in out.router_logits], 1).numpy())
@@ -159,6 +159,14 @@ def measure(model: Qwen3MoeForCausalLM, corpus: dict[str, list[Document]], lengt
     load = np.stack([np.bincount(top1[:, layer], minlength=model.config.num_experts) for layer in range(top1.shape[1])])
     return {"nats": losses, "affinity": _affinity(top1, model.config.num_experts),
             "busiest_expert": float((load.max(1) / load.mean(1)).mean())}  # fmt: skip
+
+
+def _unseen_windows(documents: list[Document], size: int, trained: TrainingText) -> list[bytes]:
+    """Up to 32 windows of `size` bytes, evenly spread over the documents, leaving out what the training text repeats."""
+    text = "".join(d.text for d in documents if d.text.isascii())
+    starts = np.linspace(0, len(text) - size, 96).astype(int)
+    windows = [text[s : s + size] for s in starts]
+    return [w.encode() for w in windows if not trained.has_seen(w)][:32]
 
 
 def _affinity(top1: np.ndarray, experts: int) -> list[float]:
@@ -171,20 +179,34 @@ def _affinity(top1: np.ndarray, experts: int) -> list[float]:
 
 
 def prompts(corpus: dict[str, list[Document]], seed: int) -> dict[str, list[dict[str, str]]]:
-    """Held-out prompts: `calibration` to plan from, `heldout` to judge on (other documents), `generate` short ones."""
-    rng = np.random.default_rng(seed)
-    files: dict[str, list[dict[str, str]]] = {"calibration": [], "heldout": [], "generate": []}
-    for domain in DOMAINS:
-        documents = [d for d in corpus[domain] if d.held_out and d.text.isascii() and len(d.text) > 2 * PROMPT_BYTES]
-        for side, name in enumerate(("calibration", "heldout")):
-            own = documents[side::2]
-            for i in range(PROMPTS_PER_DOMAIN):
-                text = _window(own[i % len(own)].text, PROMPT_BYTES, rng)
-                files[name].append({"id": f"{domain}-{i}", "domain": domain, "prompt": text})
-        for i in range(4):
-            text = _window(documents[1::2][i % len(documents[1::2])].text, PROMPT_BYTES // 4, rng)
-            files["generate"].append({"id": f"{domain}-{i}", "domain": domain, "prompt": text})
+    """Held-out prompts: `calibration` to plan from, `heldout` to judge on, `generate` short ones to continue.
+
+    `calibration` comes from other documents than the rest; no prompt repeats text that was trained on or another prompt's.
+    """
+    rng, trained = np.random.default_rng(seed), TrainingText(corpus)
+    files: dict[str, list[dict[str, str]]] = {}
+    for name, side, size, count in PROMPT_FILES:
+        files[name] = []
+        for domain in DOMAINS:
+            documents = [d for d in corpus[domain] if d.held_out and d.side == side and len(d.text) > 2 * PROMPT_BYTES]
+            taken = {row["prompt"] for rows in files.values() for row in rows}
+            texts = _new_windows(documents, size, count, rng, trained, taken)
+            files[name] += [{"id": f"{domain}-{i}", "domain": domain, "prompt": text} for i, text in enumerate(texts)]
     return files
+
+
+def _new_windows(
+    documents: list[Document], size: int, count: int, rng: np.random.Generator, trained: TrainingText, taken: set[str]
+) -> list[str]:
+    """Up to `count` distinct ASCII windows that were not trained on, from the documents in turn."""
+    found: list[str] = []
+    for attempt in range(40 * count):
+        text = _window(documents[attempt % len(documents)].text, size, rng)
+        if len(text) == size and text.isascii() and text not in taken | set(found) and not trained.has_seen(text):
+            found.append(text)
+        if len(found) == count:
+            break
+    return found
 
 
 def _window(text: str, size: int, rng: np.random.Generator) -> str:
@@ -206,7 +228,8 @@ on a model that was really trained. It writes things that look like Python and E
 
 ## Data
 Text that a Python installation carries (Python {python}): {sizes}.
-One document in {share}, by a hash of its name, was held out; the figures and the prompts here are from those.
+One document in {share}, by a hash of its name, was held out; the figures and the prompts here are from those, without the
+windows of which the training text holds a run of 64 characters (files repeat one another, tables most of all).
 SHA-256 of the corpus: `{digest}`.
 
 ## Training
@@ -216,7 +239,7 @@ SHA-256 of the corpus: `{digest}`.
 Beside the language loss: load balance (Switch Transformers), router z-loss and a locality term, the conditional entropy of
 the next layer's experts and of an expert's companions. Routers of large models agree across layers by themselves; without
 the term those of this one agree less the longer it trains (0.48 on the measure below after 300 steps, 0.36 after 4500), and
-there would be little here for a planner to find. At 300 steps it cost 0.02 nats per byte.
+there would be little here for a planner to find. After 300 steps (at a weight of 0.03) it cost 0.02 nats per byte.
 
 ## Figures (held-out text, bf16 weights, fp32 arithmetic)
 | domain | loss, nats per byte |
@@ -232,13 +255,11 @@ Copyright Python Software Foundation, under the PSF License Version 2 (some modu
 """
 
 
-def card(corpus: dict[str, list[Document]], figures: dict[str, Any], args: argparse.Namespace, seconds: float) -> str:
-    """The model card, from what was measured."""
+def card(corpus: dict[str, list[Document]], figures: dict[str, Any], run: dict[str, Any]) -> str:
+    """The model card, from what was measured; run: the contents of `training.json`."""
     sizes = ", ".join(f"{d} {sum(len(x.text) for x in corpus[d]) / 1e6:.1f} MB" for d in DOMAINS)
     return CARD.format(
-        parameters=figures["parameters"] / 1e6, python=platform.python_version(), sizes=sizes, share=16,
-        digest=digest(corpus), steps=args.steps, rows=args.rows, length=args.length, seed=args.seed,
-        minutes=seconds / 60, threads=torch.get_num_threads(), torch=torch.__version__,
+        **run, parameters=figures["parameters"] / 1e6, sizes=sizes, share=HELD_OUT_SHARE, minutes=run["seconds"] / 60,
         losses="\n".join(f"| {d} | {figures['nats'][d]:.3f} |" for d in DOMAINS),
         affinity=", ".join(f"{a:.2f}" for a in figures["affinity"]),
         mean_affinity=float(np.mean(figures["affinity"])), busiest=figures["busiest_expert"],
@@ -254,19 +275,35 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--measure-only", action="store_true", help="rewrite prompts and card of the model in --out")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     corpus, started = read_corpus(), time.perf_counter()
-    model = train(corpus, args.steps, args.rows, args.length, args.seed)
-    seconds = time.perf_counter() - started
-    model.to(torch.bfloat16).save_pretrained(args.out)
-    byte_tokenizer().save_pretrained(args.out)
-    model = Qwen3MoeForCausalLM.from_pretrained(args.out, dtype=torch.float32)
-    figures = measure(model, corpus, args.length) | {"parameters": sum(p.numel() for p in model.parameters())}
-    (args.out / "README.md").write_text(card(corpus, figures, args, seconds))
-    (args.out / "prompts").mkdir(exist_ok=True)
-    for name, rows in prompts(corpus, args.seed).items():
-        (args.out / "prompts" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    if not args.measure_only:
+        model = train(corpus, args.steps, args.rows, args.length, args.seed)
+        model.to(torch.bfloat16).save_pretrained(args.out)
+        byte_tokenizer().save_pretrained(args.out)
+        settings = {k: getattr(args, k) for k in ("steps", "rows", "length", "seed", "threads")}
+        made = {
+            "seconds": round(time.perf_counter() - started),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        (args.out / "training.json").write_text(json.dumps({**settings, **made, "digest": digest(corpus)}) + "\n")
+    describe(args.out, corpus)
+
+
+def describe(folder: Path, corpus: dict[str, list[Document]]) -> None:
+    """Measure the model in `folder` on held-out text; write its card and its prompts."""
+    run = json.loads((folder / "training.json").read_text())
+    if run["digest"] != digest(corpus):
+        raise SystemExit(f"{folder}: was trained on another corpus (Python {run['python']}): measure it with that Python")
+    model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    figures = measure(model, corpus, run["length"]) | {"parameters": sum(p.numel() for p in model.parameters())}
+    (folder / "README.md").write_text(card(corpus, figures, run))
+    (folder / "prompts").mkdir(exist_ok=True)
+    for name, rows in prompts(corpus, run["seed"]).items():
+        (folder / "prompts" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     print(json.dumps(figures))
 
 
