@@ -154,7 +154,7 @@ def _plan(verbs: Any) -> None:
         "--max-load",
         type=float,
         metavar="X",
-        help="busiest rank over mean, in every layer (default: 1.1, or the contiguous placement's own if that is less)",
+        help="busiest rank over mean, in every layer (default: 1.1, or less where contiguous placement is nearly even: docs/planning.md)",
     )
     p.add_argument("--slots-per-rank", type=int, metavar="N", help="expert slots of a rank in a layer (default: experts/ranks)")
     p.add_argument(

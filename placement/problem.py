@@ -16,6 +16,7 @@ from coterie.routing.affinity import Affinity
 from coterie.routing.errors import InputError
 
 DEFAULT_MAX_LOAD = 1.1
+MARGIN = 0.25  # of what contiguous placement is above even: other text is loaded a little differently
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,15 @@ def dispatch_problem(affinity: Affinity, ranks: int, slots: int, caps: NDArray[n
 def load_caps(load: NDArray[np.float64], ranks: int, max_load: float | None) -> NDArray[np.float64]:
     """The most load a rank may carry, float64 `[L]`, for a cap relative to the mean.
 
-    Without `max_load`: 1.1, or what contiguous placement has if that is less, or in a layer with an expert too hot for
-    that, what balanced packing reaches.
+    Without `max_load`: 1.1, or a quarter as far above even as contiguous placement if that is less, or in a layer with an
+    expert too hot for that, what balanced packing reaches.
     Raises InputError if `max_load` is below what packing with swaps can reach, saying what it can.
     """
     mean = load.sum(1) / ranks
     reached = np.array([balanced_peak(row, ranks) for row in load])
     if max_load is None:
         unplanned = np.einsum("le,ler->lr", load, one_hot(contiguous(load, ranks), ranks)).max(1)
-        return np.asarray(np.maximum(np.minimum(DEFAULT_MAX_LOAD * mean, unplanned), reached))
+        return np.asarray(np.maximum(np.minimum(DEFAULT_MAX_LOAD * mean, mean + MARGIN * (unplanned - mean)), reached))
     caps = max_load * mean
     if (reached > caps * (1 + 1e-9)).any():
         worst = float((reached / np.where(mean > 0, mean, 1)).max())

@@ -63,7 +63,7 @@ def test_calibration_and_held_out_text_share_no_prompt() -> None:
         rows = prompts(name)
         assert {p["domain"] for p in rows} == set(DOMAINS)
         assert not seen & {p["prompt"] for p in rows}
-    assert len(prompts("heldout")) == 64 and len(prompts("calibration")) > 48
+    assert [p["domain"] for p in prompts("heldout")] == [p["domain"] for p in prompts("calibration")], "the same mix"
 
 
 @pytest.mark.slow
@@ -103,7 +103,6 @@ def test_it_writes_recognisable_python_and_english() -> None:
     common = {
         "the",
         "of",
-        "a",
         "to",
         "is",
         "in",
@@ -118,7 +117,7 @@ def test_it_writes_recognisable_python_and_english() -> None:
         "with",
         "returns",
     }
-    assert len(words) > 10 and sum(w in common for w in words) / len(words) > 0.25, outputs[1].text
+    assert len(words) > 5 and sum(w in common for w in words) / len(words) > 0.25, outputs[1].text
 
 
 def test_routers_agree_across_layers_far_more_than_chance(tmp_path) -> None:

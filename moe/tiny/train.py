@@ -34,7 +34,13 @@ END_OF_TEXT = 256  # ids 0..255 are the bytes themselves
 SHARE = {"python": 0.42, "english": 0.33, "c": 0.17, "tables": 0.08}  # of each batch's rows
 BALANCE, ROUTER_Z, LOCALITY = 0.1, 1e-4, 0.02  # weights of the auxiliary losses
 PROMPT_BYTES = 384
-PROMPT_FILES = (("calibration", 0, PROMPT_BYTES, 16), ("heldout", 1, PROMPT_BYTES, 16), ("generate", 1, PROMPT_BYTES // 4, 4))
+PROMPTS = {"python": 36, "english": 36, "c": 20, "tables": 8}  # of each kind; tables have few windows that are new
+SHORT_PROMPTS = dict.fromkeys(PROMPTS, 4)
+PROMPT_FILES = (
+    ("calibration", 0, PROMPT_BYTES, PROMPTS),
+    ("heldout", 1, PROMPT_BYTES, PROMPTS),
+    ("generate", 1, PROMPT_BYTES // 4, SHORT_PROMPTS),
+)
 
 
 def config() -> Qwen3MoeConfig:
@@ -185,12 +191,12 @@ def prompts(corpus: dict[str, list[Document]], seed: int) -> dict[str, list[dict
     """
     rng, trained = np.random.default_rng(seed), TrainingText(corpus)
     files: dict[str, list[dict[str, str]]] = {}
-    for name, side, size, count in PROMPT_FILES:
+    for name, side, size, counts in PROMPT_FILES:
         files[name] = []
         for domain in DOMAINS:
             documents = [d for d in corpus[domain] if d.held_out and d.side == side and len(d.text) > 2 * PROMPT_BYTES]
             taken = {row["prompt"] for rows in files.values() for row in rows}
-            texts = _new_windows(documents, size, count, rng, trained, taken)
+            texts = _new_windows(documents, size, counts[domain], rng, trained, taken)
             files[name] += [{"id": f"{domain}-{i}", "domain": domain, "prompt": text} for i, text in enumerate(texts)]
     return files
 
