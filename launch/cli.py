@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coterie.launch.distributed import launched_rank
+from coterie.launch.distributed import launched_rank, launched_size
 from coterie.placement.baselines import BASELINES
 from coterie.routing.errors import CoterieError, InputError
 
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         options = build_parser().parse_args(arguments)
+        _check_processes(options.verb)
         command = getattr(importlib.import_module(f"coterie.launch.{options.module}"), options.function)
         result = command(options)
         if options.json and result is not None and launched_rank() == 0:
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CoterieError as error:
         if debug:
             raise
-        _complain(str(error))
+        _complain(str(error), known_to_all=True)
         return WRONG_INPUT if isinstance(error, InputError) else FAILED
     except KeyboardInterrupt:
         if debug:
@@ -52,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+def _check_processes(verb: str) -> None:
+    if verb != "generate" and launched_size() > 1:
+        raise InputError(f"{verb}: found {launched_size()} processes, expected one; only generate runs on several")
+
+
 def _without_launcher(arguments: list[str]) -> list[str]:
     """deepspeed puts --local_rank=N before the verb; the environment says the same."""
     while arguments and arguments[0].replace("-", "_").startswith("__local_rank"):
@@ -59,9 +65,11 @@ def _without_launcher(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _complain(message: str) -> None:
-    if launched_rank() == 0:
-        print(f"coterie: {message}", file=sys.stderr, flush=True)
+def _complain(message: str, known_to_all: bool = False) -> None:
+    """One message for all ranks where all fail alike; where one fails alone, it says so itself."""
+    rank = launched_rank()
+    if rank == 0 or not known_to_all:
+        print(f"coterie: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -154,7 +162,7 @@ def _plan(verbs: Any) -> None:
         "--max-load",
         type=float,
         metavar="X",
-        help="busiest rank over mean, in every layer (default: 1.1, or less where contiguous placement is nearly even: docs/planning.md)",
+        help="busiest rank over mean, in every layer (default: 1.1 or less, docs/planning.md)",
     )
     p.add_argument("--slots-per-rank", type=int, metavar="N", help="expert slots of a rank in a layer (default: experts/ranks)")
     p.add_argument(

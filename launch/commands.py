@@ -53,6 +53,7 @@ def import_(options: argparse.Namespace) -> dict[str, Any]:
     """Bring in a recording made elsewhere."""
     from coterie.routing.imports import ImportOptions, import_routing
 
+    check_writable(options.out)
     if options.num_experts is not None:
         _positive("--num-experts", options.num_experts)
     settings = ImportOptions(options.model, options.num_experts, options.scenario, options.phase)
@@ -108,7 +109,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
                 plans = compare(made, routing, scenario)
             except InputError as error:
                 raise InputError(f"{path}: {error}") from error
-            tokens = routing.tokens if isinstance(routing, RoutingTrace) else int(routing.expert_load[scenario].sum())
+            if name in results:
+                raise InputError(f"{name}: found twice, expected different traces")
+            tokens = routing.tokens if isinstance(routing, RoutingTrace) else None
             results[name] = {"plans": plans, "tokens": tokens, "layers": len(routing.layer_ids)}
             if not options.json:
                 print(f"{name}\n{_comparison(plans)}")
@@ -131,16 +134,27 @@ def show(options: argparse.Namespace) -> dict[str, Any]:
     from coterie.launch.show import write_report
 
     check_writable(options.out)
-    plans = [read_plan(p) for p in options.files if p.suffix == ".json"]
-    traces = [(p, read_routing(p)) for p in options.files if p.suffix != ".json"]
+    plans = [read_plan(p) for p in options.files if _is_plan(p)]
+    traces = [read_routing(p) for p in options.files if not _is_plan(p)]
     if len(plans) > 1 or len(traces) > 1:
         raise InputError(f"show: found {len(plans)} plans and {len(traces)} traces, expected at most one of each")
-    recorded = traces[0][1] if traces else None
+    recorded = traces[0] if traces else None
+    if isinstance(recorded, LoadStatistics) and len(recorded.scenarios) > 1:
+        say(f"{len(recorded.scenarios)} scenarios: drawing their sum")
+        recorded = recorded.summed()
     if recorded is None and plans:
         recorded = _planned_trace(plans[0].inputs)
     write_report(options.out, plans[0] if plans else None, recorded)
     say(f"{options.out}: open it in a browser")
     return {"report": str(options.out)}
+
+
+def _is_plan(path: Path) -> bool:
+    """By the first byte: plans are JSON objects, traces begin with the length of a header."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with path.open("rb") as file:
+        return file.read(64).lstrip()[:1] == b"{"
 
 
 def _planned_trace(inputs: tuple[dict[str, str], ...]) -> RoutingTrace | LoadStatistics | None:
@@ -182,7 +196,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
                 raise type(error)(f"{options.plan}: {error}") from error
 
         model, prompts = together(group, prepare)
-        outputs, statistics = together(group, lambda: _generate(model, prompts, options, group))
+        together(group, lambda: [model.encode(p) for p in prompts])
+        outputs, statistics = _generate(model, prompts, options, group)
         if group.rank != 0:
             return None
         return _print_generated(outputs, statistics, options)

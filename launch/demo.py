@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -144,14 +145,20 @@ def _run_job(folder: Path, ranks: int) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
                "-m", "coterie.launch.demo_worker", str(folder)]  # fmt: skip
+    job = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=JOB_SECONDS)
+        log, _ = job.communicate(timeout=JOB_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise CoterieError(f"demo: the {ranks} processes did not end within {JOB_SECONDS} s") from error
+    finally:
+        if job.poll() is None:  # the launcher and all its workers
+            os.killpg(job.pid, signal.SIGKILL)
     result = folder / "job.json"
-    if done.returncode or not result.is_file():
-        write_text(folder / "job.log", done.stdout + done.stderr)
-        raise CoterieError(f"demo: the {ranks} processes failed with exit code {done.returncode}; see {folder / 'job.log'}")
+    if job.returncode or not result.is_file():
+        write_text(folder / "job.log", log)
+        raise CoterieError(f"demo: the {ranks} processes failed with exit code {job.returncode}; see {folder / 'job.log'}")
     found: dict[str, Any] = json.loads(result.read_text())
     result.unlink()
     return found

@@ -23,7 +23,9 @@ T = TypeVar("T")
 
 
 def launched_rank() -> int:
-    """This process's rank as the launcher's environment tells it, 0 if there is none."""
+    """This process's rank as the launcher's environment tells it, 0 if it stands alone."""
+    if launched_size() == 1:
+        return 0
     for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -81,12 +83,16 @@ def _environment_from_mpi() -> None:
 
 
 def together(group: Group, work: Callable[[], T]) -> T:
-    """Run `work` on every rank; if it fails on any, all ranks raise the first failing rank's error instead of waiting."""
+    """Run `work`, which must not communicate, on every rank; all ranks raise the first failing rank's error, if any fails."""
     result, failure = None, None
     try:
         result = work()
     except CoterieError as error:
         failure = (type(error), str(error))
+    except Exception as error:
+        if group.size == 1:
+            raise
+        failure = (CoterieError, f"{type(error).__name__}: {error}")
     failures = group.gather(failure)
     for rank, found in enumerate(failures):
         if found is not None:

@@ -13,9 +13,9 @@ from typing import Any
 
 from coterie.launch.tables import table
 
-REQUIRED = ("numpy", "scipy", "safetensors", "PuLP", "highspy", "torch", "transformers")
+REQUIRED = ("numpy", "scipy", "safetensors", "tqdm", "PuLP", "highspy", "torch", "transformers", "accelerate")
 OPTIONAL = {"matplotlib": "plot", "deepspeed": "deepspeed", "mpi4py": "mpi", "triton": ""}
-TRANSFORMERS_FLOOR = (5, 17)
+SUPPORTED = {"torch": ((2, 11), (99,)), "transformers": ((5, 17), (99,)), "PuLP": ((3, 3), (4,))}  # from, below
 
 
 def doctor(options: argparse.Namespace) -> dict[str, Any]:
@@ -41,15 +41,21 @@ def _packages() -> list[Finding]:
     found: list[Finding] = []
     for name in REQUIRED:
         version = _version(name)
-        found.append((name, "ok" if version else "missing", version or f"pip install -c constraints.txt {name}"))
-    version = _version("transformers")
-    if version and tuple(int(p) for p in version.split(".")[:2]) < TRANSFORMERS_FLOOR:
-        found.append(("transformers", "missing", f"{version} is too old: pip install -c constraints.txt -U transformers"))
+        way = f"pip install -c constraints.txt {name}"
+        if version and not _supported(name, version):
+            found.append((name, "missing", f"{version} does not fit: {way}"))
+        else:
+            found.append((name, "ok" if version else "missing", version or way))
     for name, extra in OPTIONAL.items():
         version = _version(name)
         way = f"pip install 'coterie[{extra}]'" if extra else f"pip install {name}"
         found.append((name, "ok" if version else "optional", version or f"not installed: {way}"))
     return found
+
+
+def _supported(name: str, version: str) -> bool:
+    low, high = SUPPORTED.get(name, ((0,), (9999,)))
+    return low <= tuple(int(p) for p in version.split(".")[:2] if p.isdigit()) < high
 
 
 def _version(name: str) -> str | None:
@@ -63,10 +69,14 @@ def _machine() -> list[Finding]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = shutil.disk_usage(Path.cwd()).free
     return [
-        ("processor", "ok", f"{_cpu_name()}, {len(os.sched_getaffinity(0))} core(s) usable"),
+        ("processor", "ok", f"{_cpu_name()}, {_cores()} core(s) usable"),
         ("memory", "ok", f"{memory / 2**30:.1f} GiB"),
         ("disk here", "ok" if free > 2**30 else "missing", f"{free / 2**30:.1f} GiB free"),
     ]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_name() -> str:

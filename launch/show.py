@@ -160,10 +160,11 @@ def _affinity_pictures(trace: RoutingTrace, plan: PlacementPlan | None) -> str:
     columns = min(3, len(chosen))
     lines = -(-len(chosen) // columns)
     figure, axes = _axes(lines, columns, 3.6 * columns, 3.5 * lines)
+    chances = counts / np.maximum(counts.sum(2, keepdims=True), 1)
+    brightest = max(0.2, float(chances[chosen].max()))
     for axis, pair in zip(axes, chosen, strict=False):
         rows, cols, cuts = _order(trace.num_experts, plan, int(pair))
-        chance = counts[pair] / np.maximum(counts[pair].sum(1, keepdims=True), 1)
-        image = axis.imshow(chance[np.ix_(rows, cols)], cmap="magma_r", vmin=0, vmax=min(1.0, max(0.2, float(chance.max()))))
+        image = axis.imshow(chances[pair][np.ix_(rows, cols)], cmap="magma_r", vmin=0, vmax=brightest)
         for cut in cuts:
             axis.axhline(cut - 0.5, color="#3b82f6", lw=0.6)
             axis.axvline(cut - 0.5, color="#3b82f6", lw=0.6)

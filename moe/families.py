@@ -100,7 +100,14 @@ def inspect(model: str) -> tuple[ModelShape, Any]:
     sizes = {int(cast(torch.Tensor, module.down_proj).shape[0]) for _, module in modules.values()}
     if len(sizes) != 1:
         raise InputError(f"{folder / 'config.json'}: layers have {sorted(sizes)} experts, expected the same number in each")
-    shape = ModelShape(name, folder, config, sizes.pop(), _top_k(config), {k: n for k, (n, _) in modules.items()})
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"{folder / 'config.json'}: quantization_config: found one, expected none: not supported yet")
+    experts, top_k = sizes.pop(), _top_k(config)
+    if not 1 <= top_k <= experts:
+        raise InputError(
+            f"{folder / 'config.json'}: experts per token: found {top_k}, expected 1 to {experts}, as many as there are"
+        )
+    shape = ModelShape(name, folder, config, experts, top_k, {k: n for k, (n, _) in modules.items()})
     return shape, empty
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -27,10 +26,14 @@ from coterie.moe.layer import StepContext
 from coterie.routing.errors import InputError
 from coterie.routing.record import Recorder
 
-# Settings of a checkpoint's generation_config.json that change even greedy text and are not carried out here.
-UNSUPPORTED = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
-               "forced_eos_token_id", "sequence_bias", "guidance_scale", "exponential_decay_length_penalty",
-               "encoder_repetition_penalty", "min_length", "min_new_tokens")  # fmt: skip
+# Fields of a checkpoint's generation_config.json that are carried out, concern sampling (which the caller sets), or change no
+# text. Any other that differs from its default is refused.
+KNOWN_SETTINGS = {
+    "eos_token_id", "bos_token_id", "pad_token_id", "repetition_penalty", "do_sample", "temperature", "top_k", "top_p", "min_p",
+    "max_length", "max_new_tokens", "transformers_version", "use_cache", "return_dict_in_generate", "output_scores",
+    "output_logits", "output_attentions", "output_hidden_states", "cache_implementation", "decoder_start_token_id",
+    "num_return_sequences", "typical_p", "epsilon_cutoff", "eta_cutoff", "trust_remote_code", "_from_model_config",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 32:
+            raise InputError(f"--seed: found {self.seed}, expected 0 to {(1 << 32) - 1}")
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"--temperature: found {self.temperature}, expected 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
@@ -115,11 +120,11 @@ class Generator:
 
     def _generate(self, sequences: list[Running]) -> None:
         ids, mask = _pad([s.request.token_ids for s in sequences], self.device)
-        cache = DynamicCache(config=self.model.config)
+        cache = None  # the model makes the kind it needs
         # Prefill runs even for prompts that ask for no new token: recording wants their routing.
         live = torch.tensor([True] * len(sequences) or [False], device=self.device)
         while True:
-            logits = self._forward(ids, mask, cache, live, [s.request.index for s in sequences] or [0])
+            logits, cache = self._forward(ids, mask, cache, live, [s.request.index for s in sequences] or [0])
             for row, sequence in enumerate(sequences):
                 if sequence.finish_reason is None:
                     self._extend(sequence, logits[row])
@@ -134,9 +139,9 @@ class Generator:
         return self.recorder is not None and self.recorder.full
 
     def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, live: torch.Tensor, sequence_ids: list[int]
-    ) -> torch.Tensor:
-        """Logits `[rows, vocabulary]` of each row's last position."""
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, live: torch.Tensor, sequence_ids: list[int]
+    ) -> tuple[torch.Tensor, Any]:
+        """Logits `[rows, vocabulary]` of each row's last position, and the cache with this step in it."""
         length = ids.shape[1]
         self.context.live = (live[:, None] & mask[:, -length:].bool()).reshape(-1)
         if self.recorder is not None:
@@ -150,8 +155,7 @@ class Generator:
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: torch.Tensor = out.logits[:, -1].float()
-        return logits
+        return out.logits[:, -1].float(), out.past_key_values
 
     def _extend(self, sequence: Running, logits: torch.Tensor) -> None:
         seen = torch.tensor([[*sequence.request.token_ids, *sequence.new_tokens]], device=logits.device)
@@ -175,7 +179,7 @@ def share(requests: Sequence[Request], group: Group) -> list[Request]:
 
 
 def _pad(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left-padded ids and mask, int64 `[rows, longest]`; a rank without prompts gets one row of one masked-out token."""
+    """Left-padded ids and mask, int64 `[rows, longest]`; a rank without prompts gets one token, which is not live."""
     if not prompts:
         return torch.zeros((1, 1), dtype=torch.int64, device=device), torch.ones((1, 1), dtype=torch.int64, device=device)
     longest = max(map(len, prompts))
@@ -186,19 +190,23 @@ def _pad(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[torch.Te
 
 def _end_tokens(config: GenerationConfig) -> frozenset[int]:
     found = config.eos_token_id
-    if found is None:
-        return frozenset()
-    return frozenset(found if isinstance(found, list | tuple) else [int(found)])
+    listed = [] if found is None else list(found) if isinstance(found, list | tuple) else [found]
+    if not all(isinstance(token, int) for token in listed):
+        raise InputError(f"generation_config.json: eos_token_id: found {found!r}, expected token ids")
+    return frozenset(listed)
 
 
 def _processors(config: GenerationConfig, sampling: Sampling) -> LogitsProcessorList:
-    defaults = GenerationConfig()
-    for name in UNSUPPORTED:
-        value = getattr(config, name, None)
-        if value not in (None, 0, getattr(defaults, name, None)):
+    plain = GenerationConfig().to_dict()
+    for name, value in config.to_dict().items():
+        default = value in (None, False, 0, plain.get(name)) or (name, value) == ("num_beams", 1)
+        if name not in KNOWN_SETTINGS and not default:
             raise InputError(
                 f"generation_config.json: {name}: found {value!r}, which coterie does not carry out; remove it from there"
             )
+    penalty = config.repetition_penalty
+    if penalty is not None and not (isinstance(penalty, int | float) and penalty > 0):
+        raise InputError(f"generation_config.json: repetition_penalty: found {penalty!r}, expected a number above 0")
     chosen: list[LogitsProcessor] = []
     if config.repetition_penalty not in (None, 1.0):
         chosen.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))

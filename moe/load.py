@@ -7,6 +7,7 @@ a model whose experts are as many as this rank holds, and lazily read slices of 
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from coterie.moe.families import ModelShape
 from coterie.offload.checkpoint import Checkpoint, TensorSlice
 from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_share(
@@ -47,8 +50,15 @@ def load_share(
     model.__class__ = type(empty)
     _check(shape, model, info)
     if (shape.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(shape.folder)
+        model.generation_config = _generation_config(shape.folder)
     return model.eval()
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds
+        raise InputError(f"{folder / 'generation_config.json'}: cannot be used ({_first_line(error)})") from error
 
 
 def select(
@@ -65,7 +75,16 @@ def select(
     for name, place in checkpoint.tensors.items():
         target, pattern = rename_source_key(name, renamings, converters, empty.base_model_prefix, state)
         layer = layer_of.get(target.rpartition(".")[0])
-        if layer is None or state[target].ndim == 0:
+        if layer is None:
+            chosen[name] = checkpoint.slice(name)
+            continue
+        if target not in state or place.dtype not in WEIGHT_DTYPES:
+            what = "an unknown tensor" if target not in state else str(place.dtype)
+            raise InputError(
+                f"{place.file}: tensor {name!r}: found {what} among the experts, expected their float32, bfloat16 or float16 "
+                f"weights; quantised checkpoints are not supported yet"
+            )
+        if state[target].ndim == 0:
             chosen[name] = checkpoint.slice(name)
         elif pattern is not None and "*" in pattern:
             if (expert := _expert_in(name)) in experts[layer]:

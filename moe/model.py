@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from coterie.moe.placement_map import check_plan, contiguous_plan, layer_maps
 from coterie.moe.strategy import Strategy, make_strategy
 from coterie.offload.checkpoint import Checkpoint
 from coterie.placement.plan import PlacementPlan
-from coterie.routing.errors import InputError
+from coterie.routing.errors import InputError, require
 from coterie.routing.files import check_writable
 from coterie.routing.record import Recorder, TraceWriter, metadata_for
 
@@ -122,6 +122,7 @@ class Model:
             raise InputError(f"streamer: found {len(asked)} prompts, expected one")
         if max_new_tokens < 1:
             raise InputError(f"--max-new-tokens: found {max_new_tokens}, expected 1 or more")
+        _positive("--batch-size", batch_size)
         requests = self._requests(asked, max_new_tokens)
         watch = _streaming(streamer, on_token)
         generator = Generator(self.transformers, self.group, self.context, sampling or Sampling(), on_token=watch)
@@ -148,6 +149,10 @@ class Model:
         """
         if self.group.size > 1:
             raise InputError(f"trace: found {self.group.size} processes, expected one")
+        if max_new_tokens < 0 or max_new_tokens == 1:
+            raise InputError(
+                f"--max-new-tokens: found {max_new_tokens}, expected 0 or 2 and more: the last token is not routed"
+            )
         phase = phase or ("mixed" if max_new_tokens else "prefill")
         if phase in ("decode", "mixed") and max_new_tokens < 2:
             raise InputError(
@@ -158,6 +163,9 @@ class Model:
         check_writable(out)
         metadata = metadata_for(self.shape.name, self.shape.num_experts, self.shape.layer_ids, scenario, phase)
         asked = [Prompt(text=p) if isinstance(p, str) else p for p in prompts]
+        if phase == "prefill":
+            asked = [replace(p, max_new_tokens=0) for p in asked]
+        _positive("--batch-size", batch_size)
         requests = self._requests(asked, max_new_tokens)
         writer = TraceWriter(out, metadata, len(self.shape.layer_ids), self.shape.top_k)
         recorder = Recorder(self.transformers, writer, self.shape.num_experts, phase, max_tokens)
@@ -220,12 +228,20 @@ def load(
     if plan is None:
         plan = contiguous_plan(shape, group.size)
     check_plan(plan, shape, group.size)
+    if plan.strategy != "all_to_all" and strategy is None:
+        raise InputError(
+            f"strategy: the plan is for {plan.strategy!r}, expected all_to_all; --strategy runs it with another one"
+        )
     chosen = make_strategy(strategy, group)
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = Checkpoint.open(shape.folder)
     experts = {layer: tuple(plan.experts_on(i, group.rank)) for i, layer in enumerate(shape.layer_ids)}
     loaded = load_share(shape, empty, checkpoint, experts, _dtype(dtype, shape.config, target), target, IMPLEMENTATION)
     return Model(shape, loaded, checkpoint, plan, chosen, group)
+
+
+def _positive(name: str, value: int) -> None:
+    require(value >= 1, name, value, "1 or more")
 
 
 def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:

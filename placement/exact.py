@@ -6,8 +6,9 @@ relabelling of ranks is taken. 8 experts on 4 ranks have 105 states, 16 experts 
 
 from __future__ import annotations
 
+import time
 from itertools import combinations, permutations
-from math import factorial
+from math import factorial, inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +29,11 @@ def fits(problem: Problem) -> bool:
     return bool(partitions * problem.ranks <= MAX_LABELLED)
 
 
-def solve(problem: Problem) -> Assignment | None:
-    """An optimal placement, int64 `[L, E]`; None if no partition of some layer keeps to its load cap."""
+def solve(problem: Problem, deadline: float = inf) -> Assignment | None:
+    """An optimal placement, int64 `[L, E]`; None if no partition of some layer keeps to its load cap, or time ran out.
+
+    deadline: a `time.monotonic()` value, looked at between layers.
+    """
     assert problem.transitions is not None
     states = partitions_of(problem.experts, problem.ranks)
     hosts = one_hot(states, problem.ranks).transpose(0, 2, 1).astype(np.float64)  # [state, rank, E]
@@ -40,6 +44,8 @@ def solve(problem: Problem) -> Assignment | None:
     best = np.zeros(len(kept[0]))
     back: list[NDArray[np.int64]] = []
     for layer in range(problem.layers - 1):
+        if time.monotonic() > deadline:
+            return None
         best, origin = _step(hosts[kept[layer]], hosts[kept[layer + 1]], problem.transitions[layer], best)
         back.append(origin)
     path = [int(best.argmax())]

@@ -9,6 +9,7 @@ pair variables of the same kind, d[p,g] >= x[e,g] + x[f,g] - y[e,f,g], which alo
 from __future__ import annotations
 
 import math
+import threading
 import time
 from dataclasses import dataclass
 from itertools import combinations
@@ -47,8 +48,36 @@ class WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
             solution = highspy.HighsSolution()
             solution.col_value = [self.start.get(v.name, 0.0) for v in lp.variables()]
             lp.solverModel.setSolution(solution)
-        lp.solverModel.HandleKeyboardInterrupt = True
-        lp.solverModel.solve()
+        _run_interruptibly(lp.solverModel)
+
+
+def _run_interruptibly(solver: highspy.Highs) -> None:
+    """HiGHS in a thread of its own, so that ctrl-C is heard at once; it is cancelled at its next check."""
+    solver.HandleUserInterrupt = True
+    thread = threading.Thread(target=solver.run, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.1)
+    except KeyboardInterrupt:
+        solver.cancelSolve()
+        raise
+
+
+def fits(problem: Problem) -> bool:
+    """Whether the models are small enough to be tried."""
+    if problem.transitions is not None:
+        return _hops_size(problem.transitions, problem.ranks) <= MAX_VARIABLES
+    return all(_dispatch_size(members, problem.ranks) <= MAX_VARIABLES for members in problem.members)
+
+
+def _hops_size(transitions: NDArray[np.float64], ranks: int) -> int:
+    return ranks * (int((transitions > 0).sum()) + (len(transitions) + 1) * int(transitions.shape[1]))
+
+
+def _dispatch_size(members: NDArray[np.bool_], ranks: int) -> int:
+    picks = members.sum(1).astype(np.int64)
+    return int(ranks * (1 + picks * (picks - 1) // 2).sum())
 
 
 def solve(problem: Problem, start: Assignment, deadline: float, threads: int = 1) -> Proof:
@@ -74,8 +103,7 @@ def _solve_hops(problem: Problem, start: Assignment, deadline: float, threads: i
     weights = problem.transitions
     assert weights is not None
     cheap, pairs = lower_bound(problem), np.argwhere(weights > 0)
-    size = problem.layers * problem.experts * problem.ranks + len(pairs) * problem.ranks
-    if size > MAX_VARIABLES or time.monotonic() >= deadline:
+    if _hops_size(weights, problem.ranks) > MAX_VARIABLES or time.monotonic() >= deadline:
         return Proof(None, cheap)
     model = pulp.LpProblem("hops", pulp.LpMinimize)
     x = _placement_variables(model, problem, range(problem.layers))
@@ -111,9 +139,7 @@ def _products(model: pulp.LpProblem, problem: Problem, x: Cell, y: Cell) -> None
 def _solve_dispatch_layer(problem: Problem, layer: int, start: NDArray[np.int64], deadline: float, threads: int) -> Proof:
     members, prices = problem.members[layer], problem.prices[layer]
     trivial = dispatch_bound(members, prices, problem.slots)
-    picks = members.sum(1).astype(np.int64)
-    size = int(problem.ranks * (1 + picks * (picks - 1) // 2).sum())
-    if size > MAX_VARIABLES or time.monotonic() >= deadline:
+    if _dispatch_size(members, problem.ranks) > MAX_VARIABLES or time.monotonic() >= deadline:
         return Proof(None, trivial)
     model = pulp.LpProblem("dispatch", pulp.LpMinimize)
     x = _placement_variables(model, problem, [layer])
@@ -196,9 +222,6 @@ def _run(model: pulp.LpProblem, start: dict[str, float], deadline: float, thread
     """Solve until `deadline`; the dual bound of the objective, None if the solver proved nothing."""
     limit = max(0.1, deadline - time.monotonic())
     model.solve(WarmHiGHS(start, msg=False, timeLimit=limit, threads=threads, gapRel=0.0, gapAbs=1e-6))
-    status = model.solverModel.getModelStatus()
-    if status == highspy.HighsModelStatus.kInterrupt:
-        raise KeyboardInterrupt
     bound = float(model.solverModel.getInfo().mip_dual_bound)
     return bound if math.isfinite(bound) else None
 

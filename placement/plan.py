@@ -42,6 +42,11 @@ class Objective:
             return None
         return 0.0 if self.value == self.lower_bound else (self.value - self.lower_bound) / self.value
 
+    def __post_init__(self) -> None:
+        if self.value is not None and self.lower_bound is not None:
+            fine = 0 <= self.lower_bound <= self.value
+            require(fine, "objective.lower_bound", self.lower_bound, f"0 to the value {self.value}")
+
 
 @dataclass(frozen=True)
 class PlacementPlan:
@@ -159,6 +164,7 @@ def _from_json(value: Any) -> PlacementPlan:
     require(isinstance(value, dict), "plan", type(value).__name__, "a JSON object")
     found = value.get("format")
     require(found == PLAN_FORMAT, "format", repr(found)[:60], repr(PLAN_FORMAT))
+    require("homes" not in value, "homes", "classes of sequences", "none: this version of coterie does not carry them out")
     counts = {name: _count(value, name) for name in ("num_experts", "nodes", "ranks", "slots_per_rank")}
     topology = _topology(value, counts["nodes"], counts["ranks"])
     layer_ids = _integers(value.get("layer_ids"), "layer_ids")

@@ -29,16 +29,16 @@ from coterie.routing.trace import LoadStatistics, RoutingTrace
 PLANNED_OBJECTIVES = ("hops", "dispatch")  # what a solver below can minimise
 OBJECTIVE_OF = {"coherent": "hops"}  # by strategy; every other strategy pays for distinct ranks
 SEARCH_ROUNDS = 4000
-SEARCH_SHARE = 0.3  # of the time limit; the rest is for the proof
+SEARCH_SHARE, EXACT_SHARE = 0.3, 0.6  # of the time that is left; what they leave is for the integer programs
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What to plan for. Set by the command line or the caller; every field is recorded in the plan.
+    """What to plan for. Set by the command line or the caller.
 
     objective: None takes the strategy's own. max_load: busiest over mean, None as in `problem.load_caps`.
     slots_per_rank: None takes ceil(E / ranks). time_limit: seconds for search and proof together.
-    exact: minimise the very number that `evaluate` prints for these traces, homes included, until proven or out of time.
+    exact: minimise the very number that `evaluate` prints for these traces, homes included (hops know no homes).
     """
 
     topology: Topology
@@ -65,6 +65,8 @@ class PlanRequest:
             ("--max-load", self.max_load, self.max_load is None or 1 <= self.max_load < float("inf"), "at least 1"),
             ("--time-limit", self.time_limit, 0 < self.time_limit < float("inf"), "more than 0 seconds"),
             ("--seed", self.seed, self.seed >= 0, "0 or more"),
+            ("--exact", self.exact, not self.exact or self.method == "auto", "--method auto beside it"),
+            ("--max-load", self.max_load, self.max_load is None or self.method == "auto", "--method auto beside it"),
         ]
         for name, found, valid, allowed in checks:
             if not valid:
@@ -161,36 +163,49 @@ def _auto(trace: RoutingTrace, request: PlanRequest, slots: int) -> Solution:
     deadline = time.monotonic() + request.time_limit
     ranks = request.topology.ranks
     affinity = _with_homes(measure(trace), trace, ranks)
-    caps = load_caps(affinity.load, ranks, request.max_load)
+    caps = load_caps(affinity.load, ranks, slots, request.max_load)
     if request.objective_name == "hops":
-        problem = hops_problem(affinity, ranks, slots, caps)
-        if exact.fits(problem) and (best := exact.solve(problem)) is not None:
-            return Solution(best, problem.cost(best) * problem.scale)
-        found = _search(problem, request, deadline)
-        proof = ilp.solve(problem, found, deadline, request.threads)
-        return _better(problem, found, proof)
-    true = dispatch_problem(affinity, ranks, slots, caps, known_homes=True)
-    blind = true if request.exact else dispatch_problem(affinity, ranks, slots, caps, known_homes=False)
-    found = _at_home(true, _search(blind, request, deadline))
-    proof = ilp.solve(true, found, deadline, request.threads)
+        return _hops(hops_problem(affinity, ranks, slots, caps), request, deadline)
+    known = dispatch_problem(affinity, ranks, slots, caps, known_homes=True)
     if request.exact:
-        return _better(true, found, proof)
-    return Solution(found, proof.lower_bound * true.scale)
+        return _improved(known, _at_home(known, _search(known, request, deadline)), request, deadline)
+    unknown = dispatch_problem(affinity, ranks, slots, caps, known_homes=False)
+    halfway = (time.monotonic() + deadline) / 2
+    made = _improved(unknown, _search(unknown, request, halfway), request, halfway).assignment
+    found = _at_home(known, made)
+    proof = ilp.solve(known, found, deadline, request.threads)  # of the evaluated number; its placement knows the homes
+    return Solution(found, _whole(proof.lower_bound) * known.scale)
+
+
+def _hops(problem: Problem, request: PlanRequest, deadline: float) -> Solution:
+    if exact.fits(problem):
+        early = time.monotonic() + EXACT_SHARE * (deadline - time.monotonic())
+        if (best := exact.solve(problem, early)) is not None:
+            return Solution(best, problem.cost(best) * problem.scale)
+    return _improved(problem, _search(problem, request, deadline), request, deadline)
 
 
 def _search(problem: Problem, request: PlanRequest, deadline: float) -> Assignment:
-    early = time.monotonic() + SEARCH_SHARE * max(0.0, deadline - time.monotonic())
-    found = search(problem, request.seed, SEARCH_ROUNDS, early)
+    share = SEARCH_SHARE if ilp.fits(problem) else 1.0
+    early = time.monotonic() + share * max(0.0, deadline - time.monotonic())
+    found = search(problem, request.seed, SEARCH_ROUNDS if share < 1 else None, early)
     if not problem.feasible(found):
         raise InputError(f"--max-load: found {request.max_load}, but no placement that keeps to it was found; give more")
     return found
 
 
-def _better(problem: Problem, found: Assignment, proof: ilp.Proof) -> Solution:
+def _improved(problem: Problem, found: Assignment, request: PlanRequest, deadline: float) -> Solution:
+    """What the integer program makes of `found` until `deadline`, with its bound."""
+    proof = ilp.solve(problem, found, deadline, request.threads)
     proven = proof.assignment
     if proven is not None and problem.feasible(proven) and problem.cost(proven) < problem.cost(found):
         found = proven
-    return Solution(found, min(proof.lower_bound, problem.cost(found)) * problem.scale)
+    return Solution(found, min(_whole(proof.lower_bound), problem.cost(found)) * problem.scale)
+
+
+def _whole(bound: float) -> float:
+    """Costs count tokens, so a bound may be rounded up; with a margin for the solver's tolerance."""
+    return float(np.ceil(bound - 1e-5))
 
 
 def _with_homes(affinity: Affinity, trace: RoutingTrace, ranks: int) -> Affinity:

@@ -6,7 +6,7 @@ Costs are in (token, ...) counts, not means, so that they stay integers in float
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,10 +67,6 @@ class Problem:
         carried = np.einsum("le,ler->lr", self.load, hosts)
         return bool(fits and (carried.max(1) <= self.caps * (1 + 1e-9)).all())
 
-    def with_prices(self, prices: tuple[NDArray[np.float64], ...]) -> Problem:
-        """The same problem with other dispatch prices."""
-        return replace(self, prices=prices)
-
 
 def one_hot(assignment: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:
     """int64 `[..., E, ranks]` from the rank of every expert `[..., E]`."""
@@ -100,28 +96,31 @@ def dispatch_problem(affinity: Affinity, ranks: int, slots: int, caps: NDArray[n
     return Problem(ranks, slots, affinity.load, caps, scale, members=members, prices=tuple(prices))
 
 
-def load_caps(load: NDArray[np.float64], ranks: int, max_load: float | None) -> NDArray[np.float64]:
+def load_caps(load: NDArray[np.float64], ranks: int, slots: int, max_load: float | None) -> NDArray[np.float64]:
     """The most load a rank may carry, float64 `[L]`, for a cap relative to the mean.
 
     Without `max_load`: 1.1, or a quarter as far above even as contiguous placement if that is less, or in a layer with an
     expert too hot for that, what balanced packing reaches.
-    Raises InputError if `max_load` is below what packing with swaps can reach, saying what it can.
+    Raises InputError if `max_load` is below what packing with swaps reaches, saying what it does.
     """
     mean = load.sum(1) / ranks
-    reached = np.array([balanced_peak(row, ranks) for row in load])
+    reached = np.array([balanced_peak(row, ranks, slots) for row in load])
     if max_load is None:
         unplanned = np.einsum("le,ler->lr", load, one_hot(contiguous(load, ranks), ranks)).max(1)
         return np.asarray(np.maximum(np.minimum(DEFAULT_MAX_LOAD * mean, mean + MARGIN * (unplanned - mean)), reached))
     caps = max_load * mean
     if (reached > caps * (1 + 1e-9)).any():
         worst = float((reached / np.where(mean > 0, mean, 1)).max())
-        raise InputError(f"--max-load: found {max_load:g}, but one layer cannot be packed below {worst:.4f}; give that or more")
+        raise InputError(
+            f"--max-load: found {max_load:g}, but the evenest packing found of one layer has {worst:.4f}; give that or more"
+        )
     return np.asarray(caps)
 
 
-def balanced_peak(load: NDArray[np.float64], ranks: int) -> float:
-    """The busiest rank's load after balanced packing and improving swaps; load `[E]`."""
-    return balance(packed(load[None], ranks)[0], load, ranks, 0.0)
+def balanced_peak(load: NDArray[np.float64], ranks: int, slots: int) -> float:
+    """The busiest rank's load after balanced packing into `slots` and improving swaps; load `[E]`. Not always the least."""
+    padded = np.pad(load, (0, ranks * slots - len(load)))
+    return balance(packed(padded[None], ranks)[0], padded, ranks, 0.0)
 
 
 def balance(here: NDArray[np.int64], load: NDArray[np.float64], ranks: int, cap: float) -> float:

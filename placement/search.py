@@ -7,6 +7,7 @@ will stand beside this file and fill the same seam, `planner.Solver`.
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -16,16 +17,16 @@ from coterie.placement.baselines import Assignment, packed
 from coterie.placement.problem import Problem, balance, one_hot
 
 
-def search(problem: Problem, seed: int, rounds: int, deadline: float) -> Assignment:
+def search(problem: Problem, seed: int, rounds: int | None, deadline: float) -> Assignment:
     """The best feasible placement found, int64 `[L, E]`.
 
-    rounds: perturbations tried in all; deadline: `time.monotonic()` value at which to stop early.
+    rounds: perturbations tried in all, None for as many as fit; deadline: `time.monotonic()` value at which to stop early.
     """
     rng = np.random.default_rng(seed)
     padded = _pad(problem)
     best = descend(padded, _start(padded))
     best_cost = padded.cost(best)
-    for _ in range(rounds):
+    for _ in itertools.count() if rounds is None else range(rounds):
         if time.monotonic() > deadline:
             break
         trial = descend(padded, _perturbed(padded, best, rng))

@@ -27,7 +27,7 @@ class Topology:
 
     nodes, ranks_per_node: counts; rank r lives on node r // ranks_per_node.
     within: the link of one rank inside its node; between: the link of one node to the others, shared by its ranks.
-    memory_bytes: of one rank, for weights and caches.
+    memory_bytes: of one rank, for weights and caches (kept in the plan; no method uses it yet).
     row_bytes: of one token's hidden state (model dependent: hidden size x bytes per value).
     pairs_per_second: (token, expert) pairs that one rank computes per second (model dependent).
     """
@@ -58,10 +58,6 @@ class Topology:
     def ranks(self) -> int:
         """Ranks over all nodes."""
         return self.nodes * self.ranks_per_node
-
-    def node_of(self, rank: int) -> int:
-        """The node that a rank lives on."""
-        return rank // self.ranks_per_node
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads back."""

@@ -19,8 +19,9 @@ def atomic_output(path: Path) -> Iterator[Path]:
 
     Raises InputError if the folder does not exist or cannot be written; leaves an existing `path` as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     check_writable(path)
+    path = path.resolve()  # a link stays a link: what it points to is replaced
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
         temporary.replace(path)
@@ -32,11 +33,15 @@ def atomic_output(path: Path) -> Iterator[Path]:
 
 def check_writable(path: Path) -> None:
     """Raises InputError now if `path` cannot be written later: before hours of work, not after."""
+    if path.is_symlink():
+        path = path.resolve()
     folder = path.parent
+    if not path.name or path.is_dir():
+        raise InputError(f"{path}: is a folder; give a file name")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no regular file and would be replaced by one; give another name")
     if not folder.is_dir():
         raise InputError(f"{path}: the folder {folder} does not exist; create it first")
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; give a file name")
     try:
         probe = folder / f".{path.name}.{os.getpid()}.probe"
         probe.touch()

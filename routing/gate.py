@@ -1,7 +1,7 @@
 """Routing functions: from router logits to experts and weights, as pure functions.
 
-Each is one published rule, tested against the routers of transformers' own models. Predicting a layer's experts ahead of time
-and replaying recorded logits use these; the models themselves keep their own routers. All take `logits` float `[tokens, E]`
+Each is one published rule, tested against the routers of transformers' own models. The models keep their own routers; these are
+for whoever predicts a layer's experts ahead of time or replays recorded logits. All take `logits` float `[tokens, E]`
 and return (ids int64 `[tokens, top_k]`, weights `[tokens, top_k]` in the logits' dtype or float32 as noted), best first.
 """
 

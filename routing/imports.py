@@ -48,6 +48,9 @@ def import_routing(path: Path, options: ImportOptions) -> RoutingTrace | LoadSta
         return readers[path.suffix](path, options)
     except InputError as error:
         raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from error
+    except (ValueError, TypeError, IndexError, KeyError, OverflowError, AttributeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0][:100]
+        raise InputError(f"{path}: is not what its kind of recording holds ({type(error).__name__}: {reason})") from error
 
 
 def _read_npz(path: Path, options: ImportOptions) -> RoutingTrace:
@@ -63,10 +66,19 @@ def _read_npz(path: Path, options: ImportOptions) -> RoutingTrace:
     tokens = len(ids)
     sequence = _integers(arrays.get("sequence_ids", np.zeros(tokens, np.int64)), "sequence_ids", 1)
     positions = _integers(arrays.get("positions", np.arange(tokens)), "positions", 1)
-    stated = int(arrays["num_experts"]) if arrays.get("num_experts", np.zeros(2)).size == 1 else None
+    stated = _stated_experts(arrays)
     layer_ids = arrays.get("layer_ids", np.arange(ids.shape[1]))
     weights = arrays.get("router_weights")
     return _trace(ids, sequence, positions, options, stated, tuple(int(i) for i in np.ravel(layer_ids)), weights)
+
+
+def _stated_experts(arrays: dict[str, NDArray[Any]]) -> int | None:
+    found = arrays.get("num_experts")
+    if found is None:
+        return None
+    if found.size != 1 or found.dtype.kind not in "iu":
+        raise InputError(f"num_experts: found {found.dtype} with {found.size} values, expected one integer")
+    return int(found.reshape(-1)[0])
 
 
 def _integers(values: NDArray[Any], name: str, dimensions: int) -> NDArray[np.int64]:
@@ -105,7 +117,10 @@ def _read_counts(path: Path, options: ImportOptions) -> LoadStatistics:
     if not isinstance(found, dict) or "logical_count" not in found:
         raise InputError("found no field logical_count, expected [layers][experts] or [scenarios][layers][experts]")
     try:
-        counts = np.array(found["logical_count"], dtype=np.float64)
+        plain = np.array(found["logical_count"])
+        if plain.dtype.kind not in "iuf":
+            raise InputError(f"logical_count: found {plain.dtype}, expected numbers")
+        counts = plain.astype(np.float64)
     except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"logical_count: is no regular array of numbers ({str(error)[:60]})") from error
     return _load(counts, options)
@@ -118,8 +133,8 @@ def _load(counts: NDArray[np.float64], options: ImportOptions) -> LoadStatistics
         raise InputError(
             f"logical_count: found shape {list(counts.shape)}, expected [layers][experts], with or without scenarios"
         )
-    if not np.isfinite(counts).all() or counts.min() < 0 or counts.max() > 2**53:
-        raise InputError("logical_count: found a value that is negative or not finite, expected counts")
+    if not np.isfinite(counts).all() or counts.min() < 0 or counts.max() > 2**53 or (counts % 1).any():
+        raise InputError("logical_count: found a value that is negative, not finite or not whole, expected counts")
     routed = counts.sum((0, 2)) > 0  # dense layers are listed with zero counts
     if not routed.any():
         raise InputError("logical_count: found only zeros, expected counts")

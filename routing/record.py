@@ -8,8 +8,9 @@ sequence nor position nor padding: a second hook, on the model, takes those from
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,7 +51,7 @@ class TraceWriter:
         self.metadata = metadata
         self.shape = (layers, top_k)
         self.tokens = 0
-        self._parts = {name: path.with_name(f".{path.name}.{name}.part") for name, _, _ in self.COLUMNS}
+        self._parts = {name: path.with_name(f".{path.name}.{name}.{os.getpid()}.part") for name, _, _ in self.COLUMNS}
         self._streams: dict[str, BinaryIO] = {name: part.open("wb") for name, part in self._parts.items()}
 
     def append(
@@ -66,25 +67,31 @@ class TraceWriter:
                 f"expert_ids: found shape {expert_ids.shape}, expected [tokens, {self.shape[0]}, {self.shape[1]}]"
             )
         values = dict(expert_ids=expert_ids, router_weights=router_weights, sequence_ids=sequence_ids, positions=positions)
-        for name, _, dtype in self.COLUMNS:
-            self._streams[name].write(np.ascontiguousarray(values[name], dtype=dtype).tobytes())
+        try:
+            for name, _, dtype in self.COLUMNS:
+                self._streams[name].write(np.ascontiguousarray(values[name], dtype=dtype).tobytes())
+        except OSError as error:
+            raise CoterieError(f"{self.path}: cannot be written: {error.strerror}") from error
         self.tokens += len(expert_ids)
 
     def close(self) -> None:
         """Join the columns into the trace file, atomically. Raises CoterieError if nothing was recorded."""
         try:
             for stream in self._streams.values():
-                stream.close()
+                stream.flush()
             if self.tokens == 0:
                 raise CoterieError(f"{self.path}: no token was recorded, expected at least one; nothing was written")
             self._join()
+        except OSError as error:
+            raise CoterieError(f"{self.path}: cannot be written: {error.strerror}") from error
         finally:
             self.discard()
 
     def discard(self) -> None:
         """Remove the temporary files; the trace file, if there was one before, stays as it was."""
         for name, part in self._parts.items():
-            self._streams[name].close()
+            with suppress(OSError):  # a full disk is told of where it was met; here all that matters is to clean up
+                self._streams[name].close()
             part.unlink(missing_ok=True)
 
     def _join(self) -> None:

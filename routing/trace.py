@@ -94,6 +94,10 @@ class LoadStatistics:
         """Experts per layer."""
         return int(self.expert_load.shape[2])
 
+    def summed(self) -> LoadStatistics:
+        """All scenarios added up into one."""
+        return replace(self, expert_load=self.expert_load.sum(0, keepdims=True), scenarios=("+".join(self.scenarios),))
+
 
 def _check_trace(t: RoutingTrace) -> None:
     ids = t.expert_ids

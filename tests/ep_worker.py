@@ -24,7 +24,9 @@ def main(job_file: Path, result_file: Path) -> None:
             model = coterie.load(case["model"], plan, dtype="float32", group=group)
             loaded = group.gather(model.checkpoint.counter.bytes)
             prompts = [coterie.Prompt(token_ids=tuple(p)) for p in case["prompts"]]
+            before = group.traffic.bytes
             outputs, statistics = model.generate(prompts, case["new_tokens"], batch_size=case["batch_size"])
+            sent = sum(group.gather(group.traffic.bytes - before))
             again, _ = model.generate(prompts, case["new_tokens"], batch_size=case["batch_size"])
             mine = torch.tensor([case["prompts"][group.rank % len(case["prompts"])]])
             model.context.live = None
@@ -36,7 +38,7 @@ def main(job_file: Path, result_file: Path) -> None:
                     "repeatable": outputs == again,
                     "bytes": loaded,
                     "rows": statistics.rows_sent,
-                    "traffic_bytes": group.gather(group.traffic.bytes),
+                    "bytes_sent": sent,
                     "logits": group.gather(logits),
                     "experts": group.gather([m.local for m in map(_map, _modules(model))]),
                 }

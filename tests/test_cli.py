@@ -269,9 +269,10 @@ def test_an_unexpected_failure_is_called_a_defect_and_debug_shows_it(
 def test_ctrl_c_in_the_middle_leaves_what_was_there(tmp_path: Path, verb: str) -> None:
     out = tmp_path / "out"
     out.write_text("precious")
-    if verb == "plan":
-        save_trace(make_trace(tokens=6000, layers=8, experts=24, top_k=4), tmp_path / "t")
-        arguments = ["plan", str(tmp_path / "t"), "--topology", "1x4", "--out", str(out), "--time-limit", "120"]
+    if verb == "plan":  # a small search, then a long proof: the signal comes while HiGHS works
+        save_trace(make_trace(tokens=2000, layers=6, experts=16, top_k=2), tmp_path / "t")
+        arguments = ["plan", str(tmp_path / "t"), "--topology", "1x4", "--objective", "hops", "--out", str(out)]
+        arguments += ["--time-limit", "200"]
     else:
         (tmp_path / "p.txt").write_text("def f(x):\n" * 400)
         arguments = [
@@ -284,15 +285,57 @@ def test_ctrl_c_in_the_middle_leaves_what_was_there(tmp_path: Path, verb: str) -
             "--max-new-tokens",
             "800",
         ]
-    process = subprocess.Popen([sys.executable, "-m", "coterie", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "coterie", *arguments]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=environment)
     time.sleep(12)
     assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "coterie: interrupted; no output was written" in err
+    printed, err = process.communicate(timeout=20)
+    assert process.returncode == 1 and printed == "" and "coterie: interrupted; no output was written" in err
     assert out.read_text() == "precious"
     assert not [p for p in tmp_path.iterdir() if ".part" in p.name]
+
+
+@pytest.mark.parametrize("verb", ["trace", "evaluate", "doctor"])
+def test_verbs_for_one_process_refuse_several(verb: str, trace_file: Path, plan_file: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    arguments = {
+        "trace": ["coterie-tiny", "--prompts", "x", "--out", "y"],
+        "evaluate": [plan_file, trace_file],
+        "doctor": [],
+    }[verb]
+    assert f"{verb}: found 4 processes, expected one; only generate runs on several" in fails(capsys, verb, *arguments)
+
+
+def test_a_rank_in_the_environment_of_a_lone_process_means_nothing(
+    trace_file: Path, plan_file: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert run_json(capsys, "evaluate", plan_file, trace_file)["tokens"] == 400
+
+
+def test_prompts_may_hold_any_character_but_a_line_break(tmp_path: Path) -> None:
+    from coterie.launch.prompts import read_prompts
+
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + '{"prompt": "a\u2028b\u0085c"}\r\n{"prompt": "d"}\n'.encode())
+    assert [p.text for p in read_prompts(path)] == ["a\u2028b\u0085c", "d"]
+    (tmp_path / "p.txt").write_text("one\x0cpage\ntwo\n")
+    assert [p.text for p in read_prompts(tmp_path / "p.txt")] == ["one\x0cpage", "two"]
+
+
+def test_what_is_no_regular_file_is_not_replaced_and_a_link_stays_one(
+    tmp_path: Path, trace_file: Path, plan_file: Path, capsys
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no regular file" in fails(capsys, "show", trace_file, "--out", tmp_path / "pipe")
+    (tmp_path / "link.html").symlink_to(tmp_path / "real.html")
+    run_json(capsys, "show", trace_file, "--out", tmp_path / "link.html")
+    assert (tmp_path / "link.html").is_symlink() and (tmp_path / "real.html").is_file()
+    assert "is a folder" in fails(capsys, "import", plan_file, "--out", "/")
 
 
 def test_help_of_every_verb_fits_and_names_its_options(capsys) -> None:

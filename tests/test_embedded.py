@@ -132,6 +132,25 @@ def test_routers_agree_across_layers_far_more_than_chance(tmp_path) -> None:
     assert (load.max(1) / load.mean(1)).max() < 4, "a collapsed router"
 
 
+def test_plans_of_it_meet_their_bars_on_text_that_was_not_planned_on(tmp_path) -> None:
+    from coterie.launch.prompts import read_prompts
+    from coterie.placement.planner import PlanRequest, compare, plan
+
+    model = coterie.load("coterie-tiny")
+    traces = {}
+    for name in ("calibration", "heldout"):
+        model.record(read_prompts(EMBEDDED_FOLDER / "prompts" / f"{name}.jsonl"), tmp_path / name)
+        traces[name] = coterie.read_trace(tmp_path / name)
+    two = plan(traces["calibration"], PlanRequest(coterie.Topology(1, 2), objective="hops", time_limit=60))
+    assert two.objective.gap == 0 and two.seconds < 60
+    for objective, cut in (("hops", 0.35), ("dispatch", 0.15)):
+        made = plan(traces["calibration"], PlanRequest(coterie.Topology(1, 4), objective=objective, time_limit=6))
+        plans = compare(made, traces["heldout"])
+        assert plans["plan"][objective] <= (1 - cut) * plans["contiguous"][objective]
+        assert plans["plan"]["load"] <= plans["contiguous"]["load"]
+        assert made.objective.gap is not None
+
+
 def test_locality_is_zero_nats_for_a_chain_and_all_of_them_for_noise() -> None:
     pairs = torch.eye(8)[torch.arange(800) % 4] + torch.eye(8)[torch.arange(800) % 4 + 4]
     assert locality_loss([pairs]) == pytest.approx(0, abs=0.1)

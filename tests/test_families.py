@@ -150,6 +150,59 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
         coterie.load(tmp_path)
 
 
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_quantised_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    make_model("gpt_oss", tmp_path)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.0.mlp.experts.down_proj"
+    for changed, message in (
+        ({f"{name}_blocks": torch.zeros(8, 4, dtype=torch.uint8)}, "found an unknown tensor among the experts"),
+        ({name: tensors[name].to(torch.float8_e4m3fn)}, "found torch.float8_e4m3fn among the experts"),
+    ):
+        save_file({**tensors, **changed}, weights, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=f"{message}.*quantised checkpoints are not supported"):
+            coterie.load(tmp_path)
+    edit_json(tmp_path / "config.json", quantization_config={"quant_method": "mxfp4"})
+    with pytest.raises(InputError, match="quantization_config: found one, expected none"):
+        coterie.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_beams=4), "num_beams: found 4, which coterie does not carry out"),
+        (dict(penalty_alpha=0.6), "penalty_alpha: found 0.6"),
+        (dict(repetition_penalty=-1.0), "generation_config.json"),
+        (dict(eos_token_id="x"), "generation_config.json"),
+    ],
+)
+def test_generation_settings_that_would_be_ignored_are_refused(tmp_path: Path, changes, message) -> None:
+    edit_json(make_model("mixtral", tmp_path) / "generation_config.json", **changes)
+    with pytest.raises(InputError, match=message):
+        coterie.load(tmp_path).generate([coterie.Prompt(token_ids=(3,))], 2)
+
+
+def test_more_experts_per_token_than_there_are_is_refused(tmp_path: Path) -> None:
+    edit_json(make_model("mixtral", tmp_path) / "config.json", num_experts_per_tok=9)
+    with pytest.raises(InputError, match="experts per token: found 9, expected 1 to 8"):
+        coterie.load(tmp_path)
+
+
+def test_a_plan_for_another_strategy_is_not_run_silently(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    model = coterie.load(make_model("mixtral", tmp_path))
+    with pytest.raises(InputError, match="strategy: the plan is for 'coherent', expected all_to_all"):
+        coterie.load(tmp_path, replace(model.plan, strategy="coherent"))
+    assert coterie.load(tmp_path, replace(model.plan, strategy="coherent"), strategy="local").strategy.name == "local"
+
+
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     make_model("mixtral", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -60,6 +60,5 @@ def test_grouped_sigmoid_with_a_choosing_bias(groups: int, kept: int) -> None:
 def test_groups_limit_where_experts_come_from() -> None:
     logits = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
     ids, weights = grouped_sigmoid_top_k(logits, torch.zeros(12), 3, groups=4, kept_groups=2, scale=1.0)
-    assert ((ids // 3).sort(-1).values.unique_consecutive(dim=-1).shape[0]) == 50
     assert all(len(set((row // 3).tolist())) <= 2 for row in ids)
     torch.testing.assert_close(weights.sum(-1), torch.ones(50))

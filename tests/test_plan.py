@@ -195,7 +195,7 @@ def test_a_topology_file_takes_defaults_for_what_it_leaves_out(tmp_path: Path) -
     path = tmp_path / "t.json"
     path.write_text('{"nodes": 2, "ranks_per_node": 3, "between": {"bytes_per_second": 1e9, "latency_seconds": 0}}')
     topology = parse_topology(str(path))
-    assert (topology.ranks, topology.node_of(4), topology.between.bytes_per_second) == (6, 1, 1e9)
+    assert (topology.ranks, topology.between.bytes_per_second) == (6, 1e9)
     assert topology.within == Topology(1, 1).within
 
 

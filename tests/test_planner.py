@@ -45,7 +45,7 @@ def problems(
     affinity = measure(trace)
     homes = homes_of(trace, ranks)
     affinity = replace(affinity, patterns=tuple(patterns(trace, i, homes, ranks) for i in range(layers)))
-    caps = load_caps(affinity.load, ranks, max_load)
+    caps = load_caps(affinity.load, ranks, slots, max_load)
     return {
         "hops": hops_problem(affinity, ranks, slots, caps),
         "homes unknown": dispatch_problem(affinity, ranks, slots, caps, known_homes=False),
@@ -231,7 +231,7 @@ def test_free_slots_are_used_when_they_help(trace) -> None:
             "--topology: found 16 ranks, expected at most 8: the model has that many experts",
         ),
         (dict(slots_per_rank=1), "--slots-per-rank: found 1, expected 2 to 8"),
-        (dict(max_load=1.0), r"--max-load: found 1, but one layer cannot be packed below 1\.\d+; give that or more"),
+        (dict(max_load=1.0), r"--max-load: found 1, but the evenest packing found of one layer has 1\.\d+; give that or more"),
         (dict(max_load=0.5), "--max-load: found 0.5, expected at least 1"),
         (dict(strategy="x"), "--strategy: found 'x', expected all_to_all"),
         (dict(method="x"), "--method: found 'x', expected auto, contiguous"),

@@ -19,6 +19,7 @@ from tiny_models import ISSUE_FAMILIES, make_model
 from transformers import AutoModelForCausalLM
 
 import coterie
+from coterie.moe.dispatch import row_bytes
 from coterie.placement.plan import PlacementPlan, slots_from_assignment
 
 pytestmark = pytest.mark.processes
@@ -149,7 +150,8 @@ def test_rows_sent_are_the_rows_the_plan_predicts(tmp_path: Path) -> None:
     result = run_cases(tmp_path, 4, [case])[0]
     predicted = report.remote_rows * trace.tokens * trace.layers
     assert result["rows"] == round(predicted) and abs(predicted - round(predicted)) < 1e-6
-    assert sum(result["traffic_bytes"]) > 0
+    out, back = row_bytes(32, 3, torch.float32), 32 * 4  # a dispatched row with its header, and a returned one
+    assert result["bytes_sent"] == result["rows"] // 2 * (out + back)
 
 
 def generate(tmp_path: Path, ranks: int, *options: str) -> subprocess.CompletedProcess[str]:
