@@ -17,6 +17,7 @@ import coterie
 from coterie.launch.commands import say
 from coterie.launch.show import check_plotting, write_report
 from coterie.launch.tables import table
+from coterie.moe.families import EMBEDDED, EMBEDDED_FOLDER
 from coterie.placement.plan import PlacementPlan, save_plan
 from coterie.placement.planner import PlanRequest, compare
 from coterie.placement.planner import plan as make_plan
@@ -36,7 +37,6 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
     from coterie.launch.quiet import quiet_transformers
-    from coterie.moe.families import EMBEDDED_FOLDER
 
     started = time.perf_counter()
     if options.ranks < 2:
@@ -106,18 +106,11 @@ def _stages(bar: Any) -> Callable[[str], None]:
 def _trace(files: dict[str, Path], model_folder: Path, stage: Callable[[str], None]) -> tuple[RoutingTrace, RoutingTrace]:
     from coterie.launch.prompts import read_prompts
 
-    model = coterie.load(coterie_tiny_name(), dtype="float32")
+    model = coterie.load(EMBEDDED, dtype="float32")
     stage("recording which experts its tokens visit")
     for prompts, out in (("calibration", "trace.safetensors"), ("heldout", "heldout.safetensors")):
         model.record(read_prompts(model_folder / "prompts" / f"{prompts}.jsonl"), files[out], scenario=prompts)
     return read_trace(files["trace.safetensors"]), read_trace(files["heldout.safetensors"])
-
-
-def coterie_tiny_name() -> str:
-    """The embedded model's name."""
-    from coterie.moe.families import EMBEDDED
-
-    return EMBEDDED
 
 
 def _reference(model_folder: Path, folder: Path) -> None:

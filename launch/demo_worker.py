@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 import coterie
-from coterie.launch.demo import NEW_TOKENS, coterie_tiny_name
+from coterie.launch.demo import NEW_TOKENS
 from coterie.launch.distributed import job
 from coterie.launch.quiet import quiet_transformers
+from coterie.moe.families import EMBEDDED
 from coterie.routing.files import write_text
 
 REPEATS = 3  # the two placements take turns; medians are reported
@@ -29,7 +30,7 @@ def main(folder: Path) -> None:
     with job() as group:
         quiet_transformers()
         plans = {"contiguous": None, "plan": coterie.read_plan(folder / "plan.json")}
-        models = {name: coterie.load(coterie_tiny_name(), plan, dtype="float32", group=group) for name, plan in plans.items()}
+        models = {name: coterie.load(EMBEDDED, plan, dtype="float32", group=group) for name, plan in plans.items()}
         prompts = [coterie.Prompt(token_ids=tuple(row)) for row in reference["prompts"].tolist()]
         speed: dict[str, list[float]] = {name: [] for name in models}
         texts: list[Any] = []
@@ -41,7 +42,8 @@ def main(folder: Path) -> None:
         difference = max(_logit_difference(model, reference, group) for model in models.values())
         if group.rank == 0:
             expected = [_until_end(row, models["plan"]) for row in reference["text"].tolist()]
-            sample = models["plan"].decode(reference["prompts"][0].tolist()), models["plan"].decode(texts[-1][0])
+            liveliest = max(range(len(prompts)), key=lambda i: len(set(texts[-1][i])))
+            sample = [models["plan"].decode(ids) for ids in (reference["prompts"][liveliest].tolist(), texts[-1][liveliest])]
             result = {
                 "tokens_per_second": {name: statistics.median(values) for name, values in speed.items()},
                 "max_logit_difference": difference,

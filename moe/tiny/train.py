@@ -34,7 +34,7 @@ END_OF_TEXT = 256  # ids 0..255 are the bytes themselves
 SHARE = {"python": 0.42, "english": 0.33, "c": 0.17, "tables": 0.08}  # of each batch's rows
 BALANCE, ROUTER_Z, LOCALITY = 0.1, 1e-4, 0.02  # weights of the auxiliary losses
 PROMPT_BYTES = 384
-PROMPTS = {"python": 36, "english": 36, "c": 20, "tables": 7}  # of each kind; tables have few windows that are new
+PROMPTS = {"python": 36, "english": 36, "c": 20, "tables": 6}  # of each kind; tables have few windows that are new
 SHORT_PROMPTS = dict.fromkeys(PROMPTS, 4)
 PROMPT_FILES = (
     ("calibration", 0, PROMPT_BYTES, PROMPTS),
@@ -206,7 +206,7 @@ def _new_windows(
 ) -> list[str]:
     """Up to `count` distinct ASCII windows that were not trained on, from the documents in turn."""
     found: list[str] = []
-    for attempt in range(40 * count):
+    for attempt in range(100 * count):
         text = _window(documents[attempt % len(documents)].text, size, rng)
         if len(text) == size and text.isascii() and text not in taken | set(found) and not trained.has_seen(text):
             found.append(text)
