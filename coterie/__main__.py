@@ -1,7 +1,5 @@
 """`python -m coterie`."""
 
-import sys
+from coterie.launch.cli import entry
 
-from coterie.launch.cli import main
-
-sys.exit(main())
+entry()

@@ -9,9 +9,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from coterie.launch.distributed import launched_rank, launched_size
+from coterie.launch.distributed import launched_rank, launched_size, leave
 from coterie.placement.baselines import BASELINES
 from coterie.routing.errors import CoterieError, InputError
 
@@ -51,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         first = (str(error).strip().splitlines() or [""])[0]
         _complain(f"{type(error).__name__}: {first[:300]}\n(this is a defect of coterie: --debug shows where it is)")
         return FAILED
+
+
+def entry() -> NoReturn:
+    """The program: runs one command and ends the process."""
+    leave(main())
 
 
 def _check_processes(verb: str) -> None:

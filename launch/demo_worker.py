@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import coterie
 from coterie.launch.demo import NEW_TOKENS
-from coterie.launch.distributed import job
+from coterie.launch.distributed import job, leave
 from coterie.launch.quiet import quiet_transformers
 from coterie.moe.families import EMBEDDED
 from coterie.routing.files import write_text
@@ -72,3 +72,4 @@ def _until_end(row: list[int], model: coterie.Model) -> list[int]:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import coterie
-from coterie.launch.distributed import job
+from coterie.launch.distributed import job, leave
 
 
 def main(job_file: Path, result_file: Path) -> None:
@@ -60,3 +60,4 @@ def _map(module: torch.nn.Module):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave(0)
