@@ -16,7 +16,7 @@ from coterie.routing.affinity import Affinity
 from coterie.routing.errors import InputError
 
 DEFAULT_MAX_LOAD = 1.1
-MARGIN = 0.25  # of what contiguous placement is above even: other text is loaded a little differently
+MARGIN = 1 / 3  # of what contiguous placement is above even: other text is loaded a little differently
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def dispatch_problem(affinity: Affinity, ranks: int, slots: int, caps: NDArray[n
 def load_caps(load: NDArray[np.float64], ranks: int, slots: int, max_load: float | None) -> NDArray[np.float64]:
     """The most load a rank may carry, float64 `[L]`, for a cap relative to the mean.
 
-    Without `max_load`: 1.1, or a quarter as far above even as contiguous placement if that is less, or in a layer with an
+    Without `max_load`: 1.1, or a third as far above even as contiguous placement if that is less, or in a layer with an
     expert too hot for that, what balanced packing reaches.
     Raises InputError if `max_load` is below what packing with swaps reaches, saying what it does.
     """
