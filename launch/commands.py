@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from coterie.launch.tables import table
 from coterie.placement.plan import read_plan, save_plan
 from coterie.placement.topology import parse_topology
-from coterie.routing.errors import InputError
+from coterie.routing.errors import InputError, positive
 from coterie.routing.files import check_writable, write_text
 from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing, read_trace, save_load, save_trace
 
@@ -42,7 +42,7 @@ def trace(options: argparse.Namespace) -> dict[str, Any]:
     with tqdm(desc="trace", unit=" tokens", disable=None) as bar:
         tokens = model.record(
             prompts, options.out, options.max_new_tokens, options.phase, options.max_tokens, options.scenario,
-            _positive("--batch-size", options.batch_size), on_tokens=bar.update,
+            positive("--batch-size", options.batch_size), on_tokens=bar.update,
         )  # fmt: skip
     layers, experts = len(model.shape.layer_ids), model.shape.num_experts
     say(f"{options.out}: {tokens} tokens, {layers} layers, {experts} experts, top-{model.shape.top_k}")
@@ -55,7 +55,7 @@ def import_(options: argparse.Namespace) -> dict[str, Any]:
 
     check_writable(options.out)
     if options.num_experts is not None:
-        _positive("--num-experts", options.num_experts)
+        positive("--num-experts", options.num_experts)
     settings = ImportOptions(options.model, options.num_experts, options.scenario, options.phase)
     found = import_routing(options.file, settings)
     if isinstance(found, RoutingTrace):
@@ -78,7 +78,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
         topology=parse_topology(options.topology), strategy=options.strategy, objective=options.objective,
         method=options.method, max_load=options.max_load, slots_per_rank=options.slots_per_rank,
         time_limit=options.time_limit, exact=options.exact, seed=options.seed,
-        threads=_positive("--workers", options.workers),
+        threads=positive("--workers", options.workers),
     )  # fmt: skip
     recorded = read_trace(options.trace)
     made = make_plan(recorded, request, (options.trace,))
@@ -88,13 +88,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
         print(_comparison(compare(made, recorded)))
     bound = "" if objective.gap is None else f", bound {objective.lower_bound:.4f}, gap {objective.gap:.2%}"
     say(f"{options.out}: {objective.name} {objective.value:.4f}{bound}, in {made.seconds:.1f} s")
-    result = {
-        "name": objective.name,
-        "value": objective.value,
-        "lower_bound": objective.lower_bound,
-        "gap": objective.gap,
-    }
-    return {"plan": str(options.out), "objective": result, "seconds": made.seconds}
+    return {"plan": str(options.out), "objective": objective.to_json(), "seconds": made.seconds}
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -181,8 +175,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
         from coterie.routing.errors import CoterieError
 
         def prepare() -> tuple[Model, list[Prompt]]:
-            _positive("--max-new-tokens", options.max_new_tokens)
-            _positive("--batch-size", options.batch_size)
+            positive("--max-new-tokens", options.max_new_tokens)
+            positive("--batch-size", options.batch_size)
             _sampling(options)
             if options.out is not None and group.rank == 0:
                 check_writable(options.out)
@@ -196,7 +190,6 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
                 raise type(error)(f"{options.plan}: {error}") from error
 
         model, prompts = together(group, prepare)
-        together(group, lambda: [model.encode(p) for p in prompts])
         outputs, statistics = _generate(model, prompts, options, group)
         if group.rank != 0:
             return None
@@ -247,9 +240,3 @@ def _print_generated(outputs: list[Output], statistics: Statistics, options: arg
         f"{s.bytes_read / 1e6:.1f} MB read, {s.rows_sent} rows sent"
     )
     return {"outputs": rows, "stats": asdict(s)}
-
-
-def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise InputError(f"{name}: found {value}, expected 1 or more")
-    return value

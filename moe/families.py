@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from coterie.routing.errors import InputError
+from coterie.routing.errors import InputError, first_line
 from coterie.routing.record import expert_modules
 
 EMBEDDED = "coterie-tiny"
@@ -59,8 +59,9 @@ def _from_hub(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # the hub's client raises many kinds; each means that there is no such model here
-        reason = str(error).strip().splitlines()[0][:160]
-        raise InputError(f"MODEL: {model!r} is no folder here and could not be fetched from the hub ({reason})") from error
+        raise InputError(
+            f"MODEL: {model!r} is no folder here and could not be fetched from the hub ({first_line(error)})"
+        ) from error
 
 
 def read_config(folder: Path) -> Any:
@@ -71,9 +72,8 @@ def read_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds for a bad configuration
-        reason = str(error).strip().splitlines()[0][:160]
         raise InputError(
-            f"{file}: not a configuration that transformers {transformers.__version__} reads ({reason})"
+            f"{file}: not a configuration that transformers {transformers.__version__} reads ({first_line(error)})"
         ) from error
 
 
@@ -83,9 +83,8 @@ def skeleton(config: Any, file: Path) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:160]
         raise InputError(
-            f"{file}: model_type {config.model_type!r} cannot be built as a causal language model ({reason})"
+            f"{file}: model_type {config.model_type!r} cannot be built as a causal language model ({first_line(error)})"
         ) from error
 
 

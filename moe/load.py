@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from coterie.moe.families import ModelShape
 from coterie.offload.checkpoint import Checkpoint, TensorSlice
-from coterie.routing.errors import InputError
+from coterie.routing.errors import InputError, first_line
 from coterie.routing.record import expert_modules
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +45,7 @@ def load_share(
             )  # fmt: skip
         except RuntimeError as error:  # transformers' loader says only in its log which tensor it was
             raise InputError(
-                f"{shape.folder}: the weights cannot be converted; do they fit config.json? ({_first_line(error)})"
+                f"{shape.folder}: the weights cannot be converted; do they fit config.json? ({first_line(error)})"
             ) from error
     model.__class__ = type(empty)
     _check(shape, model, info)
@@ -58,7 +58,7 @@ def _generation_config(folder: Path) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds
-        raise InputError(f"{folder / 'generation_config.json'}: cannot be used ({_first_line(error)})") from error
+        raise InputError(f"{folder / 'generation_config.json'}: cannot be used ({first_line(error)})") from error
 
 
 def select(
@@ -128,10 +128,6 @@ def cut_experts(module: Any, num_experts: int, kept: int) -> None:
             smaller = torch.empty((kept, *parameter.shape[1:]), dtype=parameter.dtype, device=parameter.device)
             setattr(module, name, nn.Parameter(smaller, requires_grad=False))
     module.num_experts = kept
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:120]
 
 
 def _check(shape: ModelShape, model: nn.Module, info: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from coterie.moe.placement_map import check_plan, contiguous_plan, layer_maps
 from coterie.moe.strategy import Strategy, make_strategy
 from coterie.offload.checkpoint import Checkpoint
 from coterie.placement.plan import PlacementPlan
-from coterie.routing.errors import InputError, require
+from coterie.routing.errors import InputError, first_line, positive
 from coterie.routing.files import check_writable
 from coterie.routing.record import Recorder, TraceWriter, metadata_for
 
@@ -122,7 +122,7 @@ class Model:
             raise InputError(f"streamer: found {len(asked)} prompts, expected one")
         if max_new_tokens < 1:
             raise InputError(f"--max-new-tokens: found {max_new_tokens}, expected 1 or more")
-        _positive("--batch-size", batch_size)
+        positive("--batch-size", batch_size)
         requests = self._requests(asked, max_new_tokens)
         watch = _streaming(streamer, on_token)
         generator = Generator(self.transformers, self.group, self.context, sampling or Sampling(), on_token=watch)
@@ -165,7 +165,7 @@ class Model:
         asked = [Prompt(text=p) if isinstance(p, str) else p for p in prompts]
         if phase == "prefill":
             asked = [replace(p, max_new_tokens=0) for p in asked]
-        _positive("--batch-size", batch_size)
+        positive("--batch-size", batch_size)
         requests = self._requests(asked, max_new_tokens)
         writer = TraceWriter(out, metadata, len(self.shape.layer_ids), self.shape.top_k)
         recorder = Recorder(self.transformers, writer, self.shape.num_experts, phase, max_tokens)
@@ -240,10 +240,6 @@ def load(
     return Model(shape, loaded, checkpoint, plan, chosen, group)
 
 
-def _positive(name: str, value: int) -> None:
-    require(value >= 1, name, value, "1 or more")
-
-
 def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     if name == "auto":
         stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
@@ -267,8 +263,7 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # many kinds; each means that the tokenizer's files are wrong
-        reason = str(error).strip().splitlines()[0][:160]
-        raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
+        raise InputError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error
 
 
 def _streaming(streamer: Any, on_token: OnToken | None) -> OnToken | None:

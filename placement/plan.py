@@ -42,6 +42,10 @@ class Objective:
             return None
         return 0.0 if self.value == self.lower_bound else (self.value - self.lower_bound) / self.value
 
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a plan file."""
+        return {**asdict(self), "gap": self.gap}
+
     def __post_init__(self) -> None:
         if self.value is not None and self.lower_bound is not None:
             fine = 0 <= self.lower_bound <= self.value
@@ -143,7 +147,7 @@ def save_plan(plan: PlacementPlan, path: Path) -> None:
         "slots_per_rank": plan.slots_per_rank,
         "physical_to_logical": plan.physical_to_logical.tolist(),
         "strategy": plan.strategy,
-        "objective": {**asdict(plan.objective), "gap": plan.objective.gap},
+        "objective": plan.objective.to_json(),
         "seconds": plan.seconds,
         "seed": plan.seed,
         "inputs": list(plan.inputs),

@@ -21,7 +21,7 @@ from coterie.placement.plan import STRATEGIES, Objective, PlacementPlan, slots_f
 from coterie.placement.problem import Problem, dispatch_problem, hops_problem, load_caps, one_hot
 from coterie.placement.search import search
 from coterie.placement.topology import Topology
-from coterie.routing.affinity import Affinity, expert_load, measure, patterns
+from coterie.routing.affinity import expert_load, measure
 from coterie.routing.errors import InputError
 from coterie.routing.files import sha256
 from coterie.routing.trace import LoadStatistics, RoutingTrace
@@ -162,7 +162,7 @@ def _by_baseline(name: str) -> Solver:
 def _auto(trace: RoutingTrace, request: PlanRequest, slots: int) -> Solution:
     deadline = time.monotonic() + request.time_limit
     ranks = request.topology.ranks
-    affinity = _with_homes(measure(trace), trace, ranks)
+    affinity = measure(trace, homes_of(trace, ranks), ranks)
     caps = load_caps(affinity.load, ranks, slots, request.max_load)
     if request.objective_name == "hops":
         return _hops(hops_problem(affinity, ranks, slots, caps), request, deadline)
@@ -206,11 +206,6 @@ def _improved(problem: Problem, found: Assignment, request: PlanRequest, deadlin
 def _whole(bound: float) -> float:
     """Costs count tokens, so a bound may be rounded up; with a margin for the solver's tolerance."""
     return float(np.ceil(bound - 1e-5))
-
-
-def _with_homes(affinity: Affinity, trace: RoutingTrace, ranks: int) -> Affinity:
-    homes = homes_of(trace, ranks)
-    return replace(affinity, patterns=tuple(patterns(trace, layer, homes, ranks) for layer in range(trace.layers)))
 
 
 def _at_home(problem: Problem, assignment: Assignment) -> Assignment:

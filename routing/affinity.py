@@ -39,12 +39,12 @@ class Affinity:
     tokens: int
 
 
-def measure(trace: RoutingTrace) -> Affinity:
-    """All three statistics of a trace."""
+def measure(trace: RoutingTrace, homes: NDArray[np.integer] | None = None, ranks: int = 0) -> Affinity:
+    """All three statistics of a trace; with homes and ranks, patterns are also counted by home (see `patterns`)."""
     return Affinity(
         load=expert_load(trace),
         transitions=transition_counts(trace),
-        patterns=tuple(patterns(trace, layer) for layer in range(trace.layers)),
+        patterns=tuple(patterns(trace, layer, homes, ranks) for layer in range(trace.layers)),
         tokens=trace.tokens,
     )
 

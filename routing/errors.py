@@ -18,3 +18,14 @@ def require(condition: bool, field: str, found: object, expected: str) -> None:
     """Raises InputError in the words of all our errors unless `condition` holds."""
     if not condition:
         raise InputError(f"{field}: found {found}, expected {expected}")
+
+
+def positive(name: str, value: int) -> int:
+    """`value`; raises InputError unless it is at least 1."""
+    require(value >= 1, name, value, "1 or more")
+    return value
+
+
+def first_line(error: Exception, length: int = 160) -> str:
+    """The beginning of another library's message, fit for one of our lines."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:length]
