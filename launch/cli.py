@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from coterie.launch.distributed import launched_rank, launched_size, leave
 from coterie.placement.baselines import BASELINES
+from coterie.placement.exports import EXPORTS
 from coterie.routing.errors import CoterieError, InputError
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -90,7 +91,7 @@ def build_parser() -> Parser:
     parser = Parser("coterie", description="Mixture-of-Experts inference that knows which experts keep company.")
     parser.add_argument("--version", action="version", version=f"coterie {_version()}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for add in (_demo, _trace, _import, _plan, _evaluate, _show, _generate, _doctor):
+    for add in (_demo, _trace, _import, _plan, _evaluate, _show, _export, _generate, _doctor):
         add(verbs)
     return parser
 
@@ -194,6 +195,18 @@ def _show(verbs: Any) -> None:
         "files", type=Path, nargs="+", metavar="T|P", help="a trace, a plan, or both (the plan is drawn on the trace)"
     )
     p.add_argument("--out", type=Path, required=True, metavar="HTML", help="the page to write")
+
+
+def _export(verbs: Any) -> None:
+    p = _verb(verbs, "export", "exporting", "a plan in another engine's format, checked by reading it back")
+    p.add_argument("plan", type=Path, metavar="P", help="a plan file")
+    p.add_argument(
+        "--to", required=True, choices=tuple(EXPORTS), help="the engine (docs/formats.md tells how it takes the file)"
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="F", help="the file to write")
+    p.add_argument(
+        "--num-layers", type=int, metavar="N", help="decoder layers of the model, for sglang (default: up to the plan's last)"
+    )
 
 
 def _generate(verbs: Any) -> None:

@@ -1,4 +1,4 @@
-"""The integer programs, in PuLP with HiGHS, and what they prove.
+"""The integer programs, in PuLP with HiGHS or, where highspy is not installed, with CBC, and what they prove.
 
 hops: binary x[l,e,g]; y[l,e,f,g] <= both x's says that the pair is together on g. The capacity rows multiplied by x
 (reformulation-linearisation: sum_f y <= slots * x) make the relaxation strong. ExFlow's chain program, kept exact.
@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import threading
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-import highspy
 import numpy as np
 import pulp
 from numpy.typing import NDArray
@@ -24,8 +25,10 @@ from coterie.placement.baselines import Assignment
 from coterie.placement.bounds import dispatch_bound, lower_bound
 from coterie.placement.problem import Problem
 
+GAPS = (0.0, 1e-6)  # relative and absolute: costs are counts
 MAX_VARIABLES = 150_000  # beyond this the model takes longer to build than a search to converge
 Cell = dict[tuple[int, ...], pulp.LpVariable]
+Layers = list[NDArray[np.int64]]  # a group number per expert, one array per layer
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,14 @@ class Proof:
     lower_bound: float
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """found: the model's variables hold an integer solution; bound: on its objective, None if nothing was proven."""
+
+    found: bool
+    bound: float | None
+
+
 class WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
     """PuLP's HiGHS, started from a known solution, which PuLP's own interface does not offer."""
 
@@ -44,6 +55,8 @@ class WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
         self.start = start
 
     def callSolver(self, lp: pulp.LpProblem) -> None:  # noqa: D102 (PuLP's name)
+        import highspy
+
         if self.start:
             solution = highspy.HighsSolution()
             solution.col_value = [self.start.get(v.name, 0.0) for v in lp.variables()]
@@ -51,7 +64,7 @@ class WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
         _run_interruptibly(lp.solverModel)
 
 
-def _run_interruptibly(solver: highspy.Highs) -> None:
+def _run_interruptibly(solver: Any) -> None:
     """HiGHS in a thread of its own, so that ctrl-C is heard at once; it is cancelled at its next check."""
     solver.HandleUserInterrupt = True
     thread = threading.Thread(target=solver.run, daemon=True)
@@ -62,6 +75,85 @@ def _run_interruptibly(solver: highspy.Highs) -> None:
     except KeyboardInterrupt:
         solver.cancelSolve()
         raise
+
+
+def highs_is_installed() -> bool:
+    """Whether PuLP could import highspy."""
+    return bool(pulp.HiGHS().available())
+
+
+def run(model: pulp.LpProblem, start: dict[str, float], deadline: float, threads: int, gaps: tuple[float, float]) -> Outcome:
+    """Solve from `start` until `deadline` (a `time.monotonic()` value), at least for a tenth of a second.
+
+    start: a solution, by variable name, zeros left out; gaps: relative and absolute, at which a solution is good enough.
+    CBC states a bound only for what it proved optimal. A solver that gives up before the deadline without a solution,
+    though it was given one, is warned about (RuntimeWarning); one that cannot be run raises PulpSolverError.
+    """
+    limit = max(0.1, deadline - time.monotonic())
+    options = dict(msg=False, timeLimit=limit, threads=threads, gapRel=gaps[0], gapAbs=gaps[1])
+    if highs_is_installed():
+        model.solve(WarmHiGHS(start, **options))
+        bound = model.sense * float(model.solverModel.getInfo().mip_dual_bound)  # HiGHS is given a minimisation
+    else:
+        for variable in model.variables():
+            variable.setInitialValue(start.get(variable.name, 0.0), check=False)
+        model.solve(pulp.PULP_CBC_CMD(warmStart=True, **options))
+        bound = float(model.objective.value()) if model.sol_status == pulp.LpSolutionOptimal else math.nan
+    found = model.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
+    if not found and time.monotonic() < deadline:
+        status = pulp.LpSolution[model.sol_status]
+        warnings.warn(f"{model.name}: the solver ended with {status!r}; its start is kept", RuntimeWarning, stacklevel=2)
+    return Outcome(found, bound if math.isfinite(bound) else None)
+
+
+def equal_groups(model: pulp.LpProblem, layers: Layers, span: range, parts: int) -> Cell:
+    """Binary x[l,e,g] for the layers of `span`: expert e in one group g, group sizes floor or ceil of E_l / parts."""
+    x: Cell = {}
+    for layer in span:
+        experts = range(len(layers[layer]))
+        for e in experts:
+            for g in range(parts):
+                x[layer, e, g] = model.add_variable(f"x_{layer}_{e}_{g}", cat="Binary")
+            model += pulp.lpSum(x[layer, e, g] for g in range(parts)) == 1
+        for g in range(parts):
+            size = pulp.lpSum(x[layer, e, g] for e in experts)
+            model += size >= len(experts) // parts
+            model += size <= -(-len(experts) // parts)
+    return x
+
+
+def read_groups(x: Cell, layers: Layers, span: range, parts: int) -> Layers:
+    """The groups that solved variables of `equal_groups` state."""
+    return [
+        np.array([[x[l, e, g].varValue for g in range(parts)] for e in range(len(layers[l]))]).reshape(-1, parts).argmax(1)
+        for l in span  # noqa: E741
+    ]
+
+
+def over_windows(
+    start: Layers,
+    width: int,
+    deadline: float,
+    improve: Callable[[Layers, int, int, float], Layers | None],
+    cost: Callable[[Layers], float],
+) -> Layers:
+    """Re-solve runs of `width` neighbouring layers, overlapping by half, until a whole pass gains nothing or time is up.
+
+    improve(layers, first, end, deadline): a solution with layers first to end - 1 chosen anew, None if it found none.
+    One window over all layers is the whole program and is solved once.
+    """
+    best, best_cost, last = start, cost(start), max(0, len(start) - width)
+    firsts = [*range(0, last, max(1, width // 2)), last]
+    gained = True
+    while gained:
+        gained = False
+        for i, first in enumerate(firsts):
+            if (now := time.monotonic()) >= deadline:
+                return best
+            found = improve(best, first, min(first + width, len(start)), now + (deadline - now) / (len(firsts) - i))
+            if found is not None and cost(found) < best_cost - 1e-9 * abs(best_cost):
+                best, best_cost, gained = found, cost(found), len(firsts) > 1
+    return best
 
 
 def fits(problem: Problem) -> bool:
@@ -117,9 +209,9 @@ def _solve_hops(problem: Problem, start: Assignment, deadline: float, threads: i
     named = _canonical(start)
     values = {v.name: float(named[layer, e] == g) for (layer, e, g), v in x.items()}
     values |= {v.name: float(named[k[0], k[1]] == k[3] and named[k[0] + 1, k[2]] == k[3]) for k, v in y.items()}
-    bound = _run(model, values, deadline, threads)
-    proven = cheap if bound is None else max(cheap, float(weights.sum()) + bound)
-    return Proof(_read(problem, x, range(problem.layers)), proven)
+    outcome = run(model, values, deadline, threads, GAPS)
+    proven = cheap if outcome.bound is None else max(cheap, float(weights.sum()) + outcome.bound)
+    return Proof(_read(problem, x, range(problem.layers)) if outcome.found else None, proven)
 
 
 def _products(model: pulp.LpProblem, problem: Problem, x: Cell, y: Cell) -> None:
@@ -153,8 +245,9 @@ def _solve_dispatch_layer(problem: Problem, layer: int, start: NDArray[np.int64]
     values |= {v.name: float(start[e] == g and start[f] == g) for (e, f, g), v in y.items()}
     hosts = {g: np.asarray(members[:, start == g].any(1)) for g in range(problem.ranks)}
     values |= {v.name: float(hosts[g][p]) for (p, g), v in d.items()}
-    bound = _run(model, values, deadline, threads)
-    return Proof(_read(problem, x, [layer]), trivial if bound is None else max(trivial, bound))
+    outcome = run(model, values, deadline, threads, GAPS)
+    proven = trivial if outcome.bound is None else max(trivial, outcome.bound)
+    return Proof(_read(problem, x, [layer]) if outcome.found else None, proven)
 
 
 def _pair_variables(model: pulp.LpProblem, problem: Problem, x: Cell, layer: int) -> Cell:
@@ -216,14 +309,6 @@ def _canonical(assignment: Assignment) -> Assignment:
     name = np.empty(len(seen), dtype=np.int64)
     name[seen] = np.arange(len(seen))
     return np.asarray(name[assignment])
-
-
-def _run(model: pulp.LpProblem, start: dict[str, float], deadline: float, threads: int) -> float | None:
-    """Solve until `deadline`; the dual bound of the objective, None if the solver proved nothing."""
-    limit = max(0.1, deadline - time.monotonic())
-    model.solve(WarmHiGHS(start, msg=False, timeLimit=limit, threads=threads, gapRel=0.0, gapAbs=1e-6))
-    bound = float(model.solverModel.getInfo().mip_dual_bound)
-    return bound if math.isfinite(bound) else None
 
 
 def _read(problem: Problem, x: Cell, layers: Any) -> Assignment | None:

@@ -1,52 +1,56 @@
-"""One placement problem without replicas: what the search, the dynamic program, the integer program and the bounds share.
+"""One placement problem without copies: what the searches, the dynamic program, the integer programs and the bounds share.
 
-Costs are in (token, ...) counts, not means, so that they stay integers in float64; `scale` turns them into what
-`evaluate` prints.
+Costs are in counts where they come from one trace, so that they stay integers in float64; `scale` turns them into what
+`evaluate` prints. Several traces are mixed into one problem, each divided by its own size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.placement.baselines import Assignment, contiguous, packed
-from coterie.routing.affinity import Affinity
-from coterie.routing.errors import InputError
+from coterie.placement.baselines import Assignment
+from coterie.routing.affinity import Affinity, Patterns
 
-DEFAULT_MAX_LOAD = 1.1
-MARGIN = 1 / 3  # of what contiguous placement is above even: other text is loaded a little differently
+
+@dataclass(frozen=True)
+class Limit:
+    """Something that no rank may have too much of: load in one scenario, or bytes.
+
+    weights: float64 `[L, E]`, non-negative; caps: float64 `[L, ranks]`, infinite where there is no limit.
+    """
+
+    weights: NDArray[np.float64]
+    caps: NDArray[np.float64]
+
+    @property
+    def even(self) -> bool:
+        """Whether all ranks have the same caps, so that ranks may change names."""
+        return bool((self.caps == self.caps[:, :1]).all())
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Place the E experts of each of L layers on `ranks` ranks, at most `slots` on each.
+    """Place the E experts of each of L layers on `ranks` ranks, at most `slots` on each, within `limits`.
 
-    load: float64 `[L, E]`; caps: float64 `[L]`, the most load a rank may carry.
     transitions: float64 `[L-1, E, E]`, what is paid if the pair is apart (hops), else None.
     members: bool `[patterns, E]` and prices: float64 `[patterns, ranks]`, per layer: what is paid if the rank hosts any
-    expert of the pattern (dispatch), else None.
+    expert of the pattern (dispatch), else empty. integral: costs are whole numbers, so bounds may be rounded up.
     """
 
+    layers: int
+    experts: int
     ranks: int
     slots: int
-    load: NDArray[np.float64]
-    caps: NDArray[np.float64]
     scale: float
+    limits: tuple[Limit, ...] = ()
     transitions: NDArray[np.float64] | None = None
     members: tuple[NDArray[np.bool_], ...] = ()
     prices: tuple[NDArray[np.float64], ...] = ()
-
-    @property
-    def layers(self) -> int:
-        """L."""
-        return int(self.load.shape[0])
-
-    @property
-    def experts(self) -> int:
-        """E."""
-        return int(self.load.shape[1])
+    integral: bool = False
 
     def cost(self, assignment: Assignment) -> float:
         """The objective, in counts, of the rank of every expert `[L, E]`."""
@@ -57,15 +61,40 @@ class Problem:
 
     def layer_cost(self, layer: int, ranks_of: NDArray[np.int64]) -> float:
         """The dispatch cost of one layer; ranks_of `[E]`."""
-        hosts = self.members[layer].astype(np.int64) @ one_hot(ranks_of, self.ranks) > 0
+        hosts = self.members[layer].astype(np.float32) @ one_hot(ranks_of, self.ranks).astype(np.float32) > 0
         return float((self.prices[layer] * hosts).sum())
 
     def feasible(self, assignment: Assignment) -> bool:
-        """Whether every rank keeps to its slots and to the load cap."""
+        """Whether every rank keeps to its slots and to every limit."""
         hosts = one_hot(assignment, self.ranks)
-        fits = hosts.sum(1).max() <= self.slots
-        carried = np.einsum("le,ler->lr", self.load, hosts)
-        return bool(fits and (carried.max(1) <= self.caps * (1 + 1e-9)).all())
+        if hosts.sum(1).max() > self.slots:
+            return False
+        return all((carried(limit, assignment, self.ranks) <= limit.caps * (1 + 1e-9)).all() for limit in self.limits)
+
+    def padded(self) -> Problem:
+        """The same with an expert without traffic or weight for every empty slot: a move into one is a swap too."""
+        extra = self.ranks * self.slots - self.experts
+        if extra == 0:
+            return self
+        wide = ((0, 0), (0, extra))
+        transitions = None if self.transitions is None else np.pad(self.transitions, ((0, 0), (0, extra), (0, extra)))
+        return replace(
+            self, experts=self.experts + extra, transitions=transitions,
+            limits=tuple(replace(limit, weights=np.pad(limit.weights, wide)) for limit in self.limits),
+            members=tuple(np.pad(m, wide) for m in self.members),
+        )  # fmt: skip
+
+    @property
+    def interchangeable(self) -> bool:
+        """Whether ranks may change names without breaking a limit."""
+        return all(limit.even for limit in self.limits)
+
+
+def carried(limit: Limit, assignment: Assignment, ranks: int) -> NDArray[np.float64]:
+    """What each rank carries of a limited thing, float64 `[L, ranks]`."""
+    return np.stack(
+        [np.bincount(a, weights=w, minlength=ranks) for a, w in zip(assignment, limit.weights, strict=True)]
+    )
 
 
 def one_hot(assignment: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:
@@ -73,70 +102,50 @@ def one_hot(assignment: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:
     return np.asarray(assignment[..., None] == np.arange(ranks), dtype=np.int64)
 
 
-def hops_problem(affinity: Affinity, ranks: int, slots: int, caps: NDArray[np.float64]) -> Problem:
-    """Consecutive-layer pairs on different ranks (ExFlow)."""
-    total = affinity.transitions.sum()
-    scale = 1 / total if total else 1.0
-    return Problem(ranks, slots, affinity.load, caps, scale, transitions=affinity.transitions)
+def hops_problem(
+    scenarios: Sequence[Affinity], weights: Sequence[float], ranks: int, slots: int, limits: tuple[Limit, ...]
+) -> Problem:
+    """Consecutive-layer pairs on different ranks (ExFlow), each scenario's share times its weight."""
+    single = len(scenarios) == 1
+    totals = [float(s.transitions.sum()) or 1.0 for s in scenarios]
+    transitions = scenarios[0].transitions
+    if not single:
+        parts = zip(scenarios, weights, totals, strict=True)
+        transitions = np.asarray(sum(w / total * s.transitions for s, w, total in parts))
+    layers, experts = scenarios[0].load.shape
+    return Problem(
+        layers, experts, ranks, slots, 1 / totals[0] if single else 1.0, limits, transitions=transitions, integral=single
+    )
 
 
-def dispatch_problem(affinity: Affinity, ranks: int, slots: int, caps: NDArray[np.float64], known_homes: bool) -> Problem:
-    """Distinct destination ranks per token, home left out: every home equally likely, or the homes of the trace.
+def dispatch_problem(
+    scenarios: Sequence[Affinity], weights: Sequence[float], ranks: int, slots: int, limits: tuple[Limit, ...],
+    known_homes: bool,
+) -> Problem:  # fmt: skip
+    """Distinct destination ranks per token, home left out: every home equally likely, or the homes of the traces.
 
-    With known homes the patterns of `affinity` must carry `by_home`.
+    With known homes the patterns must carry `by_home`. Several scenarios' rows count by weight over tokens.
     """
-    prices = []
-    for p in affinity.patterns:
-        if known_homes and p.by_home is not None:
-            prices.append(p.weight[:, None] - p.by_home)
-        else:
-            prices.append(np.tile(p.weight[:, None] * (1 - 1 / ranks), (1, ranks)))
-    scale = 1 / (affinity.tokens * len(affinity.patterns))
-    members = tuple(p.experts for p in affinity.patterns)
-    return Problem(ranks, slots, affinity.load, caps, scale, members=members, prices=tuple(prices))
+    single = len(scenarios) == 1
+    members, prices = [], []
+    for layer in range(len(scenarios[0].patterns)):
+        parts = [s.patterns[layer] for s in scenarios]
+        rows = [priced(p, ranks, known_homes) for p in parts]
+        if not single:
+            rows = [r * (w / s.tokens) for r, w, s in zip(rows, weights, scenarios, strict=True)]
+        members.append(np.concatenate([p.experts for p in parts]))
+        prices.append(np.concatenate(rows))
+    layers, experts = scenarios[0].load.shape
+    scale = 1 / layers / (scenarios[0].tokens if single else 1)
+    return Problem(
+        layers, experts, ranks, slots, scale, limits, members=tuple(members), prices=tuple(prices),
+        integral=single and known_homes,
+    )  # fmt: skip
 
 
-def load_caps(load: NDArray[np.float64], ranks: int, slots: int, max_load: float | None) -> NDArray[np.float64]:
-    """The most load a rank may carry, float64 `[L]`, for a cap relative to the mean.
-
-    Without `max_load`: 1.1, or a third as far above even as contiguous placement if that is less, or in a layer with an
-    expert too hot for that, what balanced packing reaches.
-    Raises InputError if `max_load` is below what packing with swaps reaches, saying what it does.
-    """
-    mean = load.sum(1) / ranks
-    reached = np.array([balanced_peak(row, ranks, slots) for row in load])
-    if max_load is None:
-        unplanned = np.einsum("le,ler->lr", load, one_hot(contiguous(load, ranks), ranks)).max(1)
-        return np.asarray(np.maximum(np.minimum(DEFAULT_MAX_LOAD * mean, mean + MARGIN * (unplanned - mean)), reached))
-    caps = max_load * mean
-    if (reached > caps * (1 + 1e-9)).any():
-        worst = float((reached / np.where(mean > 0, mean, 1)).max())
-        raise InputError(
-            f"--max-load: found {max_load:g}, but the evenest packing found of one layer has {worst:.4f}; give that or more"
-        )
-    return np.asarray(caps)
-
-
-def balanced_peak(load: NDArray[np.float64], ranks: int, slots: int) -> float:
-    """The busiest rank's load after balanced packing into `slots` and improving swaps; load `[E]`. Not always the least."""
-    padded = np.pad(load, (0, ranks * slots - len(load)))
-    return balance(packed(padded[None], ranks)[0], padded, ranks, 0.0)
-
-
-def balance(here: NDArray[np.int64], load: NDArray[np.float64], ranks: int, cap: float) -> float:
-    """Swap experts of the busiest rank, in place, until it carries at most `cap` or no swap helps; returns its load.
-
-    here: the rank of every expert `[E]`; load `[E]`.
-    """
-    while True:
-        carried = np.bincount(here, weights=load, minlength=ranks)
-        peak = int(carried.argmax())
-        inside, outside = np.flatnonzero(here == peak), np.flatnonzero(here != peak)
-        if carried[peak] <= cap * (1 + 1e-9) or not len(outside):
-            return float(carried[peak])
-        change = load[outside][None, :] - load[inside][:, None]
-        after = np.maximum(carried[peak] + change, carried[here[outside]][None, :] - change)
-        i, o = np.unravel_index(after.argmin(), after.shape)
-        if after[i, o] >= carried[peak] - 1e-9:
-            return float(carried[peak])
-        here[inside[i]], here[outside[o]] = here[outside[o]], here[inside[i]]
+def priced(patterns: Patterns, ranks: int, known_homes: bool) -> NDArray[np.float64]:
+    """What a pattern pays for each rank that hosts one of its experts, float64 `[patterns, ranks]`."""
+    if known_homes:
+        assert patterns.by_home is not None
+        return np.asarray(patterns.weight[:, None] - patterns.by_home)
+    return np.tile(patterns.weight[:, None] * (1 - 1 / ranks), (1, ranks))

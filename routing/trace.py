@@ -22,6 +22,7 @@ from coterie.routing.files import atomic_output
 TRACE_FORMAT = "coterie.trace.v1"
 LOAD_FORMAT = "coterie.load.v1"
 PHASES = ("prefill", "decode", "mixed")
+CHECKED_AT_ONCE = 1 << 20  # expert ids: a few times the size of a core's cache at most
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,20 @@ def _check_trace(t: RoutingTrace) -> None:
         w = t.router_weights
         require(w.shape == ids.shape, "router_weights", f"shape {w.shape}", f"{ids.shape} like expert_ids")
         require(w.dtype == np.float16, "router_weights", w.dtype, "float16")
-    ordered = np.sort(ids, axis=2)
-    repeated = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)
-    require(not repeated.any(), "expert_ids", "an expert picked twice by one token in one layer", "distinct experts")
+    require(not _repeats(ids), "expert_ids", "an expert picked twice by one token in one layer", "distinct experts")
+
+
+def _repeats(ids: NDArray[np.int16]) -> bool:
+    """Whether a token has an expert twice in one layer; ids `[tokens, layers, top_k]`."""
+    top_k = ids.shape[2]
+    unused = -1 - np.arange(top_k, dtype=np.int16)[:, None]  # another number in every slot
+    step = max(1, CHECKED_AT_ONCE // (ids.shape[1] * top_k))
+    for start in range(0, len(ids), step):
+        slots = np.ascontiguousarray(ids[start : start + step].reshape(-1, top_k).T)
+        slots = np.where(slots < 0, unused, slots)
+        if any((slots[apart:] == slots[:-apart]).any() for apart in range(1, top_k)):
+            return True
+    return False
 
 
 def _check_load(s: LoadStatistics) -> None:

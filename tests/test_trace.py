@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from coterie.routing.affinity import expert_load, measure, patterns, transition_counts
 from coterie.routing.errors import CoterieError, InputError
-from coterie.routing.trace import LoadStatistics, read_routing, read_trace, save_load, save_trace
+from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing, read_trace, save_load, save_trace
 
 
 def test_a_trace_comes_back_as_it_was_written(tmp_path: Path, trace) -> None:
@@ -175,4 +176,54 @@ def test_patterns_are_the_distinct_sets_with_their_homes(trace) -> None:
     for ids, home in zip(trace.expert_ids[:, 1], homes, strict=True):
         found.by_home[sets[frozenset(ids.tolist())], home] -= 1
     assert not found.by_home.any()
-    assert measure(trace).tokens == trace.tokens
+
+
+def random_trace(tokens: int, experts: int, top_k: int, unused: float, seed: int) -> RoutingTrace:
+    """Three layers without structure, a share of the slots unused; half of the tokens are picked from a tenth of them."""
+    rng = np.random.default_rng(seed)
+    ids = rng.random((tokens, 3, experts)).argsort(2)[:, :, :top_k].astype(np.int16)
+    ids[rng.random(ids.shape) < unused] = -1
+    ids[: tokens // 2] = ids[rng.integers(0, 1 + tokens // 10, tokens // 2)]
+    zeros = np.zeros(tokens, dtype=np.int32)
+    return RoutingTrace(ids, zeros, zeros, "m", experts, (0, 1, 2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 9999), tokens=st.integers(1, 90), experts=st.sampled_from([1, 2, 7, 12, 255, 256, 257, 600]),
+    top_k=st.sampled_from([1, 2, 7, 8, 10, 12]), unused=st.sampled_from([0.0, 0.2, 1.0]),
+    block=st.sampled_from([1, 300, 1 << 19]),
+)  # fmt: skip
+def test_statistics_equal_counting_token_by_token(seed, tokens, experts, top_k, unused, block) -> None:
+    trace = random_trace(tokens, experts, min(top_k, experts), unused, seed)
+    homes = np.random.default_rng(seed).integers(0, 3, tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("coterie.routing.affinity.BLOCK", block)
+        found = measure(trace, homes, 3)
+    sets = [[tuple(sorted(int(e) for e in ids if e >= 0)) for ids in token] for token in trace.expert_ids]
+    for layer in range(3):
+        load = Counter(e for token in sets for e in token[layer])
+        assert dict(enumerate(found.load[layer])) == {e: load[e] for e in range(experts)}
+        p = found.patterns[layer]
+        stored = [tuple(int(e) for e in row if e >= 0) for row in p.ids]
+        assert [tuple(np.flatnonzero(row).tolist()) for row in p.experts] == stored
+        assert p.ids.dtype == np.int16 and sorted(p.ids.tolist()) == p.ids.tolist() and (np.diff(p.ids) >= 0).all()
+        assert dict(zip(stored, p.weight, strict=True)) == Counter(token[layer] for token in sets)
+        by_home = Counter((token[layer], int(home)) for token, home in zip(sets, homes, strict=True))
+        assert {(s, h): p.by_home[i, h] for i, s in enumerate(stored) for h in range(3) if p.by_home[i, h]} == by_home
+    for layer in range(2):
+        pairs = Counter((e, f) for token in sets for e in token[layer] for f in token[layer + 1])
+        counts = found.transitions[layer]
+        assert {(int(e), int(f)): counts[e, f] for e, f in np.argwhere(counts)} == pairs
+    assert found.tokens == tokens
+
+
+def test_an_expert_picked_twice_is_found_wherever_it_is(monkeypatch) -> None:
+    monkeypatch.setattr("coterie.routing.trace.CHECKED_AT_ONCE", 50)
+    good = random_trace(20, 12, 5, 0.3, 0)
+    for token, layer, a, b in [(0, 0, 0, 1), (7, 1, 1, 4), (19, 2, 0, 4), (19, 2, 3, 4)]:
+        ids = good.expert_ids.copy()
+        ids[token, layer] = [-1, -1, -1, -1, -1]
+        ids[token, layer, [a, b]] = 3
+        with pytest.raises(InputError, match="an expert picked twice"):
+            replace(good, expert_ids=ids)

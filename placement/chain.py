@@ -1,0 +1,294 @@
+"""Search for `hops`: layers form a chain, and a layer given its neighbours is easy.
+
+Given its neighbours, a layer's best placement is a transportation problem (solved exactly), and swaps of disjoint pairs of
+its experts change the cost independently of each other. So all odd layers, then all even ones, are annealed at once, each
+by E/2 swaps at a time. Several annealed placements are recombined by a Viterbi pass over a pool of layer partitions, the
+ranks of the next layer renamed as is best (exact for the pool); the search then goes on from the best found, at a lower
+temperature. Deterministic for a seed and a number of iterations.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from coterie.placement import limits
+from coterie.placement.baselines import Assignment
+from coterie.placement.problem import Problem, carried, one_hot
+
+STARTS = 4  # anneals from scratch before the pool is first recombined; every STARTS-th one is from scratch later, too
+POOL = 12
+HOT, WARM, COLD = 0.5, 0.2, 0.01  # temperatures, in the mean traffic of an expert with the next layer
+ROUNDS = 8  # swap rounds per refresh of the gains
+SWEEPS = (40, 1500)
+WORK = 1.3e9  # multiply-adds of all gain refreshes of one anneal
+
+Report = Callable[[float, int], None]  # cost of the best placement so far, iterations made
+
+
+def search(
+    problem: Problem, seed: int, iterations: int | None, deadline: float, target: float = 0.0, report: Report | None = None
+) -> tuple[Assignment, int]:
+    """The best placement found, int64 `[L, E]`, and the iterations (anneals) made.
+
+    deadline: `time.monotonic()` value at which to stop early, as does a cost of `target`. Raises nothing: where no start
+    within the limits was found, what is returned is not feasible.
+    """
+    padded = problem.padded()
+    rng = np.random.default_rng(seed)
+    first = limits.start(padded, seed)
+    best = polish(padded, grown(padded) if not padded.limits else first, deadline)
+    best_cost, made = padded.cost(best), 0
+    pool = [best]
+    for made in itertools.count() if iterations is None else range(iterations):
+        if time.monotonic() > deadline or best_cost <= target + 1e-9:
+            break
+        fresh = made % STARTS == 0 or made < STARTS
+        begin = _shuffled(padded, first, rng) if fresh else best
+        trial = polish(padded, anneal(padded, begin, rng, HOT if fresh else WARM, deadline), deadline)
+        pool = [best, trial, *pool[1 : POOL - 1]]
+        if padded.interchangeable and made + 1 >= STARTS:
+            trial = min(trial, polish(padded, recombined(padded, pool), deadline), key=padded.cost)
+        if (cost := padded.cost(trial)) < best_cost or made == 0 and not padded.feasible(best):
+            best, best_cost = trial, cost
+        if report is not None:
+            report(best_cost, made + 1)
+    return best[:, : problem.experts], made
+
+
+def gains(transitions: NDArray[np.float32], assignment: Assignment, layers: NDArray[np.int64], ranks: int) -> NDArray[np.float32]:
+    """What each expert of `layers` keeps together if it stands on a rank, float32 `[layers, E, ranks]`.
+
+    transitions: `[L-1, E, E]`; assignment `[L, E]`, of which only the neighbours of `layers` are read.
+    """
+    held = (assignment[:, :, None] == np.arange(ranks)).astype(np.float32)
+    kept = np.zeros((len(layers), assignment.shape[1], ranks), np.float32)
+    after, before = layers > 0, layers < len(assignment) - 1
+    kept[after] += np.matmul(transitions[layers[after] - 1].transpose(0, 2, 1), held[layers[after] - 1])
+    kept[before] += np.matmul(transitions[layers[before]], held[layers[before] + 1])
+    return kept
+
+
+def anneal(problem: Problem, begin: Assignment, rng: np.random.Generator, hot: float, deadline: float) -> Assignment:
+    """Simulated annealing from temperature `hot` to COLD by parallel swaps; keeps within the limits that `begin` keeps."""
+    assert problem.transitions is not None
+    weights = problem.transitions.astype(np.float32)
+    current = begin.copy()
+    unit = float(weights.sum()) / max(len(weights), 1) / problem.experts
+    steps = int(np.clip(WORK / (problem.layers * problem.experts**2 * problem.ranks), *SWEEPS))
+    for step in range(steps):
+        if time.monotonic() > deadline:
+            break
+        temperature = unit * hot * (COLD / hot) ** (step / max(steps - 1, 1))
+        for parity in (0, 1):
+            layers = np.arange(parity, problem.layers, 2)
+            if len(layers):
+                kept = gains(weights, current, layers, problem.ranks)
+                for _ in range(ROUNDS):
+                    _swap_round(problem, current, layers, kept, temperature, rng)
+    return current
+
+
+def _swap_round(
+    problem: Problem, current: Assignment, layers: NDArray[np.int64], kept: NDArray[np.float32], temperature: float,
+    rng: np.random.Generator,
+) -> None:  # fmt: skip
+    """Propose E/2 disjoint swaps in each of `layers`, in place; kept: `gains` of these layers."""
+    here, row = current[layers], np.arange(len(layers))[:, None]
+    order = np.argsort(rng.random(here.shape, dtype=np.float32), axis=1)
+    half = here.shape[1] // 2
+    one, two = order[:, :half], order[:, half : 2 * half]
+    a, b = here[row, one], here[row, two]
+    worse = kept[row, one, a] + kept[row, two, b] - kept[row, one, b] - kept[row, two, a]
+    accepted = (a != b) & (worse < temperature * rng.standard_exponential(worse.shape, dtype=np.float32))
+    for limit in problem.limits:
+        weights, caps = limit.weights[layers], limit.caps[layers]
+        _reject_excess(accepted, weights[row, two] - weights[row, one], a, b, _held(weights, here, problem.ranks), caps)
+    here[row, one], here[row, two] = np.where(accepted, b, a), np.where(accepted, a, b)
+    current[layers] = here
+
+
+def _held(weights: NDArray[np.float64], here: Assignment, ranks: int) -> NDArray[np.float64]:
+    flat = (np.arange(len(here))[:, None] * ranks + here).ravel()
+    return np.bincount(flat, weights=weights.ravel(), minlength=len(here) * ranks).reshape(len(here), ranks)
+
+
+def _reject_excess(
+    accepted: NDArray[np.bool_], change: NDArray[np.float64], a: Assignment, b: Assignment, held: NDArray[np.float64],
+    caps: NDArray[np.float64],
+) -> None:  # fmt: skip
+    """Takes back, in place, swaps that push a rank over its cap; change: what rank a gains and b loses, `[layers, pairs]`."""
+    count, ranks = held.shape
+    row = np.arange(count)[:, None]
+    ceiling = np.maximum(caps * (1 + 1e-9), held)
+    for _ in range(4):
+        moved = np.where(accepted, change, 0.0)
+        delta = np.bincount((row * ranks + a).ravel(), weights=moved.ravel(), minlength=count * ranks)
+        delta -= np.bincount((row * ranks + b).ravel(), weights=moved.ravel(), minlength=count * ranks)
+        over = held + delta.reshape(count, ranks) > ceiling
+        if not over.any():
+            return
+        accepted &= ~((over[row, a] & (change > 0)) | (over[row, b] & (change < 0)))
+    accepted[over.any(1)] = False
+
+
+def polish(problem: Problem, assignment: Assignment, deadline: float) -> Assignment:
+    """Each layer best given its neighbours, to and fro, until nothing changes: exact without limits, else by swaps."""
+    assert problem.transitions is not None
+    weights = problem.transitions.astype(np.float32)
+    current, before = assignment.copy(), np.inf
+    order = [*range(problem.layers), *range(problem.layers - 2, 0, -1)]
+    while (cost := problem.cost(current)) < before - 1e-9 and time.monotonic() < deadline:
+        before = cost
+        for layer in order:
+            kept = gains(weights, current, np.array([layer]), problem.ranks)[0].astype(np.float64)
+            if problem.limits:
+                _descend(problem, current, layer, kept)
+            else:
+                current[layer] = transport(kept, problem.slots)
+    return current
+
+
+def transport(kept: NDArray[np.float64], slots: int) -> NDArray[np.int64]:
+    """The rank of every expert `[E]` that keeps most together, `slots` experts on each; kept `[E, ranks]`, E = ranks * slots."""
+    _, position = linear_sum_assignment(np.repeat(kept, slots, axis=1), maximize=True)
+    return np.asarray(position // slots)
+
+
+def _descend(problem: Problem, current: Assignment, layer: int, kept: NDArray[np.float64]) -> None:
+    """Best allowed swap of the layer until none helps; kept `[E, ranks]` does not depend on the layer itself."""
+    while True:
+        here = current[layer]
+        at_other = kept[:, here]
+        own = np.diagonal(at_other)
+        delta = own[:, None] + own[None, :] - at_other - at_other.T
+        delta[~allowed_swaps(problem, here, layer)] = np.inf
+        e, f = np.unravel_index(delta.argmin(), delta.shape)
+        if not delta[e, f] < -1e-6:
+            return
+        here[e], here[f] = here[f], here[e]
+
+
+def allowed_swaps(problem: Problem, here: NDArray[np.int64], layer: int) -> NDArray[np.bool_]:
+    """Swaps between two ranks that leave both within every limit, or under what they carry already; bool `[E, E]`."""
+    allowed: NDArray[np.bool_] = here[:, None] != here[None, :]
+    for limit in problem.limits:
+        weight = limit.weights[layer]
+        held = np.bincount(here, weights=weight, minlength=problem.ranks)
+        ceiling = np.maximum(limit.caps[layer] * (1 + 1e-9), held)
+        fits = held[here][:, None] - weight[:, None] + weight[None, :] <= ceiling[here][:, None]  # e's rank, f instead
+        allowed &= fits & fits.T
+    return allowed
+
+
+def recombined(problem: Problem, pool: list[Assignment]) -> Assignment:
+    """The best chain of layer partitions, each from any member of the pool, with the best renaming of ranks between layers."""
+    assert problem.transitions is not None
+    members = np.stack(pool)
+    size, ranks = len(pool), problem.ranks
+    held = one_hot(members, ranks).astype(np.float64)  # [member, layer, E, rank]
+    best = np.zeros(size)
+    back: list[NDArray[np.int64]] = []
+    renamings = []
+    for layer in range(problem.layers - 1):
+        left = held[:, layer].transpose(0, 2, 1).reshape(size * ranks, -1)
+        right = held[:, layer + 1].transpose(1, 0, 2).reshape(-1, size * ranks)
+        meet = (left @ problem.transitions[layer] @ right).reshape(size, ranks, size, ranks)
+        value, renaming = _best_renamings(meet)
+        total = best[:, None] + value
+        origin = total.argmax(0)
+        best = total[origin, np.arange(size)]
+        back.append(origin)
+        renamings.append(renaming)
+    path = [int(best.argmax())]
+    for origin in reversed(back):
+        path.append(int(origin[path[-1]]))
+    path.reverse()
+    chosen, name = members[path, np.arange(problem.layers)], np.arange(ranks)
+    for layer in range(1, problem.layers):
+        name = name[renamings[layer - 1][path[layer - 1], path[layer]]]
+        chosen[layer] = name[chosen[layer]]
+    return chosen
+
+
+def _best_renamings(meet: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """For `[i, rank, j, rank]`: what the best renaming of j's ranks keeps `[i, j]`, and each rank's name in i `[i, j, rank]`."""
+    size, ranks = meet.shape[:2]
+    value, renaming = np.empty((size, size)), np.empty((size, size, ranks), dtype=np.int64)
+    for i, j in itertools.product(range(size), repeat=2):
+        row, column = linear_sum_assignment(meet[i, :, j], maximize=True)
+        value[i, j] = meet[i, row, j, column].sum()
+        renaming[i, j, column] = row
+    return value, renaming
+
+
+def grown(problem: Problem) -> Assignment:
+    """A chain grown from one layer's groups: experts that send to the same experts are grouped, then layer follows layer.
+
+    Tried from several layers; the best is returned. Finds planted groups at once, where annealing from scratch is slow.
+    """
+    assert problem.transitions is not None
+    layers = problem.layers
+    tried = sorted({0, layers // 4, layers // 2, 3 * layers // 4, layers - 1})
+    return min((_grown_from(problem, layer) for layer in tried), key=problem.cost)
+
+
+def _grown_from(problem: Problem, seed_layer: int) -> Assignment:
+    weights = problem.transitions
+    assert weights is not None
+    found = np.zeros((problem.layers, problem.experts), dtype=np.int64)
+    near = np.zeros((problem.experts, problem.experts))
+    for layer, matrix in ((seed_layer, None if seed_layer >= len(weights) else weights[seed_layer]),
+                          (seed_layer, None if seed_layer == 0 else weights[seed_layer - 1].T)):  # fmt: skip
+        if matrix is not None:
+            shares = matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
+            near += shares @ shares.T
+    found[seed_layer] = groups_of(near, problem.slots)
+    for layer in range(seed_layer + 1, problem.layers):
+        found[layer] = transport(weights[layer - 1].T @ one_hot(found[layer - 1], problem.ranks), problem.slots)
+    for layer in range(seed_layer - 1, -1, -1):
+        found[layer] = transport(weights[layer] @ one_hot(found[layer + 1], problem.ranks), problem.slots)
+    return found
+
+
+def groups_of(near: NDArray[np.float64], size: int) -> NDArray[np.int64]:
+    """Groups of exactly `size` experts, int64 `[E]`, by merging the nearest groups that fit; near `[E, E]`, symmetric."""
+    count = len(near)
+    group = np.arange(count)
+    members = np.ones(count, dtype=np.int64)
+    link = near.astype(np.float64).copy()
+    np.fill_diagonal(link, -np.inf)
+    while True:
+        mean = link / (members[:, None] * members[None, :])
+        mean[members[:, None] + members[None, :] > size] = -np.inf
+        i, j = np.unravel_index(mean.argmax(), mean.shape)
+        if not np.isfinite(mean[i, j]):
+            break
+        group[group == j] = i
+        members[i] += members[j]
+        link[i] += link[j]
+        link[:, i] = link[i]
+        link[i, i] = -np.inf
+        link[j] = link[:, j] = -np.inf
+        members[j] = size + 1
+    # What is left has no partner that fits: filled up in order.
+    full = [g for g in np.unique(group) if np.sum(group == g) == size]
+    result = np.full(count, -1, dtype=np.int64)
+    for number, g in enumerate(full):
+        result[group == g] = number
+    rest = np.flatnonzero(result < 0)
+    rest = rest[np.argsort(group[rest], kind="stable")]
+    result[rest] = len(full) + np.arange(len(rest)) // size
+    return result
+
+
+def _shuffled(problem: Problem, start: Assignment, rng: np.random.Generator) -> Assignment:
+    """A random placement; within limits, the start with its ranks renamed (annealing then mixes it)."""
+    if problem.limits:
+        return start.copy()
+    return np.argsort(rng.random(start.shape), axis=1) % problem.ranks

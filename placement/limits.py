@@ -1,0 +1,122 @@
+"""How even a placement must be: load caps, and what balanced packing can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.placement.baselines import Assignment, contiguous, packed
+from coterie.placement.problem import Limit, Problem, carried
+from coterie.routing.errors import InputError
+
+DEFAULT_MAX_LOAD = 1.1
+MARGIN = 1 / 3  # of what contiguous placement is above even: other text is loaded a little differently
+
+
+def load_limits(
+    loads: Sequence[NDArray[np.float64]], ranks: int, slots: int, max_load: float | None
+) -> tuple[Limit, ...]:
+    """One limit for each scenario's load `[L, E]`, the same for every rank (`load_caps`)."""
+    limits = []
+    for load in loads:
+        caps = load_caps(load, ranks, slots, max_load)
+        limits.append(Limit(load, np.tile(caps[:, None], (1, ranks))))
+    return tuple(limits)
+
+
+def load_caps(load: NDArray[np.float64], ranks: int, slots: int, max_load: float | None) -> NDArray[np.float64]:
+    """The most load a rank may carry, float64 `[L]`, for a cap relative to the mean.
+
+    Without `max_load`: 1.1, or a third as far above even as contiguous placement if that is less, or in a layer with an
+    expert too hot for that, what balanced packing reaches.
+    Raises InputError if `max_load` is below what packing with swaps reaches, saying what it does.
+    """
+    mean = load.sum(1) / ranks
+    reached = np.array([balanced_peak(row, ranks, slots) for row in load])
+    if max_load is None:
+        unplanned = carried(Limit(load, np.empty(0)), contiguous(load, ranks), ranks).max(1)
+        return np.asarray(np.maximum(np.minimum(DEFAULT_MAX_LOAD * mean, mean + MARGIN * (unplanned - mean)), reached))
+    caps = max_load * mean
+    if (reached > caps * (1 + 1e-9)).any():
+        worst = float((reached / np.where(mean > 0, mean, 1)).max())
+        raise InputError(
+            f"--max-load: found {max_load:g}, but the evenest packing found of one layer has {worst:.4f}; give that or more"
+        )
+    return np.asarray(caps)
+
+
+def balanced_peak(load: NDArray[np.float64], ranks: int, slots: int) -> float:
+    """The busiest rank's load after balanced packing into `slots` and improving swaps; load `[E]`. Not always the least."""
+    padded = np.pad(load, (0, ranks * slots - len(load)))
+    return balance(packed(padded[None], ranks)[0], padded, ranks, 0.0)
+
+
+def balance(here: NDArray[np.int64], load: NDArray[np.float64], ranks: int, cap: float) -> float:
+    """Swap experts of the busiest rank, in place, until it carries at most `cap` or no swap helps; returns its load.
+
+    here: the rank of every expert `[E]`; load `[E]`.
+    """
+    while True:
+        held = np.bincount(here, weights=load, minlength=ranks)
+        peak = int(held.argmax())
+        inside, outside = np.flatnonzero(here == peak), np.flatnonzero(here != peak)
+        if held[peak] <= cap * (1 + 1e-9) or not len(outside):
+            return float(held[peak])
+        change = load[outside][None, :] - load[inside][:, None]
+        after = np.maximum(held[peak] + change, held[here[outside]][None, :] - change)
+        i, o = np.unravel_index(after.argmin(), after.shape)
+        if after[i, o] >= held[peak] - 1e-9:
+            return float(held[peak])
+        here[inside[i]], here[outside[o]] = here[outside[o]], here[inside[i]]
+
+
+def start(problem: Problem, seed: int = 0, tries: int = 20) -> Assignment:
+    """A placement within all limits, int64 `[L, E]`: balanced packing of what is limited, mended by swaps.
+
+    problem: padded. Layers that cannot be mended are returned as near as they came; `Problem.feasible` tells.
+    """
+    rng = np.random.default_rng(seed)
+    if not problem.limits:
+        return packed(np.zeros((problem.layers, problem.experts)), problem.ranks)
+    weights = np.stack([limit.weights for limit in problem.limits], 1)  # [L, limits, E]
+    caps = np.stack([limit.caps for limit in problem.limits], 1)
+    relative = weights / np.maximum(np.where(np.isfinite(caps), caps, np.inf).mean(2), 1e-300)[:, :, None]
+    found = packed(relative.sum(1), problem.ranks)
+    for layer in range(problem.layers):
+        best, least = found[layer], np.inf
+        for _ in range(tries):
+            here = best.copy() if least == np.inf else rng.permutation(best)
+            excess = mend(here, weights[layer], caps[layer])
+            if excess < least:
+                best, least = here, excess
+            if least <= 0:
+                break
+        found[layer] = best
+    return found
+
+
+def mend(here: NDArray[np.int64], weights: NDArray[np.float64], caps: NDArray[np.float64]) -> float:
+    """Swap experts, in place, until no limit is exceeded or no swap helps; returns the sum of relative excesses.
+
+    here: `[E]`; weights `[limits, E]`; caps `[limits, ranks]`.
+    """
+    ranks = caps.shape[1]
+    floor = np.maximum(caps, 1e-300)
+    while True:
+        held = np.stack([np.bincount(here, weights=w, minlength=ranks) for w in weights])
+        excess = np.maximum(0.0, held / floor - 1 - 1e-9).sum(0)  # by rank
+        if excess.sum() <= 0:
+            return 0.0
+        worst = int(excess.argmax())
+        inside, outside = np.flatnonzero(here == worst), np.flatnonzero(here != worst)
+        change = weights[:, None, outside] - weights[:, inside, None]  # [limits, inside, outside]
+        mine = np.maximum(0.0, (held[:, worst, None, None] + change) / floor[:, worst, None, None] - 1 - 1e-9).sum(0)
+        others = here[outside]
+        theirs = np.maximum(0.0, (held[:, None, others] - change) / floor[:, None, others] - 1 - 1e-9).sum(0)
+        gain = excess[worst] + excess[others][None, :] - mine - theirs
+        i, o = np.unravel_index(gain.argmax(), gain.shape)
+        if gain[i, o] <= 1e-12:
+            return float(excess.sum())
+        here[inside[i]], here[outside[o]] = here[outside[o]], here[inside[i]]
