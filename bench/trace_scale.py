@@ -1,4 +1,4 @@
-"""Reads and compresses a trace as large as a day's recording of a DeepSeek-V3: 1,000,000 tokens, 58 layers, 8 of 256 experts.
+"""Reads and measures a large trace of the shape of DeepSeek-V3: 1,000,000 tokens, 58 layers, 8 of 256 experts.
 
     python bench/trace_scale.py [--tokens 1000000] [--family misaligned] [--noise 0.1]
 
@@ -48,8 +48,8 @@ def main() -> None:
         size = path.stat().st_size
     patterns = sum(len(p.weight) for p in affinity.patterns) / trace.layers
     print(table(("step", "seconds", "peak GB"), rows))
-    print(f"\n{options.family}, noise {options.noise:g}: {trace.tokens} tokens x {LAYERS} layers x {TOP_K} of {EXPERTS} experts, "
-          f"{size / 1e9:.2f} GB on disk, {patterns:.0f} patterns a layer")  # fmt: skip
+    print(f"\n{options.family}, noise {options.noise:g}: {trace.tokens} tokens x {LAYERS} layers x {TOP_K} of {EXPERTS} "
+          f"experts, {size / 1e9:.2f} GB on disk, {patterns:.0f} patterns a layer")  # fmt: skip
     print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, "
           f"safetensors {safetensors.__version__}")  # fmt: skip
 

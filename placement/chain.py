@@ -10,7 +10,6 @@ temperature. Deterministic for a seed and a number of iterations.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -19,7 +18,8 @@ from scipy.optimize import linear_sum_assignment
 
 from coterie.placement import limits
 from coterie.placement.baselines import Assignment
-from coterie.placement.problem import Problem, carried, one_hot
+from coterie.placement.deadline import Deadline
+from coterie.placement.problem import Problem, one_hot
 
 STARTS = 4  # anneals from scratch before the pool is first recombined; every STARTS-th one is from scratch later, too
 POOL = 12
@@ -32,11 +32,11 @@ Report = Callable[[float, int], None]  # cost of the best placement so far, iter
 
 
 def search(
-    problem: Problem, seed: int, iterations: int | None, deadline: float, target: float = 0.0, report: Report | None = None
+    problem: Problem, seed: int, iterations: int | None, deadline: Deadline, target: float = 0.0, report: Report | None = None
 ) -> tuple[Assignment, int]:
     """The best placement found, int64 `[L, E]`, and the iterations (anneals) made.
 
-    deadline: `time.monotonic()` value at which to stop early, as does a cost of `target`. Raises nothing: where no start
+    It stops early at the deadline, and at a cost of `target`. Raises nothing: where no start
     within the limits was found, what is returned is not feasible.
     """
     padded = problem.padded()
@@ -46,7 +46,7 @@ def search(
     best_cost, made = padded.cost(best), 0
     pool = [best]
     for made in itertools.count() if iterations is None else range(iterations):
-        if time.monotonic() > deadline or best_cost <= target + 1e-9:
+        if deadline.passed() or best_cost <= target + 1e-9:
             break
         fresh = made % STARTS == 0 or made < STARTS
         begin = _shuffled(padded, first, rng) if fresh else best
@@ -54,14 +54,16 @@ def search(
         pool = [best, trial, *pool[1 : POOL - 1]]
         if padded.interchangeable and made + 1 >= STARTS:
             trial = min(trial, polish(padded, recombined(padded, pool), deadline), key=padded.cost)
-        if (cost := padded.cost(trial)) < best_cost or made == 0 and not padded.feasible(best):
+        if (cost := padded.cost(trial)) < best_cost or (made == 0 and not padded.feasible(best)):
             best, best_cost = trial, cost
         if report is not None:
             report(best_cost, made + 1)
     return best[:, : problem.experts], made
 
 
-def gains(transitions: NDArray[np.float32], assignment: Assignment, layers: NDArray[np.int64], ranks: int) -> NDArray[np.float32]:
+def gains(
+    transitions: NDArray[np.float32], assignment: Assignment, layers: NDArray[np.int64], ranks: int
+) -> NDArray[np.float32]:
     """What each expert of `layers` keeps together if it stands on a rank, float32 `[layers, E, ranks]`.
 
     transitions: `[L-1, E, E]`; assignment `[L, E]`, of which only the neighbours of `layers` are read.
@@ -74,7 +76,7 @@ def gains(transitions: NDArray[np.float32], assignment: Assignment, layers: NDAr
     return kept
 
 
-def anneal(problem: Problem, begin: Assignment, rng: np.random.Generator, hot: float, deadline: float) -> Assignment:
+def anneal(problem: Problem, begin: Assignment, rng: np.random.Generator, hot: float, deadline: Deadline) -> Assignment:
     """Simulated annealing from temperature `hot` to COLD by parallel swaps; keeps within the limits that `begin` keeps."""
     assert problem.transitions is not None
     weights = problem.transitions.astype(np.float32)
@@ -82,7 +84,7 @@ def anneal(problem: Problem, begin: Assignment, rng: np.random.Generator, hot: f
     unit = float(weights.sum()) / max(len(weights), 1) / problem.experts
     steps = int(np.clip(WORK / (problem.layers * problem.experts**2 * problem.ranks), *SWEEPS))
     for step in range(steps):
-        if time.monotonic() > deadline:
+        if deadline.passed():
             break
         temperature = unit * hot * (COLD / hot) ** (step / max(steps - 1, 1))
         for parity in (0, 1):
@@ -137,13 +139,13 @@ def _reject_excess(
     accepted[over.any(1)] = False
 
 
-def polish(problem: Problem, assignment: Assignment, deadline: float) -> Assignment:
+def polish(problem: Problem, assignment: Assignment, deadline: Deadline) -> Assignment:
     """Each layer best given its neighbours, to and fro, until nothing changes: exact without limits, else by swaps."""
     assert problem.transitions is not None
     weights = problem.transitions.astype(np.float32)
     current, before = assignment.copy(), np.inf
     order = [*range(problem.layers), *range(problem.layers - 2, 0, -1)]
-    while (cost := problem.cost(current)) < before - 1e-9 and time.monotonic() < deadline:
+    while (cost := problem.cost(current)) < before - 1e-9 and not deadline.passed():
         before = cost
         for layer in order:
             kept = gains(weights, current, np.array([layer]), problem.ranks)[0].astype(np.float64)

@@ -6,6 +6,7 @@ coherent: ExFlow's context-coherent execution, generalised to any top-k (docs/pl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,12 +84,14 @@ def evaluate(plan: PlacementPlan, trace: RoutingTrace) -> CostReport:
     topology, holds, homes = plan.topology, plan.holds(), homes_of(trace, plan.ranks)
     rows = np.zeros((trace.layers, plan.ranks, plan.ranks))
     node_pairs = np.zeros(trace.layers)
-    pairs = np.zeros((trace.layers, plan.ranks))
+    pairs, touched = np.zeros((trace.layers, plan.ranks)), np.zeros((trace.layers, plan.ranks))
     for layer in range(trace.layers):
         ids = trace.expert_ids[:, layer]
         used = destinations(holds[layer], topology)[homes[:, None], ids]
         used[ids < 0] = -1
-        pairs[layer] = np.bincount(used[used >= 0], minlength=plan.ranks)
+        by_rank = np.bincount((used.astype(np.int64) * trace.num_experts + ids)[used >= 0], minlength=holds[layer].size)
+        pairs[layer] = by_rank.reshape(plan.ranks, -1).sum(1)
+        touched[layer] = (by_rank.reshape(plan.ranks, -1) > 0).sum(1)
         needed = needed_ranks(used, plan.ranks)
         np.add.at(rows[layer], homes, needed)
         node_pairs[layer] = distinct_remote_nodes(needed, homes, topology)
@@ -107,7 +110,9 @@ def evaluate(plan: PlacementPlan, trace: RoutingTrace) -> CostReport:
         node_rows=left,
         busiest_rank=float(remote.sum(1).max(1).mean()),
         coherent=coherent[0],
-        seconds=float(np.mean(layer_seconds(remote * trace.tokens, pairs, topology))) if modelled else None,
+        seconds=float(np.mean(layer_seconds(remote * trace.tokens, pairs, touched, trace.phase, topology)))
+        if modelled
+        else None,
         rows=rows,
     )
 
@@ -157,22 +162,30 @@ def coherent_rows(trace: RoutingTrace, holds: NDArray[np.bool_], topology: Topol
     R with the largest gate mass, the lowest rank among equals) and gets |R - {a'}| rows back. The first layer only sets
     the anchor, so at top_k = 1 this equals the hops. holds: bool `[layers, E, ranks]`.
     """
-    anchor = homes_of(trace, topology.ranks)
     token = np.arange(trace.tokens)
     rows = outside = 0
+    for layer, (needed, anchor, following) in enumerate(anchors(trace, holds, topology)):
+        if layer > 0:
+            for at in (anchor, following):
+                rows += int(needed.sum() - needed[token, at].sum())
+                outside += _rows_between_nodes(needed, at, topology)
+    steps = trace.tokens * max(trace.layers - 1, 1)
+    return rows / steps, outside / steps
+
+
+def anchors(
+    trace: RoutingTrace, holds: NDArray[np.bool_], topology: Topology
+) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]]:
+    """Layer by layer: the ranks that each token needs, bool `[tokens, ranks]`, its anchor before and after, int64 `[tokens]`."""
+    anchor = homes_of(trace, topology.ranks)
     for layer in range(trace.layers):
         ids = trace.expert_ids[:, layer]
         used = destinations(holds[layer], topology)[anchor[:, None], ids].astype(np.int64)
         used[ids < 0] = -1
         needed = needed_ranks(used, topology.ranks)
         following = _next_anchor(trace, layer, used, needed, anchor)
-        if layer > 0:
-            for at in (anchor, following):
-                rows += int(needed.sum() - needed[token, at].sum())
-                outside += _rows_between_nodes(needed, at, topology)
+        yield needed, anchor, following
         anchor = following
-    steps = trace.tokens * max(trace.layers - 1, 1)
-    return rows / steps, outside / steps
 
 
 def _next_anchor(
@@ -216,12 +229,14 @@ def strategy_rows(
     return 2 * float(remote.sum((1, 2)).mean()), 2 * leaves
 
 
-def layer_seconds(remote: NDArray[np.float64], pairs: NDArray[np.float64], t: Topology) -> NDArray[np.float64]:
+def layer_seconds(
+    remote: NDArray[np.float64], pairs: NDArray[np.float64], touched: NDArray[np.float64], phase: str, t: Topology
+) -> NDArray[np.float64]:
     """Predicted seconds per layer for one batch, float64 `[layers]`: 2T + Q of docs/planning.md.
 
-    remote: rows in the batch `[layers, ranks, ranks]`, home rank left out; pairs: (token, expert) pairs `[layers, ranks]`.
-    T is the slowest of: what any rank sends or receives within its node, what any node sends or receives; Q the busiest
-    rank's experts.
+    remote: rows in the batch `[layers, ranks, ranks]`, home rank left out; pairs: (token, expert) pairs `[layers, ranks]`;
+    touched: experts that the batch uses `[layers, ranks]`. T is the slowest of: what any rank sends or receives within its
+    node, what any node sends or receives; Q the busiest rank's experts.
     """
     node = np.arange(t.ranks) // t.ranks_per_node
     same = node[:, None] == node[None, :]
@@ -230,5 +245,23 @@ def layer_seconds(remote: NDArray[np.float64], pairs: NDArray[np.float64], t: To
     within = np.maximum(inside.sum(2).max(1), inside.sum(1).max(1)) * t.row_bytes / t.within.bytes_per_second
     by_node = outside.reshape(layers, t.nodes, t.ranks_per_node, t.nodes, t.ranks_per_node).sum((2, 4))
     between = np.maximum(by_node.sum(2).max(1), by_node.sum(1).max(1)) * t.row_bytes / t.between.bytes_per_second
-    latency = t.between.latency_seconds if t.nodes > 1 else t.within.latency_seconds if t.ranks > 1 else 0.0
-    return np.asarray(2 * (latency + np.maximum(within, between)) + pairs.max(1) / t.pairs_per_second)
+    compute, read = expert_seconds(t, phase, layers)
+    experts = np.maximum(pairs.max(1) * compute, touched.max(1) * read)
+    return np.asarray(2 * (latency(t) + np.maximum(within, between)) + experts)
+
+
+def latency(t: Topology) -> float:
+    """Of one exchange, in seconds."""
+    return t.between.latency_seconds if t.nodes > 1 else t.within.latency_seconds if t.ranks > 1 else 0.0
+
+
+def expert_seconds(t: Topology, phase: str, layers: int) -> tuple[float, NDArray[np.float64]]:
+    """Seconds per (token, expert) pair, and per expert touched by layer `[layers]`; a zero is not the bottleneck.
+
+    Prefill is timed by what is computed, decode by the weights that are read, a mixed trace by the slower of the two.
+    """
+    read = np.broadcast_to(np.asarray(t.expert_bytes, dtype=np.float64), (layers,)) / t.memory_bytes_per_second
+    if phase == "prefill":
+        read = np.zeros(layers)
+    known = phase == "decode" and bool((read > 0).all())
+    return (0.0 if known else 1 / t.pairs_per_second), read

@@ -6,14 +6,14 @@ relabelling of ranks is taken. 8 experts on 4 ranks have 105 states, 16 experts 
 
 from __future__ import annotations
 
-import time
 from itertools import combinations, permutations
-from math import factorial, inf
+from math import factorial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coterie.placement.baselines import Assignment
+from coterie.placement.deadline import Deadline
 from coterie.placement.problem import Problem, one_hot
 
 MAX_LABELLED = 14_000  # states x ranks; the work grows with its square
@@ -23,28 +23,32 @@ BLOCK = 256  # rows of the state-to-state table in memory at once
 
 def fits(problem: Problem) -> bool:
     """Whether `solve` can do it in seconds: hops, every slot used, few enough partitions."""
-    if problem.transitions is None or problem.ranks > MAX_RANKS or problem.experts != problem.ranks * problem.slots:
+    if (
+        problem.transitions is None
+        or not problem.interchangeable
+        or problem.ranks > MAX_RANKS
+        or problem.experts != problem.ranks * problem.slots
+    ):
         return False
     partitions = factorial(problem.experts) // factorial(problem.slots) ** problem.ranks // factorial(problem.ranks)
     return bool(partitions * problem.ranks <= MAX_LABELLED)
 
 
-def solve(problem: Problem, deadline: float = inf) -> Assignment | None:
+def solve(problem: Problem, deadline: Deadline) -> Assignment | None:
     """An optimal placement, int64 `[L, E]`; None if no partition of some layer keeps to its load cap, or time ran out.
 
-    deadline: a `time.monotonic()` value, looked at between layers.
+    The deadline is looked at between layers.
     """
     assert problem.transitions is not None
     states = partitions_of(problem.experts, problem.ranks)
     hosts = one_hot(states, problem.ranks).transpose(0, 2, 1).astype(np.float64)  # [state, rank, E]
-    carried = np.einsum("le,sre->lsr", problem.load, hosts).max(2)
-    kept = [np.flatnonzero(carried[layer] <= problem.caps[layer] * (1 + 1e-9)) for layer in range(problem.layers)]
+    kept = [np.flatnonzero(_within_limits(problem, hosts, layer)) for layer in range(problem.layers)]
     if not all(len(k) for k in kept):
         return None
     best = np.zeros(len(kept[0]))
     back: list[NDArray[np.int64]] = []
     for layer in range(problem.layers - 1):
-        if time.monotonic() > deadline:
+        if deadline.passed():
             return None
         best, origin = _step(hosts[kept[layer]], hosts[kept[layer + 1]], problem.transitions[layer], best)
         back.append(origin)
@@ -53,6 +57,13 @@ def solve(problem: Problem, deadline: float = inf) -> Assignment | None:
         path.append(int(origin[path[-1]]))
     chosen = [states[kept[layer][s]] for layer, s in enumerate(reversed(path))]
     return _relabelled(np.array(chosen), problem)
+
+
+def _within_limits(problem: Problem, hosts: NDArray[np.float64], layer: int) -> NDArray[np.bool_]:
+    kept = np.ones(len(hosts), dtype=bool)
+    for limit in problem.limits:
+        kept &= (hosts @ limit.weights[layer]).max(1) <= limit.caps[layer].min() * (1 + 1e-9)
+    return kept
 
 
 def partitions_of(experts: int, ranks: int) -> NDArray[np.int64]:

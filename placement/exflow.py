@@ -14,7 +14,6 @@ which each layer in turn is placed exactly, given its neighbours (a transportati
 from __future__ import annotations
 
 import math
-import time
 
 import numpy as np
 import pulp
@@ -23,6 +22,7 @@ from scipy.optimize import linear_sum_assignment
 
 from coterie.placement import ilp
 from coterie.placement.baselines import Assignment
+from coterie.placement.deadline import Deadline
 from coterie.placement.problem import one_hot
 
 MAX_COEFFICIENTS = 70_000  # of one program; beyond it the solver seldom leaves the root in the time of a window
@@ -32,16 +32,15 @@ Chain = list[NDArray[np.float64]]  # tokens from each expert of a layer to each 
 
 
 def exflow(
-    transitions: NDArray[np.float64], nodes: int, ranks_per_node: int, time_limit: float, threads: int = 1
+    transitions: NDArray[np.float64], nodes: int, ranks_per_node: int, deadline: Deadline, threads: int = 1
 ) -> Assignment:
     """The rank of every expert, int64 `[L, E]`; rank r is on node r // ranks_per_node.
 
-    transitions: float64 `[L-1, E, E]`, tokens from each expert to each of the next layer; time_limit: seconds.
+    transitions: float64 `[L-1, E, E]`, tokens from each expert to each of the next layer.
     Every rank gets floor(E / ranks) or ceil(E / ranks) experts of every layer. The node stage takes at most half the time.
     Layers that no program improved in time, or whose window alone is too large for one, keep their place in the start.
     """
     sizes = [transitions.shape[1]] * (len(transitions) + 1)
-    deadline = time.monotonic() + time_limit
     scaled = transitions * (SCALE / (transitions.max(initial=0.0) or 1.0))
     return np.array(_staged(list(scaled), sizes, (nodes, ranks_per_node), deadline, threads), dtype=np.int64)
 
@@ -51,9 +50,9 @@ def crossings(chain: Chain, groups: ilp.Layers) -> float:
     return float(sum(t[a[:, None] != b].sum() for t, a, b in zip(chain, groups, groups[1:], strict=False)))
 
 
-def _staged(chain: Chain, sizes: list[int], stages: tuple[int, ...], deadline: float, threads: int) -> ilp.Layers:
+def _staged(chain: Chain, sizes: list[int], stages: tuple[int, ...], deadline: Deadline, threads: int) -> ilp.Layers:
     parts, rest = stages[0], stages[1:]
-    half = time.monotonic() + (deadline - time.monotonic()) / (2 if max(rest, default=1) > 1 else 1)
+    half = deadline.share(1 / (2 if max(rest, default=1) > 1 else 1))
     groups = partition(chain, sizes, parts, half, threads)
     if not rest:
         return groups
@@ -61,30 +60,29 @@ def _staged(chain: Chain, sizes: list[int], stages: tuple[int, ...], deadline: f
     for part in range(parts):
         members = [np.flatnonzero(group == part) for group in groups]
         inside = [pairs[np.ix_(a, b)] for pairs, a, b in zip(chain, members, members[1:], strict=False)]
-        share = time.monotonic() + (deadline - time.monotonic()) / (parts - part)
+        share = deadline.share(1 / (parts - part))
         local = _staged(inside, [len(m) for m in members], rest, share, threads)
         for rank, chosen, within in zip(ranks, members, local, strict=True):
             rank[chosen] += within
     return ranks
 
 
-def partition(chain: Chain, sizes: list[int], parts: int, deadline: float, threads: int) -> ilp.Layers:
+def partition(chain: Chain, sizes: list[int], parts: int, deadline: Deadline, threads: int) -> ilp.Layers:
     """One stage: the group of each of the `sizes[l]` experts of every layer, group sizes as equal as can be."""
     if parts == 1 or len(sizes) == 1:
         return [np.arange(size) * parts // max(1, size) for size in sizes]
     width = MAX_COEFFICIENTS // max(1, max(sizes) ** 2 * parts)
-    now = time.monotonic()
-    start = _start(chain, sizes, parts, now + (deadline - now) * (0.5 if width > 1 else 1))
+    start = _start(chain, sizes, parts, deadline.share(0.5 if width > 1 else 1))
     if width < 2:  # one layer is what the start solves exactly
         return start
 
-    def improve(groups: ilp.Layers, first: int, end: int, until: float) -> ilp.Layers | None:
+    def improve(groups: ilp.Layers, first: int, end: int, until: Deadline) -> ilp.Layers | None:
         return _window(chain, groups, parts, range(first, end), until, threads)
 
     return ilp.over_windows(start, width, deadline, improve, lambda groups: crossings(chain, groups))
 
 
-def _start(chain: Chain, sizes: list[int], parts: int, deadline: float) -> ilp.Layers:
+def _start(chain: Chain, sizes: list[int], parts: int, deadline: Deadline) -> ilp.Layers:
     """Each layer by the one before it, swept; then up to ROUNDS times a few layers are shuffled a little and swept again."""
     groups = [np.arange(size) * parts // max(1, size) for size in sizes]
     for layer in range(1, len(sizes)):
@@ -92,7 +90,7 @@ def _start(chain: Chain, sizes: list[int], parts: int, deadline: float) -> ilp.L
     best = swept(chain, groups, parts, deadline)
     cost, rng = crossings(chain, best), np.random.default_rng(0)
     for _ in range(ROUNDS):
-        if time.monotonic() >= deadline or cost == 0:
+        if deadline.passed() or cost == 0:
             break
         groups, first = list(best), int(rng.integers(len(sizes)))
         for layer in range(first, min(len(sizes), first + int(rng.integers(1, SHUFFLED + 1)))):
@@ -111,10 +109,10 @@ def _shuffled(group: NDArray[np.int64], parts: int, rng: np.random.Generator) ->
     return shuffled
 
 
-def swept(chain: Chain, groups: ilp.Layers, parts: int, deadline: float) -> ilp.Layers:
+def swept(chain: Chain, groups: ilp.Layers, parts: int, deadline: Deadline) -> ilp.Layers:
     """Every layer placed exactly given its neighbours, over and over until that gains nothing or time is up."""
     groups, before, cost = list(groups), np.inf, crossings(chain, groups)
-    while cost < before and time.monotonic() < deadline:
+    while cost < before and not deadline.passed():
         for layer in range(len(groups)):
             groups[layer] = transport(_saved(chain, groups, layer, parts))
         before, cost = cost * (1 - 1e-9), crossings(chain, groups)
@@ -143,7 +141,7 @@ def transport(saved: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.asarray(slots[linear_sum_assignment(value, maximize=True)[1]], dtype=np.int64)
 
 
-def _window(chain: Chain, groups: ilp.Layers, parts: int, span: range, deadline: float, threads: int) -> ilp.Layers | None:
+def _window(chain: Chain, groups: ilp.Layers, parts: int, span: range, deadline: Deadline, threads: int) -> ilp.Layers | None:
     """The program for the layers of `span`, the others staying as in `groups`; None if the solver ended without a solution."""
     model = pulp.LpProblem("exflow", pulp.LpMaximize)
     x = ilp.equal_groups(model, groups, span, parts)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from coterie.placement.baselines import Assignment
 from coterie.placement.bounds import dispatch_bound, lower_bound
+from coterie.placement.deadline import Deadline
 from coterie.placement.problem import Problem
 
 GAPS = (0.0, 1e-6)  # relative and absolute: costs are counts
@@ -50,9 +50,9 @@ class Outcome:
 class WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
     """PuLP's HiGHS, started from a known solution, which PuLP's own interface does not offer."""
 
-    def __init__(self, start: dict[str, float], **options: Any) -> None:
+    def __init__(self, start: dict[str, float], deadline: Deadline, **options: Any) -> None:
         super().__init__(**options)
-        self.start = start
+        self.start, self.deadline = start, deadline
 
     def callSolver(self, lp: pulp.LpProblem) -> None:  # noqa: D102 (PuLP's name)
         import highspy
@@ -61,10 +61,10 @@ class WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
             solution = highspy.HighsSolution()
             solution.col_value = [self.start.get(v.name, 0.0) for v in lp.variables()]
             lp.solverModel.setSolution(solution)
-        _run_interruptibly(lp.solverModel)
+        _run_interruptibly(lp.solverModel, self.deadline)
 
 
-def _run_interruptibly(solver: Any) -> None:
+def _run_interruptibly(solver: Any, deadline: Deadline) -> None:
     """HiGHS in a thread of its own, so that ctrl-C is heard at once; it is cancelled at its next check."""
     solver.HandleUserInterrupt = True
     thread = threading.Thread(target=solver.run, daemon=True)
@@ -72,6 +72,8 @@ def _run_interruptibly(solver: Any) -> None:
     try:
         while thread.is_alive():
             thread.join(0.1)
+            if deadline.stop.is_set():
+                solver.cancelSolve()
     except KeyboardInterrupt:
         solver.cancelSolve()
         raise
@@ -82,17 +84,17 @@ def highs_is_installed() -> bool:
     return bool(pulp.HiGHS().available())
 
 
-def run(model: pulp.LpProblem, start: dict[str, float], deadline: float, threads: int, gaps: tuple[float, float]) -> Outcome:
-    """Solve from `start` until `deadline` (a `time.monotonic()` value), at least for a tenth of a second.
+def run(model: pulp.LpProblem, start: dict[str, float], deadline: Deadline, threads: int, gaps: tuple[float, float]) -> Outcome:
+    """Solve from `start` until `deadline`, at least for a tenth of a second.
 
     start: a solution, by variable name, zeros left out; gaps: relative and absolute, at which a solution is good enough.
     CBC states a bound only for what it proved optimal. A solver that gives up before the deadline without a solution,
     though it was given one, is warned about (RuntimeWarning); one that cannot be run raises PulpSolverError.
     """
-    limit = max(0.1, deadline - time.monotonic())
+    limit = max(0.1, deadline.left())
     options = dict(msg=False, timeLimit=limit, threads=threads, gapRel=gaps[0], gapAbs=gaps[1])
     if highs_is_installed():
-        model.solve(WarmHiGHS(start, **options))
+        model.solve(WarmHiGHS(start, deadline, **options))
         bound = model.sense * float(model.solverModel.getInfo().mip_dual_bound)  # HiGHS is given a minimisation
     else:
         for variable in model.variables():
@@ -100,7 +102,7 @@ def run(model: pulp.LpProblem, start: dict[str, float], deadline: float, threads
         model.solve(pulp.PULP_CBC_CMD(warmStart=True, **options))
         bound = float(model.objective.value()) if model.sol_status == pulp.LpSolutionOptimal else math.nan
     found = model.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
-    if not found and time.monotonic() < deadline:
+    if not found and not deadline.passed():
         status = pulp.LpSolution[model.sol_status]
         warnings.warn(f"{model.name}: the solver ended with {status!r}; its start is kept", RuntimeWarning, stacklevel=2)
     return Outcome(found, bound if math.isfinite(bound) else None)
@@ -133,8 +135,8 @@ def read_groups(x: Cell, layers: Layers, span: range, parts: int) -> Layers:
 def over_windows(
     start: Layers,
     width: int,
-    deadline: float,
-    improve: Callable[[Layers, int, int, float], Layers | None],
+    deadline: Deadline,
+    improve: Callable[[Layers, int, int, Deadline], Layers | None],
     cost: Callable[[Layers], float],
 ) -> Layers:
     """Re-solve runs of `width` neighbouring layers, overlapping by half, until a whole pass gains nothing or time is up.
@@ -148,9 +150,9 @@ def over_windows(
     while gained:
         gained = False
         for i, first in enumerate(firsts):
-            if (now := time.monotonic()) >= deadline:
+            if deadline.passed():
                 return best
-            found = improve(best, first, min(first + width, len(start)), now + (deadline - now) / (len(firsts) - i))
+            found = improve(best, first, min(first + width, len(start)), deadline.share(1 / (len(firsts) - i)))
             if found is not None and cost(found) < best_cost - 1e-9 * abs(best_cost):
                 best, best_cost, gained = found, cost(found), len(firsts) > 1
     return best
@@ -172,8 +174,8 @@ def _dispatch_size(members: NDArray[np.bool_], ranks: int) -> int:
     return int(ranks * (1 + picks * (picks - 1) // 2).sum())
 
 
-def solve(problem: Problem, start: Assignment, deadline: float, threads: int = 1) -> Proof:
-    """Improve `start` and bound the optimum until `deadline` (a `time.monotonic()` value).
+def solve(problem: Problem, start: Assignment, deadline: Deadline, threads: int = 1) -> Proof:
+    """Improve `start` and bound the optimum until `deadline`.
 
     Layers of a dispatch problem are independent and share the time that is left. A layer or chain for which the model
     would be too large, or no time is left, keeps its start and the bound of `bounds.py`.
@@ -182,8 +184,7 @@ def solve(problem: Problem, start: Assignment, deadline: float, threads: int = 1
         return _solve_hops(problem, start, deadline, threads)
     best, bound = start.copy(), 0.0
     for layer in range(problem.layers):
-        remaining = deadline - time.monotonic()
-        share = time.monotonic() + remaining / (problem.layers - layer)
+        share = deadline.share(1 / (problem.layers - layer))
         proof = _solve_dispatch_layer(problem, layer, start[layer], share, threads)
         bound += proof.lower_bound
         if proof.assignment is not None:
@@ -191,11 +192,11 @@ def solve(problem: Problem, start: Assignment, deadline: float, threads: int = 1
     return Proof(best, bound)
 
 
-def _solve_hops(problem: Problem, start: Assignment, deadline: float, threads: int) -> Proof:
+def _solve_hops(problem: Problem, start: Assignment, deadline: Deadline, threads: int) -> Proof:
     weights = problem.transitions
     assert weights is not None
     cheap, pairs = lower_bound(problem), np.argwhere(weights > 0)
-    if _hops_size(weights, problem.ranks) > MAX_VARIABLES or time.monotonic() >= deadline:
+    if _hops_size(weights, problem.ranks) > MAX_VARIABLES or deadline.passed():
         return Proof(None, cheap)
     model = pulp.LpProblem("hops", pulp.LpMinimize)
     x = _placement_variables(model, problem, range(problem.layers))
@@ -205,8 +206,10 @@ def _solve_hops(problem: Problem, start: Assignment, deadline: float, threads: i
             y[layer, e, f, g] = model.add_variable(f"y_{layer}_{e}_{f}_{g}", 0, 1)
     model += pulp.lpSum(-float(weights[k[:3]]) * v for k, v in y.items())
     _products(model, problem, x, y)
-    _interchangeable(model, problem, x, layer=0)
-    named = _canonical(start)
+    named = start
+    if problem.interchangeable:
+        _interchangeable(model, problem, x, layer=0)
+        named = _canonical(start)
     values = {v.name: float(named[layer, e] == g) for (layer, e, g), v in x.items()}
     values |= {v.name: float(named[k[0], k[1]] == k[3] and named[k[0] + 1, k[2]] == k[3]) for k, v in y.items()}
     outcome = run(model, values, deadline, threads, GAPS)
@@ -228,17 +231,17 @@ def _products(model: pulp.LpProblem, problem: Problem, x: Cell, y: Cell) -> None
                 model += pulp.lpSum(variables) <= problem.slots * x[key]
 
 
-def _solve_dispatch_layer(problem: Problem, layer: int, start: NDArray[np.int64], deadline: float, threads: int) -> Proof:
+def _solve_dispatch_layer(problem: Problem, layer: int, start: NDArray[np.int64], deadline: Deadline, threads: int) -> Proof:
     members, prices = problem.members[layer], problem.prices[layer]
     trivial = dispatch_bound(members, prices, problem.slots)
-    if _dispatch_size(members, problem.ranks) > MAX_VARIABLES or time.monotonic() >= deadline:
+    if _dispatch_size(members, problem.ranks) > MAX_VARIABLES or deadline.passed():
         return Proof(None, trivial)
     model = pulp.LpProblem("dispatch", pulp.LpMinimize)
     x = _placement_variables(model, problem, [layer])
     y = _pair_variables(model, problem, x, layer)
     d = _pattern_variables(model, problem, x, y, layer)
     model += pulp.lpSum(float(prices[k]) * v for k, v in d.items())
-    if (prices == prices[:, :1]).all():
+    if problem.interchangeable and (prices == prices[:, :1]).all():
         _interchangeable(model, problem, x, layer)
         start = _canonical(start[None])[0]
     values = {v.name: float(start[e] == g) for (_, e, g), v in x.items()}
@@ -290,8 +293,11 @@ def _placement_variables(model: pulp.LpProblem, problem: Problem, layers: Any) -
             model += pulp.lpSum(x[layer, e, g] for g in range(problem.ranks)) == 1
         for g in range(problem.ranks):
             model += pulp.lpSum(x[layer, e, g] for e in range(problem.experts)) <= problem.slots
-            carried = pulp.lpSum(float(problem.load[layer, e]) * x[layer, e, g] for e in range(problem.experts))
-            model += carried <= float(problem.caps[layer]) * (1 + 1e-9)
+            for limit in problem.limits:
+                cap = float(limit.caps[layer, g])
+                carried = pulp.lpSum(float(limit.weights[layer, e]) * x[layer, e, g] for e in range(problem.experts))
+                if math.isfinite(cap):
+                    model += carried <= cap * (1 + 1e-9)
     return x
 
 

@@ -15,9 +15,7 @@ DEFAULT_MAX_LOAD = 1.1
 MARGIN = 1 / 3  # of what contiguous placement is above even: other text is loaded a little differently
 
 
-def load_limits(
-    loads: Sequence[NDArray[np.float64]], ranks: int, slots: int, max_load: float | None
-) -> tuple[Limit, ...]:
+def load_limits(loads: Sequence[NDArray[np.float64]], ranks: int, slots: int, max_load: float | None) -> tuple[Limit, ...]:
     """One limit for each scenario's load `[L, E]`, the same for every rank (`load_caps`)."""
     limits = []
     for load in loads:

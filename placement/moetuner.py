@@ -11,7 +11,6 @@ GPU over the whole model, which for equal clusters follows. A rank stands for th
 
 from __future__ import annotations
 
-import time
 from itertools import product
 
 import numpy as np
@@ -22,6 +21,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from coterie.placement import ilp
 from coterie.placement.baselines import Assignment, contiguous
+from coterie.placement.deadline import Deadline
 from coterie.placement.limits import balance
 from coterie.placement.problem import one_hot
 
@@ -38,20 +38,19 @@ def moetuner(
     transitions: NDArray[np.float64],
     nodes: int,
     ranks_per_node: int,
-    time_limit: float,
+    deadline: Deadline,
     threads: int = 1,
 ) -> Assignment:
     """The rank of every expert, int64 `[L, E]`; rank r is on node r // ranks_per_node.
 
     load: float64 `[L, E]`, tokens per expert; transitions: float64 `[L-1, E, E]`, tokens from each expert to each of the
-    next layer; time_limit: seconds, at most half of them for the clusters.
+    next layer. At most half the time is for the clusters.
     """
-    now, ranks = time.monotonic(), nodes * ranks_per_node
-    middle = now + time_limit * (0.5 if len(load) > 1 else 1)
-    clusters = even_clusters(load, ranks, middle, threads)
+    ranks = nodes * ranks_per_node
+    clusters = even_clusters(load, ranks, deadline.share(0.5 if len(load) > 1 else 1), threads)
     hosts = one_hot(clusters, ranks).astype(np.float64)
     traffic = np.einsum("lec,lef,lfd->lcd", hosts[:-1], transitions, hosts[1:], optimize=True)
-    gpus = place_clusters(traffic, link_costs(nodes, ranks_per_node), now + time_limit, threads)
+    gpus = place_clusters(traffic, link_costs(nodes, ranks_per_node), deadline, threads)
     return np.take_along_axis(gpus, clusters, axis=1)
 
 
@@ -63,7 +62,7 @@ def link_costs(nodes: int, ranks_per_node: int) -> NDArray[np.float64]:
     return np.asarray(costs)
 
 
-def even_clusters(load: NDArray[np.float64], clusters: int, deadline: float, threads: int = 1) -> Assignment:
+def even_clusters(load: NDArray[np.float64], clusters: int, deadline: Deadline, threads: int = 1) -> Assignment:
     """The cluster of every expert, int64 `[L, E]`: the least summed distance to the layer's mean load; load `[L, E]`.
 
     The start is contiguous and evened by swaps. A layer keeps it if it is as even as EVEN, if the program would have more
@@ -73,11 +72,10 @@ def even_clusters(load: NDArray[np.float64], clusters: int, deadline: float, thr
     for layer, row in enumerate(load):
         balance(found[layer], row, clusters, 0.0)
     for layer, row in enumerate(load):
-        now = time.monotonic()
-        if now >= deadline or row.size * clusters > MAX_CLUSTERING:
+        if deadline.passed() or row.size * clusters > MAX_CLUSTERING:
             break
         if unevenness(row, found[layer], clusters) > EVEN * row.sum() / clusters:
-            better = _cluster(row, found[layer], clusters, now + (deadline - now) / (len(load) - layer), threads)
+            better = _cluster(row, found[layer], clusters, deadline.share(1 / (len(load) - layer)), threads)
             if better is not None and unevenness(row, better, clusters) < unevenness(row, found[layer], clusters):
                 found[layer] = better
     return found
@@ -89,7 +87,7 @@ def unevenness(load: NDArray[np.float64], clusters_of: NDArray[np.int64], cluste
 
 
 def _cluster(
-    load: NDArray[np.float64], start: NDArray[np.int64], clusters: int, deadline: float, threads: int
+    load: NDArray[np.float64], start: NDArray[np.int64], clusters: int, deadline: Deadline, threads: int
 ) -> NDArray[np.int64] | None:
     scaled = load * (SCALE * clusters / load.sum())
     model = pulp.LpProblem("clusters", pulp.LpMinimize)
@@ -108,7 +106,9 @@ def _cluster(
     return ilp.read_groups(x, [start], range(1), clusters)[0]
 
 
-def place_clusters(traffic: NDArray[np.float64], costs: NDArray[np.float64], deadline: float, threads: int = 1) -> Assignment:
+def place_clusters(
+    traffic: NDArray[np.float64], costs: NDArray[np.float64], deadline: Deadline, threads: int = 1
+) -> Assignment:
     """The rank of every cluster, int64 `[L, ranks]`, each layer a permutation.
 
     traffic: float64 `[L-1, ranks, ranks]`, tokens between the clusters of consecutive layers; costs: `[ranks, ranks]`.
@@ -123,7 +123,7 @@ def place_clusters(traffic: NDArray[np.float64], costs: NDArray[np.float64], dea
     if ranks == 1 or len(start) == 1:
         return np.array(start, dtype=np.int64)
 
-    def improve(gpus: ilp.Layers, first: int, end: int, until: float) -> ilp.Layers | None:
+    def improve(gpus: ilp.Layers, first: int, end: int, until: Deadline) -> ilp.Layers | None:
         return _window(scaled, costs, gpus, range(first, end), until, threads)
 
     def cost(gpus: ilp.Layers) -> float:
@@ -132,8 +132,7 @@ def place_clusters(traffic: NDArray[np.float64], costs: NDArray[np.float64], dea
     found, most = start, min(len(start), max(1, MAX_COEFFICIENTS // (5 * ranks**4)))
     widths = [width for width in WIDTHS if width < most] + [most]
     for i, width in enumerate(widths):
-        now = time.monotonic()
-        found = ilp.over_windows(found, width, now + (deadline - now) / (len(widths) - i), improve, cost)
+        found = ilp.over_windows(found, width, deadline.share(1 / (len(widths) - i)), improve, cost)
     return np.array(found, dtype=np.int64)
 
 
@@ -148,7 +147,7 @@ def _arriving(pairs: NDArray[np.float64], before: NDArray[np.int64], costs: NDAr
 
 
 def _window(
-    traffic: NDArray[np.float64], costs: NDArray[np.float64], gpus: ilp.Layers, span: range, deadline: float, threads: int
+    traffic: NDArray[np.float64], costs: NDArray[np.float64], gpus: ilp.Layers, span: range, deadline: Deadline, threads: int
 ) -> ilp.Layers | None:
     """The program for the layers of `span`, the others staying as in `gpus`; None if the solver ended without a solution."""
     ranks, first, end = len(costs), span[0], span[-1] + 1

@@ -58,7 +58,8 @@ class PlacementPlan:
 
     physical_to_logical: int32 `[layers, ranks * slots_per_rank]`, expert ids, -1 for an empty slot; slot s lives on rank
     s // slots_per_rank. Every expert of a layer stands at least once, never twice on one rank.
-    inputs: the files it was planned from with their SHA-256; seconds: planning time.
+    inputs: the files it was planned from with their SHA-256; seconds: planning time; iterations: of the search, made in all,
+    by `workers` processes.
     """
 
     physical_to_logical: NDArray[np.int32]
@@ -70,6 +71,8 @@ class PlacementPlan:
     objective: Objective = Objective("hops")
     seconds: float = 0.0
     seed: int = 0
+    iterations: int = 0
+    workers: int = 1
     inputs: tuple[dict[str, str], ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -115,6 +118,16 @@ def slots_from_assignment(assignment: NDArray[np.integer], ranks: int, slots_per
     return slots.reshape(layers, ranks * slots_per_rank)
 
 
+def slots_from_holders(holds: NDArray[np.bool_], slots_per_rank: int) -> NDArray[np.int32]:
+    """A slot map from bool `[L, E, ranks]`; experts ascend within a rank, empty slots come last."""
+    layers, experts, ranks = holds.shape
+    order = np.where(holds, np.arange(experts)[None, :, None], experts).transpose(0, 2, 1)  # [L, ranks, E]
+    slots = np.sort(order, axis=2)[:, :, :slots_per_rank]
+    if slots.shape[2] < slots_per_rank:
+        slots = np.pad(slots, ((0, 0), (0, 0), (0, slots_per_rank - slots.shape[2])), constant_values=experts)
+    return np.where(slots == experts, -1, slots).astype(np.int32).reshape(layers, ranks * slots_per_rank)
+
+
 def _check_plan(p: PlacementPlan) -> None:
     slots = p.physical_to_logical
     require(slots.ndim == 2, "physical_to_logical", f"{slots.ndim} dimensions", "[layers][ranks*slots_per_rank]")
@@ -150,6 +163,8 @@ def save_plan(plan: PlacementPlan, path: Path) -> None:
         "objective": plan.objective.to_json(),
         "seconds": plan.seconds,
         "seed": plan.seed,
+        "iterations": plan.iterations,
+        "workers": plan.workers,
         "inputs": list(plan.inputs),
         "topology": plan.topology.to_json(),
     }
@@ -183,6 +198,8 @@ def _from_json(value: Any) -> PlacementPlan:
         objective=_objective(value.get("objective")),
         seconds=_number(value.get("seconds", 0.0), "seconds"),
         seed=int(_number(value.get("seed", 0), "seed")),
+        iterations=int(_number(value.get("iterations", 0), "iterations")),
+        workers=int(_number(value.get("workers", 1), "workers")),
         inputs=tuple(_inputs(value.get("inputs", []))),
     )
     _check_gap(value["objective"].get("gap"), plan.objective.gap)

@@ -1,44 +1,63 @@
-"""From a trace to a plan: builds the problem, runs a solver, evaluates the result with the dispatcher's own rules.
+"""From recordings to a plan: gathers the scenarios, runs a solver, evaluates the result with the dispatcher's own rules.
 
-The seam for further planners is `Solver`: a function from a `Problem` to a placement and a bound, in `SOLVERS`.
+The seam for further planners is `solve.Solver`: a function from a `Task` to a `Solution`, in `solve.SOLVERS` by objective; for
+other methods than our own, a `Method` in `METHODS`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
-from coterie.placement import exact, ilp
+from coterie.placement import copies
 from coterie.placement.baselines import BASELINES, Assignment
-from coterie.placement.cost import evaluate, evaluate_load, homes_of
-from coterie.placement.plan import STRATEGIES, Objective, PlacementPlan, slots_from_assignment
-from coterie.placement.problem import Problem, dispatch_problem, hops_problem, load_caps, one_hot
-from coterie.placement.search import search
+from coterie.placement.capacity import memory_limit
+from coterie.placement.cost import evaluate, evaluate_load
+from coterie.placement.deadline import Deadline, interruptible
+from coterie.placement.exflow import exflow
+from coterie.placement.limits import load_limits
+from coterie.placement.moetuner import moetuner
+from coterie.placement.nodes import grouped
+from coterie.placement.plan import (
+    OBJECTIVES,
+    STRATEGIES,
+    Objective,
+    PlacementPlan,
+    slots_from_assignment,
+    slots_from_holders,
+)
+from coterie.placement.problem import Limit
+from coterie.placement.scenarios import ROBUST, Scenario, gathered, summarised
+from coterie.placement.solve import SOLVERS, Progress, Solution, Task
+from coterie.placement.spread import World, world
 from coterie.placement.topology import Topology
-from coterie.routing.affinity import expert_load, measure
+from coterie.routing.affinity import expert_load
 from coterie.routing.errors import InputError
 from coterie.routing.files import sha256
 from coterie.routing.trace import LoadStatistics, RoutingTrace
 
-PLANNED_OBJECTIVES = ("hops", "dispatch")  # what a solver below can minimise
-OBJECTIVE_OF = {"coherent": "hops"}  # by strategy; every other strategy pays for distinct ranks
-SEARCH_ROUNDS = 4000
-SEARCH_SHARE, EXACT_SHARE = 0.3, 0.6  # of the time that is left; what they leave is for the integer programs
+OBJECTIVE_OF = {"coherent": "coherent"}  # by strategy; every other strategy pays for distinct ranks
+CAPPED_BY_DEFAULT = ("dispatch", "time")  # hops and coherent are planned as their papers state them: equal counts only
+WORST_ROUNDS = 3  # mixtures tried when the worst scenario is minimised
+TILT = 4.0
+FINISHING = 0.97  # of the time limit is for search and proof, the rest for evaluating what they found
 
 
 @dataclass(frozen=True)
 class PlanRequest:
     """What to plan for. Set by the command line or the caller.
 
-    objective: None takes the strategy's own. max_load: busiest over mean, None as in `problem.load_caps`.
-    slots_per_rank: None takes ceil(E / ranks). time_limit: seconds for search and proof together.
-    exact: minimise the very number that `evaluate` prints for these traces, homes included (hops know no homes).
+    objective: None takes the strategy's own. max_load: busiest over mean, None as in `limits.load_caps` for dispatch and time,
+    no cap for the others. slots_per_rank: None takes ceil(E / ranks); what is beyond the experts is for copies.
+    robust: of several scenarios, minimise the worst or the mean. time_limit: seconds for search and proof together.
+    iterations: of the search, None for as many as fit. exact: minimise the very number that `evaluate` prints for these
+    traces, homes included (hops know no homes). workers: processes that search and prove.
+    previous and max_moves: the best plan within so many moved experts of an old one. homes: plan home ranks, too.
     """
 
     topology: Topology
@@ -47,26 +66,34 @@ class PlanRequest:
     method: str = "auto"
     max_load: float | None = None
     slots_per_rank: int | None = None
+    robust: str = "mean"
     time_limit: float = 60.0
+    iterations: int | None = None
     exact: bool = False
     seed: int = 0
-    threads: int = 1
+    workers: int = 1
+    previous: PlacementPlan | None = None
+    max_moves: int | None = None
+    homes: bool = False
 
     def __post_init__(self) -> None:
+        own = self.method == "auto"
         checks: list[tuple[str, object, bool, str]] = [
             ("--strategy", self.strategy, self.strategy in STRATEGIES, ", ".join(STRATEGIES)),
             ("--method", self.method, self.method in METHODS, ", ".join(METHODS)),
-            (
-                "--objective",
-                self.objective,
-                self.objective in (None, *PLANNED_OBJECTIVES),
-                ", ".join(PLANNED_OBJECTIVES),
-            ),
+            ("--objective", self.objective, self.objective in (None, *OBJECTIVES), ", ".join(OBJECTIVES)),
+            ("--robust", self.robust, self.robust in ROBUST, ", ".join(ROBUST)),
             ("--max-load", self.max_load, self.max_load is None or 1 <= self.max_load < float("inf"), "at least 1"),
             ("--time-limit", self.time_limit, 0 < self.time_limit < float("inf"), "more than 0 seconds"),
+            ("--iterations", self.iterations, self.iterations is None or self.iterations >= 0, "0 or more"),
             ("--seed", self.seed, self.seed >= 0, "0 or more"),
-            ("--exact", self.exact, not self.exact or self.method == "auto", "--method auto beside it"),
-            ("--max-load", self.max_load, self.max_load is None or self.method == "auto", "--method auto beside it"),
+            ("--workers", self.workers, self.workers >= 1, "1 or more"),
+            ("--exact", self.exact, not self.exact or own, "--method auto beside it"),
+            ("--homes", self.homes, not self.homes or own, "--method auto beside it"),
+            ("--max-load", self.max_load, self.max_load is None or own, "--method auto beside it"),
+            ("--max-moves", self.max_moves, self.max_moves is None or self.max_moves >= 0, "0 or more"),
+            ("--max-moves", self.max_moves, (self.max_moves is None) == (self.previous is None), "--from and it together"),
+            ("--from", "a plan", self.previous is None or own, "--method auto beside it"),
         ]
         for name, found, valid, allowed in checks:
             if not valid:
@@ -78,41 +105,156 @@ class PlanRequest:
         return self.objective or OBJECTIVE_OF.get(self.strategy, "dispatch")
 
 
-@dataclass(frozen=True)
-class Solution:
-    """assignment: int64 `[L, E]`; lower_bound: on the evaluated objective, None if the solver states none."""
-
-    assignment: Assignment
-    lower_bound: float | None
+Method = Callable[[NDArray[np.float64], Callable[[], NDArray[np.float64]], PlanRequest, Deadline], Assignment]
+"""(load `[L, E]`, transitions `[L-1, E, E]` when called, request, deadline) -> the rank of every expert `[L, E]`."""
 
 
-Solver = Callable[[RoutingTrace, PlanRequest, int], Solution]
+def _baseline(name: str) -> Method:
+    return lambda load, transitions, request, deadline: BASELINES[name](load, request.topology.ranks)
 
 
-def plan(trace: RoutingTrace, request: PlanRequest, inputs: tuple[Path, ...] = ()) -> PlacementPlan:
-    """Place the experts that `trace` used. inputs: the files it came from, recorded with their digests.
+def _exflow(load, transitions, request, deadline):  # type: ignore[no-untyped-def]
+    t = request.topology
+    return exflow(transitions(), t.nodes, t.ranks_per_node, deadline, request.workers)
 
-    Raises InputError for more ranks than experts, too few slots or a load cap that cannot be met.
+
+def _moetuner(load, transitions, request, deadline):  # type: ignore[no-untyped-def]
+    t = request.topology
+    return moetuner(load, transitions(), t.nodes, t.ranks_per_node, deadline, request.workers)
+
+
+PEERS: dict[str, Method] = {name: _baseline(name) for name in BASELINES} | {"exflow": _exflow, "moetuner": _moetuner}
+METHODS = ("auto", *PEERS)
+
+Routings = RoutingTrace | LoadStatistics | Sequence[RoutingTrace | LoadStatistics]
+
+
+def plan(
+    routing: Routings, request: PlanRequest, inputs: Sequence[Path] = (), progress: Progress | None = None
+) -> PlacementPlan:
+    """Place the experts that the recordings used. inputs: the files they came from, recorded with their digests.
+
+    Several recordings are scenarios. progress: called with value, bound (either may be None) and iterations while it searches.
+    Ctrl-C ends the search; what it has found by then is returned. Under mpirun every process searches, and all return
+    the same plan. Raises InputError for what cannot be planned: too few slots, memory or load cap too small, an
+    objective that needs single tokens where only loads are known, ranks of another shape than the old plan's.
     """
     started = time.perf_counter()
-    slots = _slots(trace.num_experts, request)
-    solution = SOLVERS[request.method](trace, request, slots)
+    routings = [routing] if isinstance(routing, RoutingTrace | LoadStatistics) else list(routing)
+    scenarios = gathered(routings, [str(path) for path in inputs])
+    slots = _slots(scenarios[0].load.shape[1], request)
+    _check_known(scenarios, request)
+    deadline = Deadline(FINISHING * request.time_limit)
+    shown = progress or (lambda value, bound, iterations: None)
+    with interruptible(deadline):
+        if request.method == "auto":
+            solution = _auto(scenarios, request, slots, deadline, shown)
+        else:
+            solution = _peer(scenarios, request, slots, deadline)
     made = PlacementPlan(
-        physical_to_logical=slots_from_assignment(solution.assignment, request.topology.ranks, slots),
-        num_experts=trace.num_experts,
-        layer_ids=trace.layer_ids,
+        physical_to_logical=slots_from_holders(grouped(solution.holds, scenarios, request), slots),
+        num_experts=scenarios[0].load.shape[1],
+        layer_ids=routings[0].layer_ids,
         topology=request.topology,
-        model=trace.model,
+        model=next((r.model for r in routings if r.model), ""),
         strategy=request.strategy,
         seed=request.seed,
+        iterations=solution.iterations,
+        workers=request.workers,
         inputs=tuple({"file": str(path), "sha256": sha256(path)} for path in inputs),
     )
-    value = getattr(evaluate(made, trace), request.objective_name)
-    bound = solution.lower_bound
+    return replace(_valued(made, solution.lower_bound, scenarios, request), seconds=time.perf_counter() - started)
+
+
+def _valued(made: PlacementPlan, bound: float | None, scenarios: Sequence[Scenario], request: PlanRequest) -> PlacementPlan:
+    value = summarised(made, scenarios, request.objective_name, request.robust)
     if bound is not None:
         bound = value if abs(value - bound) <= 1e-9 * max(value, 1e-9) else min(bound, value)
-    objective = Objective(request.objective_name, value, bound)
-    return replace(made, objective=objective, seconds=time.perf_counter() - started)
+    return replace(made, objective=Objective(request.objective_name, value, bound))
+
+
+def _auto(
+    scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int, deadline: Deadline, progress: Progress
+) -> Solution:
+    here = world()
+    even = tuple(1 / len(scenarios) for _ in scenarios)
+    task = Task(request, scenarios, even, slots, _limits(scenarios, request, slots), deadline, here, progress)
+    if request.objective_name == "load" or request.robust == "mean" or len(scenarios) == 1:
+        return _agreed(SOLVERS[request.objective_name](task), here)
+    return _worst(task)
+
+
+def _agreed(solution: Solution, here: World) -> Solution:
+    """The first process's solution in all of them: they have exchanged their best already."""
+    return here.gather(solution)[0]
+
+
+def _worst(task: Task) -> Solution:
+    """Minimise the worst scenario: mixtures that weigh it up, each planned for the mean; any mixture's bound is a bound."""
+    best, least, bound, made = None, np.inf, None, 0
+    weights = np.array(task.weights)
+    for turn in range(WORST_ROUNDS):
+        share = task.deadline.share(1 / (WORST_ROUNDS - turn))
+        found = _agreed(SOLVERS[task.request.objective_name](replace(task, weights=tuple(weights), deadline=share)), task.world)
+        values = np.array([_value_of(found, s, task) for s in task.scenarios])
+        made += found.iterations
+        bound = found.lower_bound if bound is None else max(bound, found.lower_bound or 0.0)
+        if values.max() < least:
+            best, least = found, float(values.max())
+        weights = weights * np.exp(TILT * (values / values.max() - 1)) if values.max() > 0 else weights
+        weights /= weights.sum()
+    assert best is not None
+    return Solution(best.holds, bound, made)
+
+
+def _value_of(solution: Solution, scenario: Scenario, task: Task) -> float:
+    shape = PlacementPlan(
+        slots_from_holders(solution.holds, task.slots), scenario.load.shape[1], tuple(range(len(scenario.load))),
+        task.request.topology, strategy=task.request.strategy,
+    )  # fmt: skip
+    renamed = (
+        scenario if scenario.trace is None else replace(scenario, trace=replace(scenario.trace, layer_ids=shape.layer_ids))
+    )
+    return summarised(replace(shape, model=""), [renamed], task.request.objective_name, "mean")
+
+
+def _peer(scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int, deadline: Deadline) -> Solution:
+    """Another's method, on the mean over scenarios, each divided by its size."""
+    load = sum(s.load / max(s.load.sum(), 1) for s in scenarios) * scenarios[0].load.sum()
+
+    def transitions() -> NDArray[np.float64]:
+        _require_tokens(scenarios, f"--method {request.method}")
+        return np.asarray(sum(s.affinity.transitions / max(s.affinity.transitions.sum(), 1) for s in scenarios))
+
+    found = PEERS[request.method](np.asarray(load), transitions, request, deadline)
+    return Solution(copies.held(found, request.topology.ranks), None)
+
+
+def _limits(scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int) -> tuple[Limit, ...]:
+    """The load cap, on the mixture or (robust to the worst) on every scenario, and memory."""
+    limits: tuple[Limit, ...] = ()
+    ranks, objective = request.topology.ranks, request.objective_name
+    if objective != "load" and (request.max_load is not None or objective in CAPPED_BY_DEFAULT):
+        loads = [s.load for s in scenarios]
+        if request.robust == "mean":
+            loads = [np.asarray(sum(load / max(load.sum(), 1) for load in loads)) * float(loads[0].sum())]
+        limits = load_limits(loads, ranks, slots, request.max_load)
+    layers, experts = scenarios[0].load.shape
+    memory = memory_limit(request.topology, layers, experts, slots)
+    return limits if memory is None else (*limits, memory)
+
+
+def _check_known(scenarios: Sequence[Scenario], request: PlanRequest) -> None:
+    if request.objective_name != "load" and request.method == "auto":
+        _require_tokens(scenarios, f"--objective {request.objective_name}")
+    if request.objective_name == "time" and request.strategy != "all_to_all":
+        raise InputError(f"--objective time: found --strategy {request.strategy}, expected all_to_all: its time is modelled")
+
+
+def _require_tokens(scenarios: Sequence[Scenario], what: str) -> None:
+    for s in scenarios:
+        if s.trace is None:
+            raise InputError(f"{s.name}: holds load statistics only, but {what} needs single tokens; --objective load does not")
 
 
 def baseline_plan(name: str, routing: RoutingTrace | LoadStatistics, topology: Topology, strategy: str) -> PlacementPlan:
@@ -148,76 +290,6 @@ def _slots(experts: int, request: PlanRequest) -> int:
         )
     slots = -(-experts // ranks) if request.slots_per_rank is None else request.slots_per_rank
     if not -(-experts // ranks) <= slots <= experts:
-        raise InputError(f"--slots-per-rank: found {slots}, expected {-(-experts // ranks)} to {experts}")
+        least = f"{-(-experts // ranks)} ({experts} experts on {ranks} ranks)"
+        raise InputError(f"--slots-per-rank: found {slots}, expected {least} to {experts}")
     return slots
-
-
-def _by_baseline(name: str) -> Solver:
-    def solve(trace: RoutingTrace, request: PlanRequest, slots: int) -> Solution:
-        return Solution(BASELINES[name](expert_load(trace), request.topology.ranks), None)
-
-    return solve
-
-
-def _auto(trace: RoutingTrace, request: PlanRequest, slots: int) -> Solution:
-    deadline = time.monotonic() + request.time_limit
-    ranks = request.topology.ranks
-    affinity = measure(trace, homes_of(trace, ranks), ranks)
-    caps = load_caps(affinity.load, ranks, slots, request.max_load)
-    if request.objective_name == "hops":
-        return _hops(hops_problem(affinity, ranks, slots, caps), request, deadline)
-    known = dispatch_problem(affinity, ranks, slots, caps, known_homes=True)
-    if request.exact:
-        return _improved(known, _at_home(known, _search(known, request, deadline)), request, deadline)
-    unknown = dispatch_problem(affinity, ranks, slots, caps, known_homes=False)
-    halfway = (time.monotonic() + deadline) / 2
-    made = _improved(unknown, _search(unknown, request, halfway), request, halfway).assignment
-    found = _at_home(known, made)
-    proof = ilp.solve(known, found, deadline, request.threads)  # of the evaluated number; its placement knows the homes
-    return Solution(found, _whole(proof.lower_bound) * known.scale)
-
-
-def _hops(problem: Problem, request: PlanRequest, deadline: float) -> Solution:
-    if exact.fits(problem):
-        early = time.monotonic() + EXACT_SHARE * (deadline - time.monotonic())
-        if (best := exact.solve(problem, early)) is not None:
-            return Solution(best, problem.cost(best) * problem.scale)
-    return _improved(problem, _search(problem, request, deadline), request, deadline)
-
-
-def _search(problem: Problem, request: PlanRequest, deadline: float) -> Assignment:
-    share = SEARCH_SHARE if ilp.fits(problem) else 1.0
-    early = time.monotonic() + share * max(0.0, deadline - time.monotonic())
-    found = search(problem, request.seed, SEARCH_ROUNDS if share < 1 else None, early)
-    if not problem.feasible(found):
-        raise InputError(f"--max-load: found {request.max_load}, but no placement that keeps to it was found; give more")
-    return found
-
-
-def _improved(problem: Problem, found: Assignment, request: PlanRequest, deadline: float) -> Solution:
-    """What the integer program makes of `found` until `deadline`, with its bound."""
-    proof = ilp.solve(problem, found, deadline, request.threads)
-    proven = proof.assignment
-    if proven is not None and problem.feasible(proven) and problem.cost(proven) < problem.cost(found):
-        found = proven
-    return Solution(found, min(_whole(proof.lower_bound), problem.cost(found)) * problem.scale)
-
-
-def _whole(bound: float) -> float:
-    """Costs count tokens, so a bound may be rounded up; with a margin for the solver's tolerance."""
-    return float(np.ceil(bound - 1e-5))
-
-
-def _at_home(problem: Problem, assignment: Assignment) -> Assignment:
-    """Names each layer's groups so that as many rows as can be stay at home; their number does not change."""
-    named = assignment.copy()
-    for layer in range(problem.layers):
-        hosts = problem.members[layer].astype(np.int64) @ one_hot(assignment[layer], problem.ranks) > 0
-        cost: NDArray[np.float64] = hosts.T.astype(np.float64) @ problem.prices[layer]  # [group, rank]
-        _, order = linear_sum_assignment(cost)
-        named[layer] = order[assignment[layer]]
-    return named
-
-
-SOLVERS: dict[str, Solver] = {"auto": _auto} | {name: _by_baseline(name) for name in BASELINES}
-METHODS = tuple(SOLVERS)

@@ -92,9 +92,7 @@ class Problem:
 
 def carried(limit: Limit, assignment: Assignment, ranks: int) -> NDArray[np.float64]:
     """What each rank carries of a limited thing, float64 `[L, ranks]`."""
-    return np.stack(
-        [np.bincount(a, weights=w, minlength=ranks) for a, w in zip(assignment, limit.weights, strict=True)]
-    )
+    return np.stack([np.bincount(a, weights=w, minlength=ranks) for a, w in zip(assignment, limit.weights, strict=True)])
 
 
 def one_hot(assignment: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:

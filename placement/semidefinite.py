@@ -12,12 +12,13 @@ one stated is recomputed from them in float64, with the eigenvalue error counted
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from coterie.placement.deadline import Deadline
 
 Array = NDArray[np.float64]
 
@@ -134,19 +135,19 @@ def _violated(matrix: Array, number: int) -> list[tuple[int, int, int, int]]:
 
 
 def most_together(
-    gain: Array, blocks: int, ranks: int, loads: Array, deadline: float, target: float = -np.inf,
+    gain: Array, blocks: int, ranks: int, loads: Array, deadline: Deadline, target: float = -np.inf,
     report: Callable[[float], None] | None = None,
 ) -> float:  # fmt: skip
     """An upper bound on sum(gain * N) over all placements; infinite if there was no time for any.
 
     gain: float64 `[matrices, n, n]`, symmetric, zero diagonal, n = blocks * E with E a multiple of `ranks`; with two blocks
     the second of a matrix is the same layer as the first of the next. loads: float64 `[limits, matrices, n]`, the load of
-    each expert over its layer's cap. Stops at `target`, at the deadline (`time.monotonic()`), or when it improves no more.
+    each expert over its layer's cap. Stops at `target`, at the deadline, or when it improves no more.
     """
     unit = float(np.abs(gain).sum()) / gain.shape[0] / (gain.shape[1] // blocks) or 1.0
     state = _Admm(gain / unit, blocks, ranks, loads)
     best, checks = np.inf, []
-    while time.monotonic() < deadline:
+    while not deadline.passed():
         state.step()
         if state.made % CHECK == 0:
             best = min(best, state.bound() * unit)

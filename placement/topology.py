@@ -27,18 +27,23 @@ class Topology:
 
     nodes, ranks_per_node: counts; rank r lives on node r // ranks_per_node.
     within: the link of one rank inside its node; between: the link of one node to the others, shared by its ranks.
-    memory_bytes: of one rank, for weights and caches (kept in the plan; no method uses it yet).
+    memory_bytes: of one rank, for expert weights (what else it must hold taken off), or a list with one entry per rank.
+    memory_bytes_per_second: what one rank reads from it.
     row_bytes: of one token's hidden state (model dependent: hidden size x bytes per value).
     pairs_per_second: (token, expert) pairs that one rank computes per second (model dependent).
+    expert_bytes: of one expert's weights (model dependent), or a list with one entry per layer of the trace; 0: not known,
+    then memory limits nothing and decoding is timed by pairs.
     """
 
     nodes: int
     ranks_per_node: int
     within: Link = Link(450e9, 5e-6)
     between: Link = Link(400e9, 10e-6)
-    memory_bytes: float = 80e9
+    memory_bytes: float | tuple[float, ...] = 80e9
+    memory_bytes_per_second: float = 3.35e12
     row_bytes: float = 8192.0
     pairs_per_second: float = 1e7
+    expert_bytes: float | tuple[float, ...] = 0.0
 
     def __post_init__(self) -> None:
         for name in ("nodes", "ranks_per_node"):
@@ -47,8 +52,15 @@ class Topology:
                 raise InputError(f"topology: {name}: found {value!r}, expected an integer of at least 1")
         if self.ranks > MAX_RANKS:
             raise InputError(f"topology: found {self.ranks} ranks, expected at most {MAX_RANKS}")
-        for name in ("memory_bytes", "row_bytes", "pairs_per_second"):
+        for name in ("memory_bytes_per_second", "row_bytes", "pairs_per_second"):
             _require_positive(name, getattr(self, name))
+        for name, zero in (("memory_bytes", False), ("expert_bytes", True)):
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                _require_positive(name, number, zero)
+        if isinstance(self.memory_bytes, tuple) and len(self.memory_bytes) != self.ranks:
+            found = f"{len(self.memory_bytes)} entries"
+            raise InputError(f"topology: memory_bytes: found {found}, expected {self.ranks}, one per rank, or one number")
         for name in ("within", "between"):
             link = getattr(self, name)
             _require_positive(f"{name}.bytes_per_second", link.bytes_per_second)
@@ -72,10 +84,10 @@ def _require_positive(name: str, value: object, zero: bool = False) -> None:
 
 # Unidirectional NVLink per GPU and network per node, from the vendors' data sheets.
 PRESETS = {
-    "dgx-a100": Topology(1, 8, Link(300e9, 5e-6), Link(200e9, 10e-6), 80e9),
-    "dgx-h100": Topology(1, 8, Link(450e9, 5e-6), Link(400e9, 10e-6), 80e9),
-    "dgx-h200": Topology(1, 8, Link(450e9, 5e-6), Link(400e9, 10e-6), 141e9),
-    "gb200-nvl72": Topology(18, 4, Link(900e9, 5e-6), Link(3600e9, 5e-6), 186e9),
+    "dgx-a100": Topology(1, 8, Link(300e9, 5e-6), Link(200e9, 10e-6), 80e9, 2.0e12),
+    "dgx-h100": Topology(1, 8, Link(450e9, 5e-6), Link(400e9, 10e-6), 80e9, 3.35e12),
+    "dgx-h200": Topology(1, 8, Link(450e9, 5e-6), Link(400e9, 10e-6), 141e9, 4.8e12),
+    "gb200-nvl72": Topology(18, 4, Link(900e9, 5e-6), Link(3600e9, 5e-6), 186e9, 8.0e12),
 }
 
 
@@ -107,7 +119,8 @@ def from_json(value: Any) -> Topology:
         if name not in value:
             raise InputError(f"topology: field {name!r} is missing")
     links = {name: _link(name, value[name]) for name in ("within", "between") if name in value}
-    return Topology(**{**value, **links})
+    lists = {name: tuple(value[name]) for name in ("memory_bytes", "expert_bytes") if isinstance(value.get(name), list)}
+    return Topology(**{**value, **links, **lists})
 
 
 def _link(name: str, value: Any) -> Link:

@@ -84,7 +84,8 @@ def make(
     group; in geometric, what is added to every distance, as a normal deviation in units of top_k spacings of the circle.
     overlap: misaligned, as in `misaligned_groups`. skew: an expert's popularity falls with this power of its rank, 0: all
     alike. drift: geometric, a token's normal step from layer to layer as a share of the circle.
-    sequences: of nearly equal length, one after another; None takes one per 256 tokens. Raises InputError for values that cannot be met.
+    sequences: of nearly equal length, one after another; None takes one per 256 tokens.
+    Raises InputError for values that are out of range or do not go together.
     """
     count = max(1, tokens // 256) if sequences is None else sequences
     recipe = _Recipe(family, tokens, layers, num_experts, top_k, seed, groups, noise, overlap, skew, drift, count)
@@ -104,7 +105,7 @@ def make(
 def aligned_groups(layers: int, num_experts: int, groups: int, seed: int = 0) -> NDArray[np.int64]:
     """The group of every expert in `aligned`, int64 `[layers, E]`; where groups are ranks, a placement without hops."""
     size = _group_size(num_experts, groups)
-    rng = np.random.default_rng((seed, STRUCTURE))
+    rng = _random(seed, STRUCTURE)
     return rng.permuted(np.tile(np.repeat(np.arange(groups), size), (layers, 1)), axis=1)
 
 
@@ -120,7 +121,7 @@ def misaligned_groups(
     """
     incoming = aligned_groups(layers, num_experts, groups, seed)
     outgoing = incoming.copy()
-    rng = np.random.default_rng((seed, STRUCTURE, 1))
+    rng = _random(seed, STRUCTURE, 1)
     kept = _kept(num_experts // groups, overlap)
     for layer in range(layers):
         cycle = rng.permutation(groups)
@@ -138,7 +139,12 @@ def circle_places(layers: int, num_experts: int, seed: int = 0) -> NDArray[np.in
 
 def _circle(layers: int, num_experts: int, seed: int) -> NDArray[np.int64]:
     """The expert at every place, int64 `[layers, E]`."""
-    return np.random.default_rng((seed, STRUCTURE)).permuted(np.tile(np.arange(num_experts), (layers, 1)), axis=1)
+    return _random(seed, STRUCTURE).permuted(np.tile(np.arange(num_experts), (layers, 1)), axis=1)
+
+
+def _random(seed: int, *stream: int) -> np.random.Generator:
+    require(seed >= 0, "seed", seed, "0 or more")
+    return np.random.default_rng((seed, *stream))
 
 
 def _group_size(num_experts: int, groups: int) -> int:
@@ -147,6 +153,7 @@ def _group_size(num_experts: int, groups: int) -> int:
 
 
 def _kept(size: int, overlap: float) -> int:
+    require(0 <= overlap <= 1, "overlap", overlap, "0 to 1")
     return round(size * overlap)
 
 
@@ -172,7 +179,7 @@ def _walk_groups(recipe: _Recipe, incoming: NDArray[np.int64], outgoing: NDArray
     In a layer a token draws one expert of the group it is in; that expert's outgoing group is where it goes next, and all
     its picks lie in both groups: drawn without replacement, as the first to arrive of exponential clocks.
     """
-    rng = np.random.default_rng((recipe.seed, TOKENS))
+    rng = _random(recipe.seed, TOKENS)
     ids = np.empty((recipe.tokens, recipe.layers, recipe.top_k), dtype=np.int16)
     at = rng.integers(recipe.groups, size=recipe.tokens)
     for layer in range(recipe.layers):
@@ -211,7 +218,7 @@ def _strayed(
 
 def _geometric(recipe: _Recipe) -> NDArray[np.int16]:
     """Expert ids `[tokens, layers, top_k]`: the nearest on the circle, of those within REACH * top_k places."""
-    rng = np.random.default_rng((recipe.seed, TOKENS))
+    rng = _random(recipe.seed, TOKENS)
     size, circle = recipe.num_experts, _circle(recipe.layers, recipe.num_experts, recipe.seed)
     ids = np.empty((recipe.tokens, recipe.layers, recipe.top_k), dtype=np.int16)
     at = rng.random(recipe.tokens) * size

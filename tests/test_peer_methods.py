@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.placement import ilp
+from coterie.placement.deadline import Deadline
 from coterie.placement.exflow import crossings, exflow, partition, transport
 from coterie.placement.moetuner import BETWEEN, even_clusters, link_costs, moetuner, narrowest, place_clusters, tail, unevenness
 
@@ -43,7 +44,7 @@ ALTERNATING = np.array([[[1, 10, 0, 10], [10, 0, 10, 0], [0, 10, 0, 10], [10, 0,
 
 
 def test_exflow_keeps_together_what_flows_together() -> None:
-    found = exflow(ALTERNATING, 1, 2, 5.0)
+    found = exflow(ALTERNATING, 1, 2, Deadline(5.0))
     assert crossings(list(ALTERNATING), list(found)) == 1
     first, second = found
     assert first[0] == first[2] == second[1] == second[3]
@@ -56,7 +57,7 @@ def test_one_stage_of_exflow_is_optimal(seed: int, shape: tuple[int, int, int]) 
     layers, experts, parts = shape
     chain = list(chain_of(seed, layers, experts))
     best = min(crossings(chain, list(groups)) for groups in product(even_splits(experts, parts), repeat=layers))
-    found = partition(chain, [experts] * layers, parts, time.monotonic() + 20, 1)
+    found = partition(chain, [experts] * layers, parts, Deadline(20), 1)
     assert crossings(chain, found) == pytest.approx(best)
 
 
@@ -64,7 +65,7 @@ def test_one_stage_of_exflow_is_optimal(seed: int, shape: tuple[int, int, int]) 
 def test_exflow_minimises_crossings_between_nodes_first(seed: int) -> None:
     chain = list(chain_of(seed, 2, 8))
     best = min(crossings(chain, [a, b]) for a, b in product(even_splits(8, 2), repeat=2))
-    found = exflow(np.array(chain), 2, 2, 20.0)
+    found = exflow(np.array(chain), 2, 2, Deadline(20.0))
     assert_even(found, (2, 8), 4)
     assert crossings(chain, list(found // 2)) == pytest.approx(best)
 
@@ -72,7 +73,7 @@ def test_exflow_minimises_crossings_between_nodes_first(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_exflow_then_minimises_crossings_within_each_node(seed: int) -> None:
     transitions = chain_of(seed, 2, 8)
-    found = exflow(transitions, 2, 2, 20.0)
+    found = exflow(transitions, 2, 2, Deadline(20.0))
     for node in range(2):
         a, b = np.flatnonzero(found[0] // 2 == node), np.flatnonzero(found[1] // 2 == node)
         inside = [transitions[0][np.ix_(a, b)]]
@@ -83,11 +84,11 @@ def test_exflow_then_minimises_crossings_within_each_node(seed: int) -> None:
 def test_windows_with_fixed_neighbours_never_lose_and_reach_the_program_of_all_layers(monkeypatch) -> None:
     chain = list(chain_of(1, 5, 6))
     monkeypatch.setattr("coterie.placement.exflow.ROUNDS", 0)
-    whole = partition(chain, [6] * 5, 2, time.monotonic() + 20, 1)
+    whole = partition(chain, [6] * 5, 2, Deadline(20), 1)
     monkeypatch.setattr("coterie.placement.exflow.MAX_COEFFICIENTS", 0)
-    start = partition(chain, [6] * 5, 2, time.monotonic() + 20, 1)
+    start = partition(chain, [6] * 5, 2, Deadline(20), 1)
     monkeypatch.setattr("coterie.placement.exflow.MAX_COEFFICIENTS", 3 * 6 * 6 * 2)
-    windowed = partition(chain, [6] * 5, 2, time.monotonic() + 20, 1)
+    windowed = partition(chain, [6] * 5, 2, Deadline(20), 1)
     assert crossings(chain, whole) <= crossings(chain, windowed) <= crossings(chain, start)
 
 
@@ -101,7 +102,7 @@ def test_transport_fills_every_group_though_another_pays_more() -> None:
 # 9, 1, 1, 1, 1, 1 cannot be even: 9 needs two companions, 11 against 3, each 4 from the mean of 7.
 def test_moetuner_clusters_are_as_even_as_can_be() -> None:
     load = np.array([[6.0, 5, 4, 3, 2, 2], [9, 1, 1, 1, 1, 1]])
-    found = even_clusters(load, 2, time.monotonic() + 20)
+    found = even_clusters(load, 2, Deadline(20))
     assert_even(found, (2, 6), 2)
     assert [unevenness(row, clusters, 2) for row, clusters in zip(load, found, strict=True)] == [0, 8]
 
@@ -112,7 +113,7 @@ def test_moetuner_clusters_are_optimal(seed: int, shape: tuple[int, int]) -> Non
     experts, clusters = shape
     load = np.floor(100 * np.random.default_rng(seed).random(experts) ** 3)
     best = min(unevenness(load, a, clusters) for a in even_splits(experts, clusters))
-    found = even_clusters(load[None], clusters, time.monotonic() + 20)[0]
+    found = even_clusters(load[None], clusters, Deadline(20))[0]
     assert unevenness(load, found, clusters) <= best + 1e-3 * load.sum() / clusters
 
 
@@ -120,7 +121,7 @@ def test_moetuner_clusters_are_optimal(seed: int, shape: tuple[int, int]) -> Non
 # the two clusters of the second layer change ranks, only that 1 token crosses, and it costs BETWEEN.
 def test_moetuner_turns_layers_so_that_the_busiest_link_carries_least() -> None:
     traffic = np.array([[[0.0, 5], [4, 1]]])
-    found = place_clusters(traffic, link_costs(2, 1), time.monotonic() + 20)
+    found = place_clusters(traffic, link_costs(2, 1), Deadline(20))
     assert found[0].tolist() == found[1][::-1].tolist()
     assert tail(traffic, link_costs(2, 1), found) == BETWEEN
 
@@ -132,7 +133,7 @@ def test_moetuner_places_clusters_optimally(seed: int, shape: tuple[int, int, in
     traffic, costs = chain_of(seed, layers, nodes * per_node), link_costs(nodes, per_node)
     orders = [np.array(order) for order in permutations(range(nodes * per_node))]
     best = min(tail(traffic, costs, list(gpus)) for gpus in product(orders, repeat=layers))
-    found = place_clusters(traffic, costs, time.monotonic() + 30)
+    found = place_clusters(traffic, costs, Deadline(30))
     assert tail(traffic, costs, found) == pytest.approx(best, abs=0.01)
 
 
@@ -141,7 +142,7 @@ def test_moetuner_places_clusters_optimally(seed: int, shape: tuple[int, int, in
 def test_moetuner_balances_first_and_then_saves_what_it_can() -> None:
     transitions = np.array([[[0.0, 2, 2, 0], [2, 0, 0, 1], [1, 0, 0, 1], [0, 1, 0, 0]]])
     load = np.array([[4.0, 3, 2, 1], [4, 3, 2, 1]])
-    first, second = moetuner(load, transitions, 1, 2, 20.0)
+    first, second = moetuner(load, transitions, 1, 2, Deadline(20.0))
     assert first[0] == first[3] != first[1] == first[2]
     assert second[1] == second[2] == first[0]
     assert crossings(list(transitions), [first, second]) == 0
@@ -170,21 +171,24 @@ def test_placements_of_any_shape_fill_every_rank_evenly(seed, layers, experts, n
         if kind == "random"
         else np.full((layers, experts), kind == "even") * 1.0
     )
-    for found in (exflow(transitions, nodes, per_node, 0.3), moetuner(load, transitions, nodes, per_node, 0.3)):
+    for found in (
+        exflow(transitions, nodes, per_node, Deadline(0.3)),
+        moetuner(load, transitions, nodes, per_node, Deadline(0.3)),
+    ):
         assert_even(found, (layers, experts), nodes * per_node)
 
 
 def test_one_rank_holds_everything() -> None:
     transitions = chain_of(0, 3, 4)
-    assert not exflow(transitions, 1, 1, 1.0).any()
-    assert not moetuner(np.ones((3, 4)), transitions, 1, 1, 1.0).any()
+    assert not exflow(transitions, 1, 1, Deadline(1.0)).any()
+    assert not moetuner(np.ones((3, 4)), transitions, 1, 1, Deadline(1.0)).any()
 
 
 def test_without_time_the_start_is_returned() -> None:
     transitions = chain_of(0, 20, 32)
     started = time.monotonic()
-    assert_even(exflow(transitions, 2, 4, 0.0), (20, 32), 8)
-    assert_even(moetuner(transitions.sum(2)[[*range(19), 0]], transitions, 2, 4, 0.0), (20, 32), 8)
+    assert_even(exflow(transitions, 2, 4, Deadline(0.0)), (20, 32), 8)
+    assert_even(moetuner(transitions.sum(2)[[*range(19), 0]], transitions, 2, 4, Deadline(0.0)), (20, 32), 8)
     assert time.monotonic() - started < 30
 
 
@@ -195,7 +199,7 @@ def test_cbc_solves_where_highspy_is_not_installed(monkeypatch) -> None:
     monkeypatch.setattr(ilp, "highs_is_installed", lambda: False)
     monkeypatch.setattr(ilp.WarmHiGHS, "actualSolve", refuse)
     monkeypatch.setattr("coterie.placement.exflow.ROUNDS", 0)
-    assert crossings(list(ALTERNATING), list(exflow(ALTERNATING, 1, 2, 20.0))) == 1
+    assert crossings(list(ALTERNATING), list(exflow(ALTERNATING, 1, 2, Deadline(20.0)))) == 1
     test_moetuner_clusters_are_as_even_as_can_be()
     test_moetuner_turns_layers_so_that_the_busiest_link_carries_least()
 
@@ -207,7 +211,7 @@ def test_a_solver_states_the_bound_it_proved(monkeypatch, installed: bool) -> No
     x = [model.add_variable(f"x_{i}", cat="Binary") for i in range(3)]
     model += 5 * x[0] + 4 * x[1] + 3 * x[2]
     model += 4 * x[0] + 3 * x[1] + 2 * x[2] <= 5  # the best is 4 + 3, of weight 5
-    assert ilp.run(model, {"x_0": 1.0}, time.monotonic() + 20, 1, ilp.GAPS) == ilp.Outcome(True, pytest.approx(7))
+    assert ilp.run(model, {"x_0": 1.0}, Deadline(20), 1, ilp.GAPS) == ilp.Outcome(True, pytest.approx(7))
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -218,4 +222,4 @@ def test_a_solver_that_gives_up_is_warned_about(monkeypatch, installed: bool) ->
     model += x
     model += x >= 2
     with pytest.warns(RuntimeWarning, match="impossible: the solver ended with"):
-        assert not ilp.run(model, {}, time.monotonic() + 20, 1, ilp.GAPS).found
+        assert not ilp.run(model, {}, Deadline(20), 1, ilp.GAPS).found

@@ -1,0 +1,92 @@
+"""Search for `coherent`: rows that tokens send when they stay with their experts, at any top-k.
+
+A layer pays 2 |R| - [anchor in R] - 1 rows for a token whose experts live on the ranks R. With the anchors of the moment taken
+as homes that is a dispatch problem with known homes, layer by layer; new placements move the anchors, so the two take
+turns, a part of the layers at a time, and only what lowers the rows as evaluated is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from coterie.placement import copies, local, solve
+from coterie.placement.baselines import Assignment
+from coterie.placement.cost import anchors, coherent_rows
+from coterie.placement.problem import Problem
+from coterie.placement.scenarios import Scenario
+from coterie.placement.solve import Solution, Task
+from coterie.placement.topology import Topology
+from coterie.routing.affinity import patterns
+
+ROUNDS = 200  # at most; without a better placement in STALLED rounds it ends
+STALLED = 6
+
+
+def alternate(task: Task) -> Solution:
+    """Starts from a plan for dispatch and one for hops, whichever pays fewer rows as evaluated."""
+    scenarios, weights, topology = task.scenarios, task.weights, task.request.topology
+    halves = [solve.replaced(task, task.deadline.share(share), prove=False) for share in (0.2, 0.35)]
+    starts = [solve.hops(halves[0]), solve.dispatch(halves[1])]
+    begun = [s.holds.argmax(2) for s in starts]
+    made = sum(s.iterations for s in starts)
+
+    def rows(assignment: Assignment) -> float:
+        return _mean_rows(copies.held(assignment, task.ranks), scenarios, weights, topology)
+
+    best = min(begun, key=rows)
+    lowest, quiet = rows(best), 0
+    for number in range(ROUNDS):
+        if task.deadline.passed() or quiet == STALLED:
+            break
+        problem = _anchored(task, best)
+        trial, more = local.search(problem, task.request.seed + number, 1, task.deadline, begin=best)
+        made += more
+        chosen = best.copy()
+        layers = np.arange(number % 2, len(best), 2) if quiet else np.arange(len(best))
+        chosen[layers] = trial[layers]
+        value = rows(chosen)
+        quiet = 0 if value < lowest - 1e-12 else quiet + 1
+        if value < lowest:
+            best, lowest = chosen, value
+        task.progress(lowest, None, made)
+    holds = copies.held(best, task.ranks)
+    if task.copied:
+        holds = min((holds, *(s.holds for s in starts)), key=lambda h: _mean_rows(h, scenarios, weights, topology))
+    return Solution(holds, lower_bound(task), made)
+
+
+def _mean_rows(holds: np.ndarray, scenarios: Sequence[Scenario], weights: Sequence[float], topology: Topology) -> float:
+    traces = [s.trace for s in scenarios]
+    return float(sum(w * coherent_rows(t, holds, topology)[0] for w, t in zip(weights, traces, strict=True) if t is not None))
+
+
+def _anchored(task: Task, assignment: Assignment) -> Problem:
+    """The dispatch problem whose homes are the anchors under `assignment`; the first layer, which pays nothing, is free."""
+    holds = copies.held(assignment, task.ranks)
+    members: list[list[np.ndarray]] = [[] for _ in assignment]
+    prices: list[list[np.ndarray]] = [[] for _ in assignment]
+    for scenario, weight in zip(task.scenarios, task.weights, strict=True):
+        assert scenario.trace is not None
+        for layer, (_, anchor, _) in enumerate(anchors(scenario.trace, holds, task.request.topology)):
+            found = patterns(scenario.trace, layer, anchor, task.ranks)
+            assert found.by_home is not None
+            members[layer].append(found.experts)
+            prices[layer].append((2 * found.weight[:, None] - found.by_home) * (weight / scenario.trace.tokens))
+    layers, experts = task.scenarios[0].load.shape
+    return Problem(
+        layers, experts, task.ranks, task.slots, 1 / max(layers - 1, 1), task.limits,
+        members=tuple(np.concatenate(m) for m in members), prices=tuple(np.concatenate(p) for p in prices),
+    )  # fmt: skip
+
+
+def lower_bound(task: Task) -> float:
+    """Rows per token and layer: a token on r ranks pays at least 2 (r - 1), and n experts need ceil(n / slots) ranks."""
+    least = []
+    for scenario in task.scenarios:
+        assert scenario.trace is not None
+        picks = (scenario.trace.expert_ids[:, 1:] >= 0).sum(2)
+        needed = np.maximum(0, -(-picks // task.slots) - 1)
+        least.append(2 * float(needed.sum()) / (scenario.trace.tokens * max(scenario.trace.layers - 1, 1)))
+    return float(np.dot(task.weights, least))

@@ -1,0 +1,55 @@
+"""Memory as a limit: experts of any size on ranks of any size."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.placement.problem import Limit
+from coterie.placement.topology import Topology
+from coterie.routing.errors import InputError
+
+
+def memory_limit(topology: Topology, layers: int, experts: int, slots: int) -> Limit | None:
+    """The most bytes of experts that a rank may hold in each layer; None where memory cannot bind or sizes are not known.
+
+    A rank's memory is shared out over the layers in proportion to their bytes, whole experts at a time, what is left over in
+    one layer going to the next. Raises InputError if all experts together do not fit, saying by how many bytes.
+    """
+    size = np.broadcast_to(np.asarray(topology.expert_bytes, dtype=np.float64), (layers,))
+    if isinstance(topology.expert_bytes, tuple) and len(topology.expert_bytes) != layers:
+        found = f"{len(topology.expert_bytes)} entries"
+        raise InputError(f"topology: expert_bytes: found {found}, expected {layers}, one per traced layer, or one number")
+    memory = np.broadcast_to(np.asarray(topology.memory_bytes, dtype=np.float64), (topology.ranks,))
+    if not size.all() or (size.sum() * slots <= memory).all():
+        return None
+    room = whole_experts(size, memory, slots, experts)
+    short = experts - room.sum(1)
+    if (short > 0).any():
+        missing = float((np.maximum(short, 0) * size).sum())
+        raise InputError(
+            f"topology: memory_bytes: the experts need {size.sum() * experts:.0f} bytes in all, the ranks hold "
+            f"{memory.sum():.0f}: {missing:.0f} bytes of experts have no place; give more ranks or more memory"
+        )
+    weights = np.repeat(size[:, None], experts, axis=1)
+    return Limit(weights, room * size[:, None])
+
+
+def whole_experts(size: NDArray[np.float64], memory: NDArray[np.float64], slots: int, experts: int) -> NDArray[np.int64]:
+    """How many experts of each layer a rank has room for, int64 `[layers, ranks]`; size `[layers]`, memory `[ranks]`."""
+    room = np.zeros((len(size), len(memory)), dtype=np.int64)
+    used = np.zeros(len(memory))
+    share = np.cumsum(size) / size.sum()
+    for layer, bytes_each in enumerate(size):
+        fits = np.floor((memory * share[layer] - used) / bytes_each + 1e-9).astype(np.int64)
+        room[layer] = np.clip(fits, 0, slots)
+        short = experts - room[layer].sum()
+        for rank in np.argsort(used - memory, kind="stable"):  # most memory left first
+            if short <= 0:
+                break
+            left = int((memory[rank] - used[rank]) // bytes_each)
+            extra = int(min(short, max(0, min(slots, left) - room[layer, rank])))
+            room[layer, rank] += extra
+            short -= extra
+        used += room[layer] * bytes_each
+    return room

@@ -1,0 +1,196 @@
+"""Local search on the true patterns, one layer at a time: for `dispatch`, `time`, and `coherent` between its passes.
+
+All E x E swaps of a layer are priced at once from three tables that are kept up to date (a swap touches only the patterns that
+hold one of the two experts), and a tabu search takes the best that is not forbidden, up or down hill (Glover 1989).
+Deterministic for a seed and a number of iterations; layers do not depend on each other's random numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.placement import limits
+from coterie.placement.baselines import Assignment
+from coterie.placement.chain import Report, allowed_swaps
+from coterie.placement.deadline import Deadline
+from coterie.placement.problem import Problem, one_hot
+
+BURST = 150  # tabu steps of one layer in one iteration
+TENURE = (4, 10)  # steps that an expert may not return to a rank
+KICK = 4  # random swaps that start a burst from the best known, if the last burst found nothing
+MAX_ENTRIES = 400_000_000  # patterns x experts of all layers held at once, 4 bytes each
+
+Score = Callable[[int, NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
+"""(layer, rows received `[n, ranks]`, load `[n, ranks]`) -> what to minimise `[n]`."""
+
+
+class Layer:
+    """One layer's placement with the tables that price its swaps.
+
+    here: int64 `[E]`. joining `[E, ranks]`: rows paid if the expert joins the rank. freed `[E, E]`: of the rows that e alone
+    causes on its rank, those of patterns with f; its diagonal is what e leaving saves. rows `[ranks]`: paid on each rank.
+    """
+
+    def __init__(self, members: NDArray[np.bool_], prices: NDArray[np.float64], here: NDArray[np.int64]) -> None:
+        used = members.any(1)
+        self.members = members[used].astype(np.float32)
+        self.prices = prices[used].astype(np.float32)
+        self.with_expert = [np.flatnonzero(m) for m in members[used].T]
+        self.ranks = prices.shape[1]
+        self.place(here)
+
+    def place(self, here: NDArray[np.int64]) -> None:
+        """Start from another placement `[E]`."""
+        self.here = here.copy()
+        self.count = self.members @ one_hot(here, self.ranks).astype(np.float32)
+        self.joining = (self.members.T @ np.where(self.count == 0, self.prices, 0)).astype(np.float64)
+        alone = np.where(self.count == 1, self.prices, 0)
+        self.freed = ((self.members * alone[:, here]).T @ self.members).astype(np.float64)
+        self.rows = np.where(self.count > 0, self.prices, 0).sum(0, dtype=np.float64)
+
+    def changes(self) -> NDArray[np.float64]:
+        """What the rows of e's rank change by if e and f change places, float64 `[e, f]`; f's rank is the transpose."""
+        saved = np.diagonal(self.freed)
+        return np.asarray(self.freed - saved[:, None] + self.joining.T[self.here])
+
+    def swap(self, e: int, f: int, change: NDArray[np.float64]) -> None:
+        """Let e and f change places; change: as `changes` gave it."""
+        a, b = int(self.here[e]), int(self.here[f])
+        self.rows[a] += change[e, f]
+        self.rows[b] += change[f, e]
+        one, two = self.with_expert[e], self.with_expert[f]
+        touched = np.concatenate([one[self.members[one, f] == 0], two[self.members[two, e] == 0]])
+        sign = np.where(self.members[touched, e] > 0, 1, -1).astype(np.float32)
+        neighbours = np.flatnonzero((self.here == a) | (self.here == b))
+        members, prices = self.members[touched], self.prices[touched][:, [a, b]]
+        before = self.count[touched][:, [a, b]]
+        after = before + np.stack([-sign, sign], 1)
+        column = (self.here[neighbours] == b).astype(np.int64)
+        alone = np.where(after == 1, prices, 0) - np.where(before == 1, prices, 0)
+        self.freed[neighbours] += (members[:, neighbours] * alone[:, column]).T @ members
+        empty = np.where(after == 0, prices, 0) - np.where(before == 0, prices, 0)
+        self.joining[:, [a, b]] += members.T @ empty
+        self.count[touched[:, None], [a, b]] = after
+        self.here[e], self.here[f] = b, a
+        for expert, patterns, rank in ((e, one, b), (f, two, a)):
+            lone = np.where(self.count[patterns, rank] == 1, self.prices[patterns, rank], 0)
+            self.freed[expert] = lone @ self.members[patterns]
+
+
+def search(
+    problem: Problem, seed: int, iterations: int | None, deadline: Deadline, begin: Assignment | None = None,
+    score: Score | None = None, report: Report | None = None,
+) -> tuple[Assignment, int]:  # fmt: skip
+    """The best placement found, int64 `[L, E]`, and the iterations (bursts of every layer) made.
+
+    begin: where to start, else balanced packing. score: what to minimise in place of all rows paid, given rows and load
+    of every rank; the first limit's weights are the load. Every layer gets its share of
+    the time in the first iteration.
+    """
+    padded = problem.padded()
+    start = limits.start(padded, seed) if begin is None else _padded_start(padded, begin)
+    layers = [_Tabu(padded, layer, start[layer], np.random.default_rng([seed, layer]), score) for layer in range(padded.layers)]
+    made = 0
+    for made in itertools.count() if iterations is None else range(iterations):
+        if deadline.passed():
+            break
+        for number, layer in enumerate(layers):
+            layer.burst(deadline.share(1 / (len(layers) - number)) if made == 0 else deadline)
+        if report is not None:
+            report(sum(layer.best_cost for layer in layers), made + 1)
+    found = np.stack([layer.best for layer in layers])
+    return found[:, : problem.experts], made
+
+
+class _Tabu:
+    def __init__(
+        self, problem: Problem, layer: int, here: NDArray[np.int64], rng: np.random.Generator, score: Score | None
+    ) -> None:
+        self.problem, self.layer, self.rng, self.score = problem, layer, rng, score
+        self.state = Layer(problem.members[layer], problem.prices[layer], here)
+        self.load = problem.limits[0].weights[layer] if problem.limits else np.zeros(problem.experts)
+        self.until = np.zeros((problem.experts, problem.ranks), dtype=np.int64)
+        self.step, self.quiet = 0, 0
+        self.best, self.best_cost = here.copy(), self._cost()
+
+    def _cost(self) -> float:
+        if self.score is None:
+            return float(self.state.rows.sum())
+        held = np.bincount(self.state.here, weights=self.load, minlength=self.problem.ranks)
+        return float(self.score(self.layer, self.state.rows[None], held[None])[0])
+
+    def burst(self, deadline: Deadline) -> None:
+        """BURST tabu steps; from the best known, shaken, if the last burst found nothing better."""
+        before = self.best_cost
+        if self.quiet:
+            self.state.place(self.best)
+            self._kick(KICK + self.quiet % 4)
+        for _ in range(BURST):
+            if deadline.passed() or not self._step():
+                break
+        self.quiet = 0 if self.best_cost < before - 1e-9 else self.quiet + 1
+
+    def _step(self) -> bool:
+        state = self.state
+        change = state.changes()
+        value = change + change.T if self.score is None else self._scored(change)
+        possible = allowed_swaps(self.problem, state.here, self.layer)
+        forbidden = self.until[:, state.here] > self.step
+        forbidden |= forbidden.T
+        now = self._cost()
+        better = value < (self.best_cost - now - 1e-6 if self.score is None else self.best_cost * (1 - 1e-9))
+        value = np.where(possible & (~forbidden | better), value, np.inf)
+        e, f = np.unravel_index(value.argmin(), value.shape)
+        if not np.isfinite(value[e, f]):
+            return False
+        self._take(int(e), int(f), change)
+        if (cost := self._cost()) < self.best_cost - 1e-9:
+            self.best, self.best_cost = state.here.copy(), cost
+        return True
+
+    def _take(self, e: int, f: int, change: NDArray[np.float64]) -> None:
+        a, b = self.state.here[e], self.state.here[f]
+        self.state.swap(e, f, change)
+        self.step += 1
+        tenure = self.rng.integers(*TENURE, size=2)
+        self.until[e, a], self.until[f, b] = self.step + tenure
+
+    def _kick(self, swaps: int) -> None:
+        for _ in range(swaps):
+            possible = np.flatnonzero(allowed_swaps(self.problem, self.state.here, self.layer))
+            if not len(possible):
+                return
+            e, f = divmod(int(self.rng.choice(possible)), self.problem.experts)
+            self._take(e, f, self.state.changes())
+
+    def _scored(self, change: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The score after each swap of an expert on the busiest ranks `[E, E]`, infinite for the others."""
+        assert self.score is not None
+        state, ranks = self.state, self.problem.ranks
+        held = np.bincount(state.here, weights=self.load, minlength=ranks)
+        busiest = np.unique([state.rows.argmax(), held.argmax()])
+        value = np.full(change.shape, np.inf)
+        for e in np.flatnonzero(np.isin(state.here, busiest)):
+            others = np.flatnonzero(state.here != state.here[e])
+            a, b, n = state.here[e], state.here[others], np.arange(len(others))
+            rows, load = np.tile(state.rows, (len(others), 1)), np.tile(held, (len(others), 1))
+            rows[:, a] += change[e, others]
+            rows[n, b] += change[others, e]
+            load[:, a] += self.load[others] - self.load[e]
+            load[n, b] += self.load[e] - self.load[others]
+            value[e, others] = self.score(self.layer, rows, load)
+        return value
+
+
+def _padded_start(problem: Problem, begin: Assignment) -> Assignment:
+    """`begin` with an expert that weighs nothing in every empty slot."""
+    start = np.zeros((problem.layers, problem.experts), dtype=np.int64)
+    start[:, : begin.shape[1]] = begin
+    for layer, row in enumerate(begin):
+        free = problem.slots - np.bincount(row, minlength=problem.ranks)
+        start[layer, begin.shape[1] :] = np.repeat(np.arange(problem.ranks), free)
+    return start

@@ -1,0 +1,101 @@
+"""What is planned for: one or several recordings of the same model, and how a plan does on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.placement.cost import CostReport, evaluate, evaluate_load, homes_of
+from coterie.placement.plan import PlacementPlan
+from coterie.routing.affinity import Affinity, measure
+from coterie.routing.errors import InputError
+from coterie.routing.trace import LoadStatistics, RoutingTrace
+
+ROBUST = {"worst": max, "mean": lambda values: float(np.mean(values))}
+
+DEFINITIONS = {
+    "hops": ("hops", "pairs of consecutive-layer experts on different ranks; what context-coherent execution pays at top-1"
+             " (ExFlow, Yao et al. 2024)"),
+    "coherent": ("coherent", "rows that context-coherent execution sends per token and layer at any top-k"
+                 " (ExFlow generalised, docs/planning.md)"),
+    "dispatch": ("dispatch", "distinct ranks other than home per token and layer; what return-home execution pays when a row is"
+                 " sent once per rank (DeepEP, DeepSeek 2025; Tutel, Hwang et al. 2023)"),
+    "load": ("load", "busiest rank over the mean rank (EPLB, DeepSeek 2025; MoETuner, Go and Mahajan 2025)"),
+    "time": ("seconds", "2T + Q per layer: the slowest link, there and back, and the slowest rank's experts (minimax;"
+             " docs/planning.md)"),
+}  # fmt: skip
+"""Every objective: the field of `CostReport` that it is, and what that means. Computed in `cost.py`, once."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One recording. load: float64 `[L, E]`, (token, expert) pairs; trace: None where only the load is known."""
+
+    name: str
+    load: NDArray[np.float64]
+    trace: RoutingTrace | None
+    statistics: LoadStatistics | None = None
+    index: int = 0
+
+    @cached_property
+    def affinity(self) -> Affinity:
+        """Transitions and patterns, measured when first asked for; needs a trace."""
+        assert self.trace is not None
+        return measure(self.trace)
+
+    def homed(self, ranks: int) -> Affinity:
+        """The same with patterns split by the home rank that tokens have without a plan of homes."""
+        assert self.trace is not None
+        return measure(self.trace, homes_of(self.trace, ranks), ranks)
+
+    def report(self, plan: PlacementPlan) -> CostReport:
+        """What the plan does to it."""
+        if self.trace is not None:
+            return evaluate(plan, self.trace)
+        assert self.statistics is not None
+        return evaluate_load(plan, self.statistics, self.index)
+
+
+def gathered(routings: Sequence[RoutingTrace | LoadStatistics], names: Sequence[str] = ()) -> tuple[Scenario, ...]:
+    """The scenarios in some recordings. Raises InputError unless all are of one model."""
+    if not routings:
+        raise InputError("plan: found no recording, expected at least one")
+    found: list[Scenario] = []
+    for number, routing in enumerate(routings):
+        name = names[number] if number < len(names) else f"scenario {number}"
+        _check_same(routings[0], routing, name)
+        if isinstance(routing, RoutingTrace):
+            found.append(Scenario(name, _load_of(routing), routing))
+        else:
+            loads = routing.expert_load.astype(np.float64)
+            found += [Scenario(f"{name}:{s}", loads[i], None, routing, i) for i, s in enumerate(routing.scenarios)]
+    return tuple(found)
+
+
+def _load_of(trace: RoutingTrace) -> NDArray[np.float64]:
+    from coterie.routing.affinity import expert_load
+
+    return expert_load(trace)
+
+
+def _check_same(first: RoutingTrace | LoadStatistics, other: RoutingTrace | LoadStatistics, name: str) -> None:
+    for field in ("model", "num_experts", "layer_ids"):
+        ours, theirs = getattr(first, field), getattr(other, field)
+        if ours != theirs and not (field == "model" and "" in (ours, theirs)):
+            raise InputError(
+                f"{name}: {field}: found {theirs!r}, expected {ours!r} as in the first: scenarios are of one model"
+            )
+
+
+def summarised(plan: PlacementPlan, scenarios: Sequence[Scenario], objective: str, robust: str) -> float:
+    """The number that `evaluate` prints for the objective: the worst or the mean over scenarios."""
+    field = DEFINITIONS[objective][0]
+    values = [getattr(s.report(plan), field) for s in scenarios]
+    if any(v is None for v in values):
+        raise InputError(f"--objective: found {objective!r}, which {plan.strategy!r} has no model of, or no single tokens of")
+    combine: Callable[[Sequence[float]], float] = ROBUST[robust]
+    return float(combine(values))

@@ -1,0 +1,340 @@
+"""One solver per objective: search, then (or beside it, on another core) proof.
+
+Each takes a `Task` and returns a `Solution`; `planner.plan` evaluates what comes back with the dispatcher's own rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from coterie.placement import balance, bounds, chain, copies, exact, ilp, local
+from coterie.placement.baselines import Assignment
+from coterie.placement.deadline import Deadline
+from coterie.placement.problem import Limit, Problem, dispatch_problem, hops_problem, one_hot
+from coterie.placement.scenarios import Scenario
+from coterie.placement.spread import Child, World
+from coterie.placement.timing import LayerTime
+from coterie.routing.errors import InputError
+
+if TYPE_CHECKING:
+    from coterie.placement.planner import PlanRequest
+
+Array = NDArray[np.float64]
+SEARCH_SHARE, EXACT_SHARE = 0.45, 0.6  # of the time that is left; the rest is for the proof, if it has no core of its own
+SEED_STRIDE = 1_000_003
+SMALL = 60  # anneals or bursts after which a problem that an integer program can take over is handed on
+
+Progress = Callable[[float | None, float | None, int], None]  # value, bound (both as evaluated), iterations
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a solver is given.
+
+    weights: of the scenarios in the mixture that is minimised, sum 1; limits: see `problem.Limit`; prove: also state a bound.
+    """
+
+    request: PlanRequest
+    scenarios: tuple[Scenario, ...]
+    weights: tuple[float, ...]
+    slots: int
+    limits: tuple[Limit, ...]
+    deadline: Deadline
+    world: World = field(default_factory=World)
+    progress: Progress = lambda value, bound, iterations: None
+    prove: bool = True
+
+    @property
+    def ranks(self) -> int:
+        """Ranks over all nodes."""
+        return self.request.topology.ranks
+
+    @property
+    def copied(self) -> bool:
+        """Whether there are slots beyond the experts."""
+        return self.ranks * self.slots > self.scenarios[0].load.shape[1]
+
+    def affinities(self, homed: bool = False) -> list[Any]:
+        """Of every scenario."""
+        return [s.homed(self.ranks) if homed else s.affinity for s in self.scenarios]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """holds: bool `[L, E, ranks]`; lower_bound: on the evaluated objective of the mixture, None if none is stated."""
+
+    holds: NDArray[np.bool_]
+    lower_bound: float | None
+    iterations: int = 0
+
+
+Solver = Callable[[Task], Solution]
+
+
+@dataclass
+class _Spread:
+    """A search in this process and others like it in children, and over MPI; the best of all is kept.
+
+    Deterministic for a seed, the numbers of workers and processes, and the number of iterations.
+    """
+
+    task: Task
+    function: str
+    arguments: dict[str, Any]
+    children: list[Child] = field(default_factory=list)
+
+    def run(self, search: Callable[..., Any], deadline: Deadline, helpers: int, **own: Any) -> list[tuple[Any, int]]:
+        """Every worker's (result, iterations), this process's first."""
+        base = self.task.request.seed + SEED_STRIDE * self.task.world.rank * 64
+        for number in range(helpers):
+            arguments = {**self.arguments, "seed": base + SEED_STRIDE * (number + 1)}
+            self.children.append(Child(self.function, arguments, deadline).start())
+        mine = search(**self.arguments, seed=base, deadline=deadline, **own)
+        found = [mine, *(child.result() for child in self.children)]
+        return [pair for pairs in self.task.world.gather(found) for pair in pairs]
+
+
+def hops(task: Task) -> Solution:
+    """ExFlow's objective: dynamic programming where it fits, else annealed chains, an ILP where it fits, and a certificate."""
+    affinities = task.affinities()
+    problem = hops_problem(affinities, task.weights, task.ranks, task.slots, task.limits)
+    if exact.fits(problem) and (best := exact.solve(problem, task.deadline.share(EXACT_SHARE))) is not None:
+        return Solution(copies.held(best, task.ranks), problem.cost(best) * problem.scale, 1)
+    proof = _Proof(task, problem)
+    searching = task.deadline if proof.child else task.deadline.share(SEARCH_SHARE)
+    arguments = {"problem": problem, "iterations": _iterations(task, problem)}
+    own = {"target": proof.cheap, "report": lambda cost, made: task.progress(cost * problem.scale, proof.bound, made)}
+    spread = _Spread(task, "coterie.placement.chain:search", arguments)
+    found = spread.run(chain.search, searching, max(0, task.request.workers - 2), **own)
+    best, made = min((a for a, _ in found), key=_rank(problem)), sum(n for _, n in found)
+    if len(found) > 1 and problem.interchangeable:
+        best = min(best, chain.recombined(problem, [a for a, _ in found]), key=_rank(problem))
+    _check(problem, best, task)
+    best, bound = proof.finish(best)
+    holds = copies.held(best, task.ranks)
+    if task.copied:
+        holds = copies.for_hops(np.asarray(problem.transitions), holds, task.slots)
+        bound = bounds.hops_with_copies(problem)
+    return Solution(holds, bound * problem.scale, made)
+
+
+def _iterations(task: Task, problem: Problem) -> int | None:
+    if task.request.iterations is None and ilp.fits(problem):
+        return SMALL
+    return task.request.iterations
+
+
+def _rank(problem: Problem) -> Callable[[Assignment], tuple[bool, float]]:
+    return lambda assignment: (not problem.feasible(assignment), problem.cost(assignment))
+
+
+def _check(problem: Problem, found: Assignment, task: Task) -> None:
+    if not problem.feasible(found):
+        given = task.request.max_load
+        what = "the experts' memory" if given is None else f"--max-load {given:g}"
+        raise InputError(f"{what}: no placement within it was found; give more slots, more memory or a larger --max-load")
+
+
+class _Proof:
+    """The certificate of a `hops` problem: in a child while the search goes on, if there is a worker for it, else after it."""
+
+    def __init__(self, task: Task, problem: Problem) -> None:
+        self.task, self.problem = task, problem
+        self.cheap = 0.0 if task.copied else bounds.lower_bound(problem, task.deadline.share(0.2))
+        self.bound: float | None = None
+        self.child: Child | None = None
+        self.wanted = task.prove and not task.copied and not ilp.fits(problem) and problem.layers > 1 and task.world.rank == 0
+        if self.wanted and task.request.workers > 1:
+            self.child = Child("coterie.placement.bounds:chain_bound", {"problem": problem}, task.deadline, self._hear).start()
+
+    def _hear(self, bound: float) -> None:
+        self.bound = bound * self.problem.scale
+
+    def finish(self, best: Assignment) -> tuple[Assignment, float]:
+        """A placement at least as good, and the bound, in counts."""
+        problem, task, bound = self.problem, self.task, self.cheap
+        if self.child is not None:
+            if problem.cost(best) <= self.cheap + 1e-9:
+                self.child.deadline.stop.set()
+            bound = max(bound, self.child.result())
+        elif problem.cost(best) > self.cheap + 1e-9 and self.wanted:
+            hear = lambda b: task.progress(problem.cost(best) * problem.scale, b * problem.scale, 0)  # noqa: E731
+            bound = max(bound, bounds.chain_bound(problem, task.deadline, hear))
+        elif problem.cost(best) > self.cheap + 1e-9 and task.prove and ilp.fits(problem) and task.world.rank == 0:
+            best, bound = _by_program(problem, best, task)
+        bound = max(task.world.gather(bound))
+        best = min(task.world.gather(best), key=_rank(problem))
+        return best, min(_whole(problem, bound), problem.cost(best))
+
+
+def _by_program(problem: Problem, found: Assignment, task: Task) -> tuple[Assignment, float]:
+    """What the integer program makes of `found` in the time that is left, with its bound."""
+    proof = ilp.solve(problem, found, task.deadline, task.request.workers)
+    proven = proof.assignment
+    if proven is not None and problem.feasible(proven) and problem.cost(proven) < problem.cost(found):
+        found = proven
+    return found, proof.lower_bound
+
+
+def _whole(problem: Problem, bound: float) -> float:
+    """Costs that count tokens make whole bounds; with a margin for the solver's tolerance."""
+    return float(np.ceil(bound - 1e-5)) if problem.integral else bound
+
+
+def dispatch(task: Task) -> Solution:
+    """Distinct ranks: tabu search on the true patterns, homes equally likely (or, with `exact`, those of the traces)."""
+    known = _dispatch(task, True) if _homes_matter(task) else None
+    problem = known if task.request.exact and known is not None else _dispatch(task, False)
+    small = ilp.fits(problem) and not task.copied and task.prove
+    best, made = _local(task, problem, task.deadline.share(SEARCH_SHARE if small else 0.8 if task.prove else 1.0))
+    if small and known is not None:
+        best, bound = _by_program(problem, best, replaced(task, task.deadline.share(1 if problem is known else 0.5)))
+        if problem is not known:
+            best = at_home(known, best)
+            bound = ilp.solve(known, best, task.deadline, task.request.workers).lower_bound  # of the evaluated number
+        return Solution(copies.held(best, task.ranks), _whole(known, bound) * known.scale, made)
+    target = problem if known is None else known
+    proven = task.prove and not task.copied
+    bound = bounds.patterns_bound(target, best, task.deadline) if proven else bounds.lower_bound(target, task.deadline)
+    if known is not None:
+        best = at_home(known, best)
+    holds = copies.held(best, task.ranks)
+    if task.copied:
+        rows = lambda layer, sent, pairs: float(sent.sum())  # noqa: E731
+        holds = copies.for_rows(task.affinities(), task.weights, holds, task.slots, task.request.topology, rows)
+    return Solution(holds, _whole(target, bound) * target.scale, made)
+
+
+def _homes_matter(task: Task) -> bool:
+    """Whether patterns by home fit in memory: `[patterns, ranks]` in float64, for every layer."""
+    size = sum(len(p.weight) * task.ranks * 8 for a in task.affinities() for p in a.patterns)
+    return size < 2e9
+
+
+def replaced(task: Task, deadline: Deadline, prove: bool = True) -> Task:
+    """The same with another deadline."""
+    return replace(task, deadline=deadline, prove=task.prove and prove)
+
+
+def _dispatch(task: Task, known_homes: bool) -> Problem:
+    return dispatch_problem(task.affinities(known_homes), task.weights, task.ranks, task.slots, task.limits, known_homes)
+
+
+def _local(
+    task: Task, problem: Problem, deadline: Deadline, score: Any = None, begin: Assignment | None = None
+) -> tuple[Assignment, int]:
+    arguments: dict[str, Any] = {"problem": problem, "iterations": _iterations(task, problem), "begin": begin}
+    report = lambda cost, made: task.progress(None if score else cost * problem.scale, None, made)  # noqa: E731
+    if score is not None:
+        arguments["score"] = score
+    spread = _Spread(task, "coterie.placement.local:search", arguments)
+    found = spread.run(local.search, deadline, max(0, task.request.workers - 1), report=report)
+    value = _layer_costs if score is None else lambda p, a: score.of(p, a)
+    costs = np.array([value(problem, a) for a, _ in found])  # [worker, layer]
+    best = np.stack([found[w][0][layer] for layer, w in enumerate(costs.argmin(0))])
+    _check(problem, best, task)
+    return best, sum(n for _, n in found)
+
+
+def _layer_costs(problem: Problem, assignment: Assignment) -> list[float]:
+    broken = [0.0 if _keeps(problem, assignment, layer) else np.inf for layer in range(problem.layers)]
+    return [problem.layer_cost(layer, assignment[layer]) + broken[layer] for layer in range(problem.layers)]
+
+
+def _keeps(problem: Problem, assignment: Assignment, layer: int) -> bool:
+    row = assignment[layer]
+    held = (np.bincount(row, weights=limit.weights[layer], minlength=problem.ranks) for limit in problem.limits)
+    return all((h <= limit.caps[layer] * (1 + 1e-9)).all() for h, limit in zip(held, problem.limits, strict=True))
+
+
+def at_home(problem: Problem, assignment: Assignment) -> Assignment:
+    """Names each layer's groups so that as many rows as can be stay at home; their number does not change."""
+    if not problem.interchangeable:
+        return assignment
+    named = assignment.copy()
+    for layer in range(problem.layers):
+        hosts = problem.members[layer].astype(np.float32) @ one_hot(assignment[layer], problem.ranks).astype(np.float32) > 0
+        cost: Array = hosts.T.astype(np.float64) @ problem.prices[layer]  # [group, rank]
+        _, order = linear_sum_assignment(cost)
+        named[layer] = order[assignment[layer]]
+    return named
+
+
+@dataclass(frozen=True)
+class TimeScore:
+    """`local.Score` of the time objective for a problem whose prices are rows: picklable, for the workers."""
+
+    time: LayerTime
+    per_token: float
+
+    def __call__(self, layer: int, rows: Array, load: Array) -> Array:
+        """Seconds of the layer `[n]`."""
+        return self.time.score(layer, rows * self.per_token, load)
+
+    def of(self, problem: Problem, assignment: Assignment) -> list[float]:
+        """Seconds of every layer of a placement; infinite beyond a limit."""
+        seconds = []
+        for layer, row in enumerate(assignment):
+            hosts = problem.members[layer].astype(np.float32) @ one_hot(row, problem.ranks).astype(np.float32) > 0
+            rows = (problem.prices[layer] * hosts).sum(0)
+            load = np.bincount(row, weights=self.time.weight[layer], minlength=problem.ranks)
+            kept = _keeps(problem, assignment, layer)
+            seconds.append(float(self(layer, rows[None], load[None])[0]) if kept else np.inf)
+        return seconds
+
+
+def time(task: Task) -> Solution:
+    """The minimax of links and experts: dispatch first, then tabu search on the predicted time itself."""
+    model = LayerTime(task.request.topology, task.scenarios, task.weights)
+    base = _dispatch(task, False)
+    free = tuple(Limit(limit.weights, limit.caps) for limit in task.limits)
+    weighed = Limit(model.weight, np.full((base.layers, task.ranks), np.inf))
+    problem = Problem(
+        base.layers, base.experts, base.ranks, base.slots, base.scale, (weighed, *free), members=base.members, prices=base.prices
+    )  # fmt: skip
+    score = TimeScore(model, base.scale * base.layers)
+    begin, first = _local(task, base, task.deadline.share(0.4))
+    best, second = _local(task, problem, task.deadline.share(0.9), score, begin)
+    holds = copies.held(best, task.ranks)
+    if task.copied:
+        holds = copies.for_rows(task.affinities(), task.weights, holds, task.slots, task.request.topology, model.of_copies)
+    return Solution(holds, bounds.time_bound(task.request.topology, task.scenarios, task.slots), first + second)
+
+
+def load(task: Task) -> Solution:
+    """The evenest load, with copies, over all scenarios."""
+    loads = np.stack([s.load for s in task.scenarios])
+    worst = task.request.robust == "worst"
+    arguments = {
+        "loads": loads,
+        "ranks": task.ranks,
+        "slots": task.slots,
+        "iterations": task.request.iterations,
+        "worst": worst,
+    }
+    room = next((limit for limit in task.limits), None)
+    if room is not None:
+        arguments["room"] = np.round(room.caps / room.weights[:, :1]).astype(np.int64)
+    spread = _Spread(task, "coterie.placement.balance:search", arguments)
+    report = lambda value, made: task.progress(value, None, made)  # noqa: E731
+    found = spread.run(balance.search, task.deadline, max(0, task.request.workers - 1), report=report)
+    slots, _ = min(found, key=lambda f: balance.value(f[0], loads, worst))
+    holds = balance.holders(slots, loads.shape[2])
+    bound = bounds.load_bound(loads, task.ranks, task.slots, worst)
+    return Solution(holds, bound, sum(n for _, n in found))
+
+
+def coherent(task: Task) -> Solution:
+    """Rows at any top-k when tokens stay with their experts: dispatch with the anchors of the moment as homes, in turns."""
+    from coterie.placement.anchors import alternate
+
+    return alternate(task)
+
+
+SOLVERS: dict[str, Solver] = {"hops": hops, "coherent": coherent, "dispatch": dispatch, "load": load, "time": time}

@@ -1,0 +1,137 @@
+"""Several searches at once: in child processes of this one (`--workers`), or in the processes that mpirun started.
+
+A child is a fresh interpreter that is sent one call on its standard input and answers on its standard output, so that the
+caller's program needs no guard and nothing is forked. Searches that are spread are pure functions of arrays.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from coterie.placement.deadline import Deadline, interruptible
+from coterie.routing.errors import CoterieError
+
+GRACE = 20.0  # seconds that a child may take beyond its deadline: one step of its search
+
+
+@dataclass
+class Child:
+    """One call in another process. function: `module:name`; its keyword `report`, if `reported`, sends values back."""
+
+    function: str
+    arguments: dict[str, Any]
+    deadline: Deadline
+    reported: Callable[..., None] | None = None
+    _answer: list[Any] = field(default_factory=list)
+
+    def start(self) -> Child:
+        """Start it; returns itself."""
+        root = str(Path(__file__).absolute().parents[2]) if _is_checkout() else ""
+        paths = [p for p in (root, os.environ.get("PYTHONPATH", "")) if p]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "coterie.placement.spread"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        call = (self.function, self.arguments, self.deadline, self.reported is not None)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        pickle.dump(call, self._process.stdin)
+        self._process.stdin.close()
+        self._reader = threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True)
+        self._reader.start()
+        return self
+
+    def _listen(self, stream: Any) -> None:
+        try:
+            while True:
+                kind, value = pickle.load(stream)
+                if kind == "report" and self.reported is not None:
+                    self.reported(*value)
+                elif kind != "report":
+                    self._answer.append((kind, value))
+        except (EOFError, pickle.UnpicklingError):
+            return
+
+    def stop(self) -> None:
+        """Ask for what it has: its deadline is now."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+
+    def result(self) -> Any:
+        """What the call returned, waited for until its deadline and a little longer. Raises CoterieError if it failed."""
+        while self._reader.is_alive():
+            if self.deadline.stop.is_set():
+                self.stop()
+            self._reader.join(0.2)
+            if self.deadline.left() <= 0 and not self.deadline.stop.is_set():
+                self._reader.join(GRACE)
+                break
+            if self.deadline.stop.is_set():
+                self._reader.join(GRACE)
+                break
+        if self._process.poll() is None and not self._answer:
+            self._process.kill()
+        self._process.wait()
+        if not self._answer:
+            raise CoterieError(f"{self.function}: a worker ended without an answer (exit code {self._process.returncode})")
+        kind, value = self._answer[0]
+        if kind == "error":
+            raise CoterieError(f"{self.function}: a worker failed: {value}")
+        return value
+
+
+def _is_checkout() -> bool:
+    """Run from links in a checkout, where the package's folder may not be on the child's path."""
+    return Path(__file__).absolute().parent.parent.name == "coterie"
+
+
+def _send(stream: BinaryIO, kind: str, value: Any) -> None:
+    pickle.dump((kind, value), stream)
+    stream.flush()
+
+
+def _serve() -> None:
+    name, arguments, deadline, reports = pickle.load(sys.stdin.buffer)
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a solver prints is not an answer
+    module, function = name.split(":")
+    if reports:
+        arguments["report"] = lambda *values: _send(out, "report", values)
+    try:
+        with interruptible(deadline):
+            _send(out, "result", getattr(importlib.import_module(module), function)(**arguments, deadline=deadline))
+    except Exception as error:  # sent to the parent, which raises it
+        _send(out, "error", f"{type(error).__name__}: {error}")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that work on one plan: this one's number among `size`, and how to gather from all."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+
+
+def world() -> World:
+    """The processes of an mpirun, or this one alone."""
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1"))) < 2:
+        return World()
+    from mpi4py import MPI
+
+    communicator = MPI.COMM_WORLD
+    return World(communicator.rank, communicator.size, communicator.allgather)
+
+
+if __name__ == "__main__":
+    _serve()
