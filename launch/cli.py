@@ -7,13 +7,15 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from coterie.launch.distributed import launched_rank, launched_size, leave
+from coterie.launch.distributed import launched_rank, leave
+from coterie.launch.planning import check_launch
 from coterie.placement.baselines import BASELINES
 from coterie.placement.exports import EXPORTS
+from coterie.placement.plan import OBJECTIVES
 from coterie.routing.errors import CoterieError, InputError
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         options = build_parser().parse_args(arguments)
-        _check_processes(options.verb)
+        check_launch(options.verb)
         command = getattr(importlib.import_module(f"coterie.launch.{options.module}"), options.function)
         result = command(options)
         if options.json and result is not None and launched_rank() == 0:
@@ -57,11 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> NoReturn:
     """The program: runs one command and ends the process."""
     leave(main())
-
-
-def _check_processes(verb: str) -> None:
-    if verb != "generate" and launched_size() > 1:
-        raise InputError(f"{verb}: found {launched_size()} processes, expected one; only generate runs on several")
 
 
 def _without_launcher(arguments: list[str]) -> list[str]:
@@ -157,30 +154,32 @@ def _import(verbs: Any) -> None:
 
 
 def _plan(verbs: Any) -> None:
-    p = _verb(verbs, "plan", "commands", "place the experts of a traced model on ranks")
-    p.add_argument("trace", type=Path, metavar="T", help="a trace file")
+    p = _verb(verbs, "plan", "planning", "place the experts of a traced model on ranks")
+    p.add_argument("traces", type=Path, nargs="+", metavar="T", help="trace or load-statistics files; several are scenarios")
     p.add_argument("--topology", required=True, metavar="TOPOLOGY", help=TOPOLOGY_HELP)
     p.add_argument("--out", type=Path, required=True, metavar="P", help="the plan file to write")
-    p.add_argument("--strategy", default="all_to_all", metavar="S", help="how tokens will be dispatched (default: %(default)s)")
-    p.add_argument("--objective", choices=("hops", "dispatch"), help="what to minimise (default: what the strategy pays for)")
-    p.add_argument("--method", default="auto", metavar="M", help=f"auto, {', '.join(BASELINES)} (default: %(default)s)")
-    p.add_argument(
-        "--max-load",
-        type=float,
-        metavar="X",
-        help="busiest rank over mean, in every layer (default: 1.1 or less, docs/planning.md)",
-    )
-    p.add_argument("--slots-per-rank", type=int, metavar="N", help="expert slots of a rank in a layer (default: experts/ranks)")
-    p.add_argument(
-        "--time-limit",
-        type=float,
-        default=60.0,
-        metavar="S",
-        help="seconds to search and to prove (default: %(default)g)",
-    )
+    add = _adder(p)
+    add("--strategy", "S", "how tokens will be dispatched (default: %(default)s)", default="all_to_all")
+    add("--objective", "O", f"{', '.join(OBJECTIVES)} (default: what the strategy pays for)")
+    add("--method", "M", f"auto, {', '.join((*BASELINES, 'exflow', 'moetuner'))} (default: %(default)s)", default="auto")
+    add("--robust", "R", "of several scenarios, minimise the worst or the mean (default: %(default)s)", default="mean")
+    add("--max-load", "X", "busiest rank over mean, in every layer (default: docs/planning.md)", type=float)
+    add("--slots-per-rank", "N", "expert slots of a rank in a layer (default: experts/ranks); more are for copies", type=int)
+    add("--time-limit", "S", "seconds to search and to prove (default: %(default)g)", type=float, default=60.0)
+    add("--iterations", "N", "of the search, instead of as many as fit: the same plan on every machine", type=int)
+    add("--workers", "N", "processes that search and prove (default: one per core)", type=int)
+    add("--max-moves", "N", "with --from: how many experts may move", type=int)
+    p.add_argument("--from", dest="previous", type=Path, metavar="OLD", help="re-plan: the best plan within --max-moves of OLD")
+    p.add_argument("--homes", action="store_true", help="also plan which sequences are at home on which rank")
     p.add_argument("--exact", action="store_true", help="minimise the evaluated number itself, these traces' homes included")
-    p.add_argument("--workers", type=int, default=1, metavar="N", help="threads of the solver (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def _adder(parser: argparse.ArgumentParser) -> Callable[..., None]:
+    def add(name: str, metavar: str, help_text: str, **settings: Any) -> None:
+        parser.add_argument(name, metavar=metavar, help=help_text, **settings)
+
+    return add
 
 
 def _evaluate(verbs: Any) -> None:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.launch.tables import table
-from coterie.placement.plan import read_plan, save_plan
-from coterie.placement.topology import parse_topology
+from coterie.placement.plan import read_plan
 from coterie.routing.errors import InputError, positive
 from coterie.routing.files import check_writable, write_text
-from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing, read_trace, save_load, save_trace
+from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing, save_load, save_trace
 
 if TYPE_CHECKING:
     from coterie.moe.collectives import Group
@@ -66,29 +65,6 @@ def import_(options: argparse.Namespace) -> dict[str, Any]:
         size = {"scenarios": len(found.scenarios), "layers": len(found.layer_ids)}
     say(f"{options.out}: " + ", ".join(f"{v} {k}" for k, v in size.items()) + f", {found.num_experts} experts")
     return {"trace": str(options.out), **size, "num_experts": found.num_experts}
-
-
-def plan(options: argparse.Namespace) -> dict[str, Any]:
-    """Place the experts of a traced model."""
-    from coterie.placement.planner import PlanRequest, compare
-    from coterie.placement.planner import plan as make_plan
-
-    check_writable(options.out)
-    request = PlanRequest(
-        topology=parse_topology(options.topology), strategy=options.strategy, objective=options.objective,
-        method=options.method, max_load=options.max_load, slots_per_rank=options.slots_per_rank,
-        time_limit=options.time_limit, exact=options.exact, seed=options.seed,
-        threads=positive("--workers", options.workers),
-    )  # fmt: skip
-    recorded = read_trace(options.trace)
-    made = make_plan(recorded, request, (options.trace,))
-    save_plan(made, options.out)
-    objective = made.objective
-    if not options.json:
-        print(_comparison(compare(made, recorded)))
-    bound = "" if objective.gap is None else f", bound {objective.lower_bound:.4f}, gap {objective.gap:.2%}"
-    say(f"{options.out}: {objective.name} {objective.value:.4f}{bound}, in {made.seconds:.1f} s")
-    return {"plan": str(options.out), "objective": objective.to_json(), "seconds": made.seconds}
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
         recorded, held_out = _trace(files, EMBEDDED_FOLDER, stage)
         stage(f"planning for {options.ranks} ranks with HiGHS")
         plan = make_plan(
-            recorded, PlanRequest(Topology(1, options.ranks), time_limit=PLAN_SECONDS), (files["trace.safetensors"],)
+            recorded, PlanRequest(Topology(1, options.ranks), time_limit=PLAN_SECONDS, workers=1), (files["trace.safetensors"],)
         )
         save_plan(plan, files["plan.json"])
         stage("the same prompts through plain transformers")

@@ -130,11 +130,11 @@ Routings = RoutingTrace | LoadStatistics | Sequence[RoutingTrace | LoadStatistic
 
 
 def plan(
-    routing: Routings, request: PlanRequest, inputs: Sequence[Path] = (), progress: Progress | None = None
+    routing: Routings, request: PlanRequest, inputs: Sequence[Path] = (), progress: Progress | None = None, prove: bool = True
 ) -> PlacementPlan:
     """Place the experts that the recordings used. inputs: the files they came from, recorded with their digests.
 
-    Several recordings are scenarios. progress: called with value, bound (either may be None) and iterations while it searches.
+    Several recordings are scenarios. prove: also state a lower bound. progress: called with value, bound (either may be None) and iterations while it searches.
     Ctrl-C ends the search; what it has found by then is returned. Under mpirun every process searches, and all return
     the same plan. Raises InputError for what cannot be planned: too few slots, memory or load cap too small, an
     objective that needs single tokens where only loads are known, ranks of another shape than the old plan's.
@@ -148,7 +148,7 @@ def plan(
     shown = progress or (lambda value, bound, iterations: None)
     with interruptible(deadline):
         if request.method == "auto":
-            solution = _auto(scenarios, request, slots, deadline, shown)
+            solution = _auto(scenarios, request, slots, deadline, shown, prove)
         else:
             solution = _peer(scenarios, request, slots, deadline)
     made = PlacementPlan(
@@ -174,11 +174,16 @@ def _valued(made: PlacementPlan, bound: float | None, scenarios: Sequence[Scenar
 
 
 def _auto(
-    scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int, deadline: Deadline, progress: Progress
+    scenarios: tuple[Scenario, ...],
+    request: PlanRequest,
+    slots: int,
+    deadline: Deadline,
+    progress: Progress,
+    prove: bool,
 ) -> Solution:
     here = world()
     even = tuple(1 / len(scenarios) for _ in scenarios)
-    task = Task(request, scenarios, even, slots, _limits(scenarios, request, slots), deadline, here, progress)
+    task = Task(request, scenarios, even, slots, _limits(scenarios, request, slots), deadline, here, progress, prove)
     if request.objective_name == "load" or request.robust == "mean" or len(scenarios) == 1:
         return _agreed(SOLVERS[request.objective_name](task), here)
     return _worst(task)

@@ -1,0 +1,137 @@
+"""`coterie plan`: progress while it searches, the plan beside those that need no planning, and whether it will pay."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from coterie.launch.commands import say
+from coterie.launch.distributed import launched_rank, launched_size
+from coterie.launch.tables import table
+from coterie.placement.plan import read_plan, save_plan
+from coterie.placement.topology import parse_topology
+from coterie.routing.errors import InputError, positive
+from coterie.routing.files import check_writable
+from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from coterie.placement.planner import PlanRequest
+    from coterie.placement.solve import Progress
+
+MOST_WORKERS = 8
+PREDICTING = 0.1  # of the time limit, on top of it: a quick plan of half the sequences, judged on the others
+
+
+def plan(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Place the experts of a traced model. Under mpirun every process searches and the first one writes."""
+    from coterie.placement.advice import predict
+    from coterie.placement.planner import plan as make_plan
+
+    if launched_rank() == 0:
+        check_writable(options.out)
+    request = _request(options)
+    routings = [read_routing(path) for path in options.traces]
+    with _shown(request) as progress:
+        made = make_plan(routings, request, options.traces, progress)
+    if launched_rank() != 0:
+        return None
+    save_plan(made, options.out)
+    objective = made.objective
+    if not options.json:
+        print(_comparisons(made, routings, request))
+    bound = "" if objective.gap is None else f", bound {objective.lower_bound:.4f}, gap {objective.gap:.2%}"
+    say(f"{options.out}: {objective.name} {objective.value:.4f}{bound}, in {made.seconds:.1f} s")
+    result = {
+        "plan": str(options.out),
+        "objective": objective.to_json(),
+        "seconds": made.seconds,
+        "iterations": made.iterations,
+    }
+    if request.previous is not None:
+        from coterie.placement.replan import moves
+
+        result["moves"] = moves(request.previous.holds(), made.holds())
+        say(f"{result['moves']} expert moves from {options.previous}")
+    seconds = max(0.5, PREDICTING * request.time_limit)
+    prediction = predict(made, routings, request, seconds) if launched_size() == 1 else None
+    if prediction is not None:
+        if prediction.unseen_gain is not None:
+            say(f"predicted on text it did not see: {objective.name} {prediction.unseen_gain:.1%} below contiguous placement")
+        for note in prediction.notes:
+            say(f"note: {note}")
+        result["predicted"] = {"unseen_gain": prediction.unseen_gain, "notes": list(prediction.notes)}
+    return result
+
+
+def _request(options: argparse.Namespace) -> PlanRequest:
+    from coterie.placement.planner import PlanRequest
+
+    workers = min(MOST_WORKERS, len(os.sched_getaffinity(0))) if options.workers is None else options.workers
+    if launched_size() > 1 and options.workers is None:
+        workers = 1
+    return PlanRequest(
+        topology=parse_topology(options.topology), strategy=options.strategy, objective=options.objective,
+        method=options.method, max_load=options.max_load, slots_per_rank=options.slots_per_rank, robust=options.robust,
+        time_limit=options.time_limit, iterations=options.iterations, exact=options.exact, seed=options.seed,
+        workers=positive("--workers", workers), homes=options.homes, max_moves=options.max_moves,
+        previous=None if options.previous is None else read_plan(options.previous),
+    )  # fmt: skip
+
+
+@contextmanager
+def _shown(request: PlanRequest) -> Iterator[Progress]:
+    """A bar over the time limit with the incumbent, its bound and the gap; on a terminal only, and by the first process."""
+    from tqdm import tqdm
+
+    form = "plan |{bar}| {elapsed} of " + f"{request.time_limit:g} s{{postfix}}"
+    hidden = True if launched_rank() != 0 else None
+    started, last = time.monotonic(), 0.0
+    with tqdm(total=request.time_limit, bar_format=form, disable=hidden, leave=False) as bar:
+
+        def progress(value: float | None, bound: float | None, iterations: int) -> None:
+            nonlocal last
+            spent = time.monotonic() - started
+            if spent - last < 0.2:
+                return
+            last = spent
+            bar.n = min(spent, request.time_limit)
+            parts = [] if value is None else [f"{request.objective_name} {value:.4f}"]
+            parts += [] if not bound else [f"bound {bound:.4f}"]
+            parts += [] if not bound or not value else [f"gap {max(0.0, 1 - bound / value):.2%}"]
+            bar.set_postfix_str(", ".join([*parts, f"{iterations} iterations (ctrl-C keeps the best)"]))
+
+        yield progress
+
+
+def _comparisons(made: Any, routings: list[RoutingTrace | LoadStatistics], request: PlanRequest) -> str:
+    from coterie.placement.planner import compare
+
+    blocks = []
+    for routing in routings:
+        count = 1 if isinstance(routing, RoutingTrace) else len(routing.scenarios)
+        for scenario in range(count):
+            plans = compare(replace(made, model=routing.model), routing, scenario)
+            fields = [f for f in next(iter(plans.values())) if any(p[f] is not None for p in plans.values())]
+            rows = [[name, *(values[f] for f in fields)] for name, values in plans.items()]
+            name = routing.scenario if isinstance(routing, RoutingTrace) else routing.scenarios[scenario]
+            blocks.append((f"{name}\n" if name and (count > 1 or len(routings) > 1) else "") + table(["plan", *fields], rows))
+    return "\n\n".join(blocks)
+
+
+def check_launch(verb: str) -> None:
+    """Raises InputError where a verb runs on one process only; `plan` also runs under mpirun."""
+    if launched_size() == 1 or verb == "generate":
+        return
+    if verb == "plan":
+        if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
+            return
+        raise InputError(
+            f"plan: found {launched_size()} processes, expected one, or mpirun -n {launched_size()} coterie plan ..."
+        )
+    raise InputError(f"{verb}: found {launched_size()} processes, expected one; generate and plan run on several")

@@ -1,0 +1,114 @@
+"""Whether a plan will pay, said before anybody moves an expert for it.
+
+The gain is predicted on text that the plan did not see: half of the sequences are planned for, quickly, and the other half
+judges. What makes placement worthless is known beforehand in some cases and is said, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from coterie.placement.plan import PlacementPlan
+from coterie.placement.planner import PlanRequest, baseline_plan, plan
+from coterie.placement.scenarios import DEFINITIONS, gathered, summarised
+from coterie.routing.trace import LoadStatistics, RoutingTrace
+
+WORTH = 0.02  # a smaller gain on unseen text is not worth a rearranged model
+SMALL_SAMPLE = 2000  # tokens under which the prediction itself is said to be rough
+CROWDED = 1.3  # busiest over mean beyond which what is saved on the links is likely lost to waiting
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """unseen_gain: share of the objective that the plan saves against contiguous placement on text it was not made from, None
+    where there is no second half to judge on; notes: what to know before using the plan, one sentence each.
+    """
+
+    unseen_gain: float | None
+    notes: tuple[str, ...]
+
+
+def predict(
+    made: PlacementPlan, routings: Sequence[RoutingTrace | LoadStatistics], request: PlanRequest, seconds: float
+) -> Prediction:
+    """What to expect of `made`; plans once more, on half of the sequences, for at most `seconds`."""
+    gain = _unseen_gain(routings, request, seconds)
+    notes = [*_by_strategy(request), *_by_gain(made, routings, request, gain), *_by_load(made, routings, request)]
+    return Prediction(gain, tuple(notes))
+
+
+def halves(trace: RoutingTrace) -> tuple[RoutingTrace, RoutingTrace] | None:
+    """Every other sequence, or every other run of tokens if there is one sequence only; None if there are too few tokens."""
+    sequences = np.unique(trace.sequence_ids)
+    if len(sequences) > 1:
+        odd = np.isin(trace.sequence_ids, sequences[1::2])
+    else:
+        odd = np.arange(trace.tokens) * 2 // trace.tokens == 1
+    if odd.all() or not odd.any():
+        return None
+    return trace.select(~odd), trace.select(odd)
+
+
+def _unseen_gain(routings: Sequence[RoutingTrace | LoadStatistics], request: PlanRequest, seconds: float) -> float | None:
+    parts = [halves(r) for r in routings if isinstance(r, RoutingTrace)]
+    if len(parts) < len(routings) or any(p is None for p in parts):
+        return None
+    seen, unseen = [p[0] for p in parts if p], [p[1] for p in parts if p]
+    quick = replace(request, time_limit=seconds, iterations=request.iterations or 2, previous=None, max_moves=None, exact=False)
+    trial = plan(seen, quick, prove=False)
+    judged = gathered(unseen)
+    ours = summarised(trial, judged, request.objective_name, request.robust)
+    base = baseline_plan("contiguous", seen[0], request.topology, request.strategy)
+    theirs = summarised(base, judged, request.objective_name, request.robust)
+    return 1 - ours / theirs if theirs > 0 else 0.0
+
+
+def _by_strategy(request: PlanRequest) -> list[str]:
+    name, strategy = request.objective_name, request.strategy
+    if name in ("hops", "coherent") and strategy != "coherent":
+        return [f"under --strategy {strategy} tokens return home after every layer, and hops between layers cost nothing there: "
+                "plan for --objective dispatch, or run with --strategy coherent"]  # fmt: skip
+    if name in ("hops", "dispatch", "coherent") and strategy in ("all_gather", "replicated"):
+        return [f"--strategy {strategy} sends every row to every rank wherever experts live: only --objective load can pay"]
+    return []
+
+
+def _by_gain(
+    made: PlacementPlan, routings: Sequence[RoutingTrace | LoadStatistics], request: PlanRequest, gain: float | None
+) -> list[str]:
+    name = request.objective_name
+    judged = gathered(routings)
+    base = baseline_plan("contiguous", routings[0], request.topology, request.strategy)
+    before, after = summarised(base, judged, name, request.robust), made.objective.value
+    assert after is not None
+    seen = 1 - after / before if before > 0 else 0.0
+    notes = []
+    if (seen if gain is None else gain) < WORTH:
+        unseen = "" if gain is None else f", {gain:.1%} on text it did not see"
+        notes.append(f"this plan will not pay: it lowers {name} by {seen:.1%} here{unseen}; {_why(made, routings)}")
+    tokens = sum(r.tokens for r in routings if isinstance(r, RoutingTrace))
+    if gain is not None and tokens < SMALL_SAMPLE:
+        notes.append(f"{tokens} tokens are few to plan from: expect less than predicted, and record more")
+    return notes
+
+
+def _why(made: PlacementPlan, routings: Sequence[RoutingTrace | LoadStatistics]) -> str:
+    experts, ranks = made.num_experts, made.ranks
+    if experts / ranks < 3:
+        return (
+            f"{experts} experts on {ranks} ranks leave an expert next to no company: fewer ranks would give a plan more to do"
+        )
+    if isinstance(routings[0], LoadStatistics):
+        return "the load is even enough as it is"
+    return "routing is too flat: which experts follow or accompany each other is close to chance"
+
+
+def _by_load(made: PlacementPlan, routings: Sequence[RoutingTrace | LoadStatistics], request: PlanRequest) -> list[str]:
+    load = summarised(made, gathered(routings), "load", "worst")
+    if request.objective_name != "load" and load > CROWDED:
+        return [f"the busiest rank carries {load:.2f} times the mean: --max-load 1.1 trades some {DEFINITIONS[request.objective_name][0]}"
+                " for balance"]  # fmt: skip
+    return []
