@@ -33,14 +33,14 @@ def alternate(task: Task) -> Solution:
     made = sum(s.iterations for s in starts)
 
     def rows(assignment: Assignment) -> float:
-        return _mean_rows(copies.held(assignment, task.ranks), scenarios, weights, topology)
+        return mean_rows(copies.held(assignment, task.ranks), scenarios, weights, topology)
 
     best = min(begun, key=rows)
     lowest, quiet = rows(best), 0
     for number in range(ROUNDS):
         if task.deadline.passed() or quiet == STALLED:
             break
-        problem = _anchored(task, best)
+        problem = anchored(task, copies.held(best, task.ranks))
         trial, more = local.search(problem, task.request.seed + number, 1, task.deadline, begin=best)
         made += more
         chosen = best.copy()
@@ -53,20 +53,23 @@ def alternate(task: Task) -> Solution:
         task.progress(lowest, None, made)
     holds = copies.held(best, task.ranks)
     if task.copied:
-        holds = min((holds, *(s.holds for s in starts)), key=lambda h: _mean_rows(h, scenarios, weights, topology))
+        holds = min((holds, *(s.holds for s in starts)), key=lambda h: mean_rows(h, scenarios, weights, topology))
     return Solution(holds, lower_bound(task), made)
 
 
-def _mean_rows(holds: np.ndarray, scenarios: Sequence[Scenario], weights: Sequence[float], topology: Topology) -> float:
+def mean_rows(holds: np.ndarray, scenarios: Sequence[Scenario], weights: Sequence[float], topology: Topology) -> float:
+    """What is minimised: `cost.coherent_rows` of the mixture; holds: bool `[L, E, ranks]`."""
     traces = [s.trace for s in scenarios]
     return float(sum(w * coherent_rows(t, holds, topology)[0] for w, t in zip(weights, traces, strict=True) if t is not None))
 
 
-def _anchored(task: Task, assignment: Assignment) -> Problem:
-    """The dispatch problem whose homes are the anchors under `assignment`; the first layer, which pays nothing, is free."""
-    holds = copies.held(assignment, task.ranks)
-    members: list[list[np.ndarray]] = [[] for _ in assignment]
-    prices: list[list[np.ndarray]] = [[] for _ in assignment]
+def anchored(task: Task, holds: np.ndarray) -> Problem:
+    """The dispatch problem whose homes are the anchors under `holds`; the first layer, which pays nothing, is free.
+
+    holds: bool `[L, E, ranks]`.
+    """
+    members: list[list[np.ndarray]] = [[] for _ in holds]
+    prices: list[list[np.ndarray]] = [[] for _ in holds]
     for scenario, weight in zip(task.scenarios, task.weights, strict=True):
         assert scenario.trace is not None
         for layer, (_, anchor, _) in enumerate(anchors(scenario.trace, holds, task.request.topology)):

@@ -42,20 +42,18 @@ def search(
     ]
     weights = np.full(len(loads), 1 / len(loads))
     made, best, best_value = 0, [layer.slots.copy() for layer in layers], np.inf
-    for made in itertools.count() if iterations is None else range(iterations):
-        if deadline.passed():
+    for made in itertools.count():
+        if made == iterations or deadline.passed() or best_value <= 1 + 1e-12:
             break
         for number, layer in enumerate(layers):
             share = deadline.share(1 / (len(layers) - number)) if made == 0 else deadline
             layer.improve(weights, share, kick=made > 0)
-        by_scenario = np.mean([layer.best_peaks for layer in layers], axis=0)
+        by_scenario = np.mean([np.maximum(layer.best_peaks, 1) for layer in layers], axis=0)  # 1 where nothing is loaded
         value = float(by_scenario.max() if worst else by_scenario.mean())
         if value < best_value:
             best, best_value = [layer.best.copy() for layer in layers], value
         if report is not None:
             report(best_value, made + 1)
-        if best_value <= 1 + 1e-12:
-            break
         if worst:
             tilted = weights * np.exp(TILT * (by_scenario - by_scenario.max()) / max(by_scenario.max() - 1, 1e-9))
             weights = 0.5 * weights + 0.5 * tilted / tilted.sum()
@@ -70,7 +68,8 @@ def value(slots: Slots, loads: Array, worst: bool) -> float:
     relative = relative_loads(loads, slots.shape[1])
     holds = holders(slots, loads.shape[2]).astype(np.float64)
     share = holds / np.maximum(holds.sum(2, keepdims=True), 1)
-    by_scenario = [float(np.einsum("le,ler->lr", load, share).max(1).mean()) for load in relative]
+    peaks = [np.einsum("le,ler->lr", load, share).max(1) for load in relative]
+    by_scenario = [float(np.maximum(peak, 1).mean()) for peak in peaks]  # 1 where nothing is loaded
     return max(by_scenario) if worst else float(np.mean(by_scenario))
 
 

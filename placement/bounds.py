@@ -86,6 +86,18 @@ def hops_with_copies(problem: Problem) -> float:
     return total
 
 
+def rows_with_copies(problem: Problem) -> float:
+    """A bound in counts on dispatch rows that holds with copies and whatever the homes: of a pattern's ranks, one may be home.
+
+    A token is charged its rows on every rank but its own, so a pattern's prices sum to its tokens times ranks - 1.
+    """
+    total = 0.0
+    for members, prices in zip(problem.members, problem.prices, strict=True):
+        needed = -(-members.sum(1) // problem.slots)
+        total += float((prices.sum(1) / max(problem.ranks - 1, 1) * np.maximum(0, needed - 1)).sum())
+    return total
+
+
 def chain_bound(problem: Problem, deadline: Deadline, report: Callable[[float], None] | None = None) -> float:
     """The semidefinite bound of a `hops` problem, in counts; report: called with each better bound."""
     padded = problem.padded()

@@ -22,6 +22,8 @@ from coterie.placement.deadline import Deadline
 from coterie.placement.problem import Problem, one_hot
 
 STARTS = 4  # anneals from scratch before the pool is first recombined; every STARTS-th one is from scratch later, too
+LONG = 200  # sweeps that an anneal from scratch is worth; a larger problem has no time for them and starts from the grown chain
+FAR = 16  # in a larger problem every FAR-th anneal only is from scratch
 POOL = 12
 HOT, WARM, COLD = 0.5, 0.2, 0.01  # temperatures, in the mean traffic of an expert with the next layer
 ROUNDS = 8  # swap rounds per refresh of the gains
@@ -43,19 +45,19 @@ def search(
     rng = np.random.default_rng(seed)
     first = limits.start(padded, seed)
     best = polish(padded, grown(padded) if not padded.limits else first, deadline)
-    best_cost, made = padded.cost(best), 0
-    pool = [best]
-    for made in itertools.count() if iterations is None else range(iterations):
-        if deadline.passed() or best_cost <= target + 1e-9:
+    best_cost, kept, made = padded.cost(best), padded.feasible(best), 0
+    pool, large = [best], sweeps_of(padded) < LONG
+    for made in itertools.count():
+        if made == iterations or deadline.passed() or (kept and best_cost <= target + 1e-9):
             break
-        fresh = made % STARTS == 0 or made < STARTS
+        fresh = made < STARTS and not large or made % (FAR if large else STARTS) == STARTS
         begin = _shuffled(padded, first, rng) if fresh else best
         trial = polish(padded, anneal(padded, begin, rng, HOT if fresh else WARM, deadline), deadline)
         pool = [best, trial, *pool[1 : POOL - 1]]
-        if padded.interchangeable and made + 1 >= STARTS:
+        if padded.interchangeable and (large or made + 1 >= STARTS):
             trial = min(trial, polish(padded, recombined(padded, pool), deadline), key=padded.cost)
-        if (cost := padded.cost(trial)) < best_cost or (made == 0 and not padded.feasible(best)):
-            best, best_cost = trial, cost
+        if (not padded.feasible(trial), cost := padded.cost(trial)) < (not kept, best_cost):
+            best, best_cost, kept = trial, cost, padded.feasible(trial)
         if report is not None:
             report(best_cost, made + 1)
     return best[:, : problem.experts], made
@@ -82,7 +84,7 @@ def anneal(problem: Problem, begin: Assignment, rng: np.random.Generator, hot: f
     weights = problem.transitions.astype(np.float32)
     current = begin.copy()
     unit = float(weights.sum()) / max(len(weights), 1) / problem.experts
-    steps = int(np.clip(WORK / (problem.layers * problem.experts**2 * problem.ranks), *SWEEPS))
+    steps = sweeps_of(problem)
     for step in range(steps):
         if deadline.passed():
             break
@@ -94,6 +96,11 @@ def anneal(problem: Problem, begin: Assignment, rng: np.random.Generator, hot: f
                 for _ in range(ROUNDS):
                     _swap_round(problem, current, layers, kept, temperature, rng)
     return current
+
+
+def sweeps_of(problem: Problem) -> int:
+    """How many times one anneal visits every layer."""
+    return int(np.clip(WORK / (problem.layers * problem.experts**2 * problem.ranks), *SWEEPS))
 
 
 def _swap_round(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from coterie.placement.homes import assign
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.topology import Topology
 from coterie.routing.affinity import transition_counts
@@ -58,6 +59,11 @@ def homes_of(trace: RoutingTrace, ranks: int) -> NDArray[np.int64]:
     return trace.sequence_ids.astype(np.int64) % ranks
 
 
+def plan_homes(plan: PlacementPlan, trace: RoutingTrace) -> NDArray[np.int64]:
+    """The home rank of each token under the plan, int64 `[tokens]`: by its classes, else as in `homes_of`."""
+    return homes_of(trace, plan.ranks) if plan.homes is None else assign(plan.homes, trace)
+
+
 def destinations(holds: NDArray[np.bool_], topology: Topology) -> NDArray[np.int16]:
     """Which copy of an expert a token uses: int16 `[ranks, E]`, by the rank that the token is on.
 
@@ -81,10 +87,11 @@ def destinations(holds: NDArray[np.bool_], topology: Topology) -> NDArray[np.int
 def evaluate(plan: PlacementPlan, trace: RoutingTrace) -> CostReport:
     """Everything about `plan` on `trace`. Raises InputError if they are of different models."""
     check_match(plan, trace)
-    topology, holds, homes = plan.topology, plan.holds(), homes_of(trace, plan.ranks)
+    topology, holds, homes = plan.topology, plan.holds(), plan_homes(plan, trace)
     rows = np.zeros((trace.layers, plan.ranks, plan.ranks))
     node_pairs = np.zeros(trace.layers)
     pairs, touched = np.zeros((trace.layers, plan.ranks)), np.zeros((trace.layers, plan.ranks))
+    at_home = (homes[:, None] == np.arange(plan.ranks)).astype(np.float32)  # sums below 2**24 are exact
     for layer in range(trace.layers):
         ids = trace.expert_ids[:, layer]
         used = destinations(holds[layer], topology)[homes[:, None], ids]
@@ -93,12 +100,12 @@ def evaluate(plan: PlacementPlan, trace: RoutingTrace) -> CostReport:
         pairs[layer] = by_rank.reshape(plan.ranks, -1).sum(1)
         touched[layer] = (by_rank.reshape(plan.ranks, -1) > 0).sum(1)
         needed = needed_ranks(used, plan.ranks)
-        np.add.at(rows[layer], homes, needed)
+        rows[layer] = at_home.T @ needed
         node_pairs[layer] = distinct_remote_nodes(needed, homes, topology)
     rows /= trace.tokens
     node_pairs /= trace.tokens
     remote = rows * ~np.eye(plan.ranks, dtype=bool)
-    coherent = coherent_rows(trace, holds, topology)
+    coherent = coherent_rows(trace, holds, topology, homes)
     modelled = plan.strategy == "all_to_all"  # the others' times are not modelled yet
     sent, left = strategy_rows(plan.strategy, remote, node_pairs, coherent, topology)
     return CostReport(
@@ -155,16 +162,18 @@ def hops(trace: RoutingTrace, holds: NDArray[np.bool_]) -> float:
     return float((counts * ~meet).sum() / total) if total else 0.0
 
 
-def coherent_rows(trace: RoutingTrace, holds: NDArray[np.bool_], topology: Topology) -> tuple[float, float]:
+def coherent_rows(
+    trace: RoutingTrace, holds: NDArray[np.bool_], topology: Topology, homes: NDArray[np.int64] | None = None
+) -> tuple[float, float]:
     """Rows per token and layer, and those that leave a node, when tokens stay with their experts.
 
     At each layer a token with anchor a and expert ranks R sends |R - {a}| rows, moves to a' (a if in R, else the member of
     R with the largest gate mass, the lowest rank among equals) and gets |R - {a'}| rows back. The first layer only sets
-    the anchor, so at top_k = 1 this equals the hops. holds: bool `[layers, E, ranks]`.
+    the anchor, so at top_k = 1 this equals the hops. holds: bool `[layers, E, ranks]`; homes: the first anchors, as in `anchors`.
     """
     token = np.arange(trace.tokens)
     rows = outside = 0
-    for layer, (needed, anchor, following) in enumerate(anchors(trace, holds, topology)):
+    for layer, (needed, anchor, following) in enumerate(anchors(trace, holds, topology, homes)):
         if layer > 0:
             for at in (anchor, following):
                 rows += int(needed.sum() - needed[token, at].sum())
@@ -174,10 +183,13 @@ def coherent_rows(trace: RoutingTrace, holds: NDArray[np.bool_], topology: Topol
 
 
 def anchors(
-    trace: RoutingTrace, holds: NDArray[np.bool_], topology: Topology
+    trace: RoutingTrace, holds: NDArray[np.bool_], topology: Topology, homes: NDArray[np.int64] | None = None
 ) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]]:
-    """Layer by layer: the ranks that each token needs, bool `[tokens, ranks]`, its anchor before and after, int64 `[tokens]`."""
-    anchor = homes_of(trace, topology.ranks)
+    """Layer by layer: the ranks that each token needs, bool `[tokens, ranks]`, its anchor before and after, int64 `[tokens]`.
+
+    homes: where tokens begin, int64 `[tokens]`; None takes `homes_of`.
+    """
+    anchor = homes_of(trace, topology.ranks) if homes is None else homes
     for layer in range(trace.layers):
         ids = trace.expert_ids[:, layer]
         used = destinations(holds[layer], topology)[anchor[:, None], ids].astype(np.int64)
@@ -193,9 +205,9 @@ def _next_anchor(
 ) -> NDArray[np.int64]:
     token, ranks = np.arange(trace.tokens), needed.shape[1]
     weights = np.ones(used.shape) if trace.router_weights is None else trace.router_weights[:, layer].astype(np.float64)
-    mass = np.zeros((trace.tokens, ranks + 1))
-    np.add.at(mass, (token[:, None], used), weights)
-    heaviest = np.where(needed, mass[:, :ranks], -1.0).argmax(1)
+    flat = token[:, None] * (ranks + 1) + (used + 1)  # unused slots are counted in a first column, cut off below
+    mass = np.bincount(flat.ravel(), weights.ravel(), trace.tokens * (ranks + 1)).reshape(trace.tokens, ranks + 1)[:, 1:]
+    heaviest = np.where(needed, mass, -1.0).argmax(1)
     stays = needed[token, anchor] | ~needed.any(1)
     return np.where(stays, anchor, heaviest)
 

@@ -95,8 +95,8 @@ def search(
     start = limits.start(padded, seed) if begin is None else _padded_start(padded, begin)
     layers = [_Tabu(padded, layer, start[layer], np.random.default_rng([seed, layer]), score) for layer in range(padded.layers)]
     made = 0
-    for made in itertools.count() if iterations is None else range(iterations):
-        if deadline.passed():
+    for made in itertools.count():
+        if made == iterations or deadline.passed():
             break
         for number, layer in enumerate(layers):
             layer.burst(deadline.share(1 / (len(layers) - number)) if made == 0 else deadline)
@@ -137,7 +137,7 @@ class _Tabu:
     def _step(self) -> bool:
         state = self.state
         change = state.changes()
-        value = change + change.T if self.score is None else self._scored(change)
+        value = change + change.T if self.score is None else scored(state, change, self.load, self.score, self.layer)
         possible = allowed_swaps(self.problem, state.here, self.layer)
         forbidden = self.until[:, state.here] > self.step
         forbidden |= forbidden.T
@@ -167,23 +167,29 @@ class _Tabu:
             e, f = divmod(int(self.rng.choice(possible)), self.problem.experts)
             self._take(e, f, self.state.changes())
 
-    def _scored(self, change: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The score after each swap of an expert on the busiest ranks `[E, E]`, infinite for the others."""
-        assert self.score is not None
-        state, ranks = self.state, self.problem.ranks
-        held = np.bincount(state.here, weights=self.load, minlength=ranks)
-        busiest = np.unique([state.rows.argmax(), held.argmax()])
-        value = np.full(change.shape, np.inf)
-        for e in np.flatnonzero(np.isin(state.here, busiest)):
-            others = np.flatnonzero(state.here != state.here[e])
-            a, b, n = state.here[e], state.here[others], np.arange(len(others))
-            rows, load = np.tile(state.rows, (len(others), 1)), np.tile(held, (len(others), 1))
-            rows[:, a] += change[e, others]
-            rows[n, b] += change[others, e]
-            load[:, a] += self.load[others] - self.load[e]
-            load[n, b] += self.load[e] - self.load[others]
-            value[e, others] = self.score(self.layer, rows, load)
-        return value
+
+def scored(
+    state: Layer, change: NDArray[np.float64], load: NDArray[np.float64], score: Score, layer: int,
+    also: NDArray[np.int64] | tuple[()] = (),
+) -> NDArray[np.float64]:  # fmt: skip
+    """The score after each swap of an expert on the busiest ranks, or of those in `also`, `[E, E]`, infinite for the others.
+
+    change: as `changes` gave it; load `[E]`.
+    """
+    held = np.bincount(state.here, weights=load, minlength=state.ranks)
+    value = np.full(change.shape, np.inf)
+    busy = np.isin(state.here, [state.rows.argmax(), held.argmax()])
+    busy[list(also)] = True
+    for e in np.flatnonzero(busy):
+        others = np.flatnonzero(state.here != state.here[e])
+        a, b, n = state.here[e], state.here[others], np.arange(len(others))
+        rows, loads = np.tile(state.rows, (len(others), 1)), np.tile(held, (len(others), 1))
+        rows[:, a] += change[e, others]
+        rows[n, b] += change[others, e]
+        loads[:, a] += load[others] - load[e]
+        loads[n, b] += load[e] - load[others]
+        value[e, others] = score(layer, rows, loads)
+    return value
 
 
 def _padded_start(problem: Problem, begin: Assignment) -> Assignment:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coterie.placement.homes import Homes
+from coterie.placement.homes import from_json as homes_from_json
 from coterie.placement.topology import Topology, from_json
 from coterie.routing.errors import InputError, require
 from coterie.routing.files import read_json, write_text
@@ -59,7 +61,7 @@ class PlacementPlan:
     physical_to_logical: int32 `[layers, ranks * slots_per_rank]`, expert ids, -1 for an empty slot; slot s lives on rank
     s // slots_per_rank. Every expert of a layer stands at least once, never twice on one rank.
     inputs: the files it was planned from with their SHA-256; seconds: planning time; iterations: of the search, made in all,
-    by `workers` processes.
+    by `workers` processes. homes: which sequences are at home on which rank, None where nothing is said about it.
     """
 
     physical_to_logical: NDArray[np.int32]
@@ -74,6 +76,7 @@ class PlacementPlan:
     iterations: int = 0
     workers: int = 1
     inputs: tuple[dict[str, str], ...] = field(default=())
+    homes: Homes | None = None
 
     def __post_init__(self) -> None:
         _check_plan(self)
@@ -146,6 +149,8 @@ def _check_plan(p: PlacementPlan) -> None:
         raise InputError(f"physical_to_logical: layer {p.layer_ids[twice[0]]} has an expert twice on one rank, expected once")
     require(p.strategy in STRATEGIES, "strategy", repr(p.strategy), " or ".join(STRATEGIES))
     require(p.objective.name in OBJECTIVES, "objective.name", repr(p.objective.name), " or ".join(OBJECTIVES))
+    if p.homes is not None:
+        p.homes.check(p.layer_ids, p.num_experts, p.ranks)
 
 
 def save_plan(plan: PlacementPlan, path: Path) -> None:
@@ -168,6 +173,8 @@ def save_plan(plan: PlacementPlan, path: Path) -> None:
         "inputs": list(plan.inputs),
         "topology": plan.topology.to_json(),
     }
+    if plan.homes is not None:
+        value["homes"] = plan.homes.to_json()
     write_text(path, json.dumps(value) + "\n")
 
 
@@ -183,7 +190,6 @@ def _from_json(value: Any) -> PlacementPlan:
     require(isinstance(value, dict), "plan", type(value).__name__, "a JSON object")
     found = value.get("format")
     require(found == PLAN_FORMAT, "format", repr(found)[:60], repr(PLAN_FORMAT))
-    require("homes" not in value, "homes", "classes of sequences", "none: this version of coterie does not carry them out")
     counts = {name: _count(value, name) for name in ("num_experts", "nodes", "ranks", "slots_per_rank")}
     topology = _topology(value, counts["nodes"], counts["ranks"])
     layer_ids = _integers(value.get("layer_ids"), "layer_ids")
@@ -201,6 +207,7 @@ def _from_json(value: Any) -> PlacementPlan:
         iterations=int(_number(value.get("iterations", 0), "iterations")),
         workers=int(_number(value.get("workers", 1), "workers")),
         inputs=tuple(_inputs(value.get("inputs", []))),
+        homes=homes_from_json(value.get("homes")),
     )
     _check_gap(value["objective"].get("gap"), plan.objective.gap)
     return plan

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.placement import copies
+from coterie.placement import copies, homing
 from coterie.placement.baselines import BASELINES, Assignment
 from coterie.placement.capacity import memory_limit
 from coterie.placement.cost import evaluate, evaluate_load
@@ -32,8 +32,9 @@ from coterie.placement.plan import (
     slots_from_holders,
 )
 from coterie.placement.problem import Limit
+from coterie.placement.replan import check, from_previous
 from coterie.placement.scenarios import ROBUST, Scenario, gathered, summarised
-from coterie.placement.solve import SOLVERS, Progress, Solution, Task
+from coterie.placement.solve import SOLVERS, Progress, Solution, Solver, Task
 from coterie.placement.spread import World, world
 from coterie.placement.topology import Topology
 from coterie.routing.affinity import expert_load
@@ -90,6 +91,7 @@ class PlanRequest:
             ("--workers", self.workers, self.workers >= 1, "1 or more"),
             ("--exact", self.exact, not self.exact or own, "--method auto beside it"),
             ("--homes", self.homes, not self.homes or own, "--method auto beside it"),
+            ("--homes", self.homes, not (self.homes and self.exact), "no --exact beside it, which takes homes as they are"),
             ("--max-load", self.max_load, self.max_load is None or own, "--method auto beside it"),
             ("--max-moves", self.max_moves, self.max_moves is None or self.max_moves >= 0, "0 or more"),
             ("--max-moves", self.max_moves, (self.max_moves is None) == (self.previous is None), "--from and it together"),
@@ -142,6 +144,8 @@ def plan(
     started = time.perf_counter()
     routings = [routing] if isinstance(routing, RoutingTrace | LoadStatistics) else list(routing)
     scenarios = gathered(routings, [str(path) for path in inputs])
+    if request.previous is not None:
+        check(request.previous, scenarios, request.topology.ranks, request.slots_per_rank)
     slots = _slots(scenarios[0].load.shape[1], request)
     _check_known(scenarios, request)
     deadline = Deadline(FINISHING * request.time_limit)
@@ -162,6 +166,7 @@ def plan(
         iterations=solution.iterations,
         workers=request.workers,
         inputs=tuple({"file": str(path), "sha256": sha256(path)} for path in inputs),
+        homes=solution.homes,
     )
     return replace(_valued(made, solution.lower_bound, scenarios, request), seconds=time.perf_counter() - started)
 
@@ -184,9 +189,20 @@ def _auto(
     here = world()
     even = tuple(1 / len(scenarios) for _ in scenarios)
     task = Task(request, scenarios, even, slots, _limits(scenarios, request, slots), deadline, here, progress, prove)
-    if request.objective_name == "load" or request.robust == "mean" or len(scenarios) == 1:
-        return _agreed(SOLVERS[request.objective_name](task), here)
+    if request.homes:
+        return _agreed(homing.alternate(task, _solved(replace(task, deadline=deadline.share(0.5), prove=False))), here)
+    return _solved(task)
+
+
+def _solved(task: Task) -> Solution:
+    request = task.request
+    if request.objective_name == "load" or request.robust == "mean" or len(task.scenarios) == 1:
+        return _agreed(_solver(request)(task), task.world)
     return _worst(task)
+
+
+def _solver(request: PlanRequest) -> Solver:
+    return SOLVERS[request.objective_name] if request.previous is None else from_previous
 
 
 def _agreed(solution: Solution, here: World) -> Solution:
@@ -200,7 +216,7 @@ def _worst(task: Task) -> Solution:
     weights = np.array(task.weights)
     for turn in range(WORST_ROUNDS):
         share = task.deadline.share(1 / (WORST_ROUNDS - turn))
-        found = _agreed(SOLVERS[task.request.objective_name](replace(task, weights=tuple(weights), deadline=share)), task.world)
+        found = _agreed(_solver(task.request)(replace(task, weights=tuple(weights), deadline=share)), task.world)
         values = np.array([_value_of(found, s, task) for s in task.scenarios])
         made += found.iterations
         bound = found.lower_bound if bound is None else max(bound, found.lower_bound or 0.0)
@@ -252,6 +268,8 @@ def _limits(scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int) -
 def _check_known(scenarios: Sequence[Scenario], request: PlanRequest) -> None:
     if request.objective_name != "load" and request.method == "auto":
         _require_tokens(scenarios, f"--objective {request.objective_name}")
+    if request.homes:
+        homing.check_objective(request.objective_name)
     if request.objective_name == "time" and request.strategy != "all_to_all":
         raise InputError(f"--objective time: found --strategy {request.strategy}, expected all_to_all: its time is modelled")
 
@@ -281,6 +299,8 @@ def compare(
 ) -> dict[str, dict[str, float | None]]:
     """`plan` beside the baselines on one recording: `{name: fields of CostReport.to_json}`."""
     plans = {"plan": plan}
+    if plan.homes is not None and isinstance(routing, RoutingTrace):
+        plans["plan_without_homes"] = replace(plan, homes=None)
     plans |= {name: baseline_plan(name, routing, plan.topology, plan.strategy) for name in BASELINES}
     if isinstance(routing, RoutingTrace):
         return {name: evaluate(p, routing).to_json() for name, p in plans.items()}
@@ -293,7 +313,10 @@ def _slots(experts: int, request: PlanRequest) -> int:
         raise InputError(
             f"--topology: found {ranks} ranks, expected at most {experts}: the model has that many experts a layer"
         )
-    slots = -(-experts // ranks) if request.slots_per_rank is None else request.slots_per_rank
+    given = request.slots_per_rank
+    if given is None and request.previous is not None:
+        given = request.previous.slots_per_rank
+    slots = -(-experts // ranks) if given is None else given
     if not -(-experts // ranks) <= slots <= experts:
         least = f"{-(-experts // ranks)} ({experts} experts on {ranks} ranks)"
         raise InputError(f"--slots-per-rank: found {slots}, expected {least} to {experts}")

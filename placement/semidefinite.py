@@ -13,113 +13,130 @@ one stated is recomputed from them in float64, with the eigenvalue error counted
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import eigh
 
 from coterie.placement.deadline import Deadline
 
 Array = NDArray[np.float64]
 
 PENALTY = 0.1
-WARM_UP, EVERY = 60, 30  # iterations before the first cuts, and between rounds of cuts
+WARM_UP, EVERY = 30, 10  # iterations before the first cuts, and between rounds of cuts
 CUTS_PER_BLOCK = 2.0  # new triangles per row of a matrix and round
 VIOLATION = 0.03
+LARGE = 256  # rows of a matrix from which single precision is used between checks
 CHECK = 10  # iterations between evaluations of the bound
 STALLED = 2e-5  # relative improvement over STALL_CHECKS checks under which it stops
 STALL_CHECKS = 12
 
 
-@dataclass
-class _Inequalities:
-    """Triangle cuts `[cuts, 4]` (matrix, i, j, k) with prices, and the rows under a load cap with theirs.
+class _Triangles:
+    """Triangle inequalities N_ij + N_ik - N_jk <= 1 with prices.
 
-    loads: float64 `[limits, matrices, n]` over caps (so that the right-hand side is 1); row_price like it, by
-    `[limits, block, matrices, n]`.
+    cuts: int64 `[cuts, 4]` (matrix, i, j, k); price: `[cuts]`. `entries` are the distinct flat positions that they touch, above
+    the diagonal, `mirror` the same below it, `slot` `[3, cuts]` which entry each term is.
     """
 
-    shape: tuple[int, int, int]
-    blocks: int
-    loads: Array
-    cuts: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int64))
-    price: Array = field(default_factory=lambda: np.zeros(0))
-    row_price: Array = field(default_factory=lambda: np.zeros(0))
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+        self.cuts, self.price = np.zeros((0, 4), dtype=np.int64), np.zeros(0)
+        self._index()
 
-    def __post_init__(self) -> None:
-        self.row_price = np.zeros((len(self.loads), self.blocks, *self.shape[:2]))
-        width = self.shape[1] // self.blocks
-        squares = (self.loads.reshape(len(self.loads), self.shape[0], self.blocks, width) ** 2).sum(3)
-        self.row_step = 1 / np.maximum(4 * squares.transpose(0, 2, 1)[..., None], 1e-12)
-
-    def entries(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Flat positions of N_ij, N_ik and N_jk of every triangle."""
+    def _index(self) -> None:
         matrix, i, j, k = self.cuts.T
         n = self.shape[1]
-        base = matrix * n * n
-        return base + i * n + j, base + i * n + k, base + j * n + k
+        keys = np.stack([matrix * n * n + np.minimum(a, b) * n + np.maximum(a, b) for a, b in ((i, j), (i, k), (j, k))])
+        self.entries, slot = np.unique(keys, return_inverse=True)
+        self.slot = slot.reshape(keys.shape)
+        within = self.entries % (n * n)
+        self.mirror = self.entries - within + within % n * n + within // n
+        self.touched = np.bincount(self.slot.ravel(), minlength=len(self.entries))[self.slot].sum(0)
 
-    def charge(self) -> Array:
-        """What the prices take off the gain of each entry, symmetric `[matrices, n, n]`."""
-        ij, ik, jk = self.entries()
-        size = int(np.prod(self.shape))
-        flat = np.bincount(ij, self.price, size) + np.bincount(ik, self.price, size) - np.bincount(jk, self.price, size)
-        charge = flat.astype(np.float64).reshape(self.shape)
-        width = self.shape[1] // self.blocks
-        for limit, loads in enumerate(self.loads):
-            for block in range(self.blocks):
-                part = slice(block * width, (block + 1) * width)
-                charge[:, :, part] += self.row_price[limit, block][:, :, None] * loads[:, None, part]
-        return np.asarray((charge + charge.transpose(0, 2, 1)) / 2)
+    def _left(self, placed: Array) -> Array:
+        ij, ik, jk = placed.ravel()[self.entries][self.slot]
+        return np.asarray(ij + ik - jk)
+
+    def add_to(self, charge: Array) -> None:
+        """Put what the prices take off the gain of each entry into `charge`, symmetric `[matrices, n, n]`, in place."""
+        terms = np.concatenate([self.price, self.price, -self.price]) / 2
+        taken = np.bincount(self.slot.ravel(), terms, len(self.entries))
+        charge.reshape(-1)[self.entries] += taken
+        charge.reshape(-1)[self.mirror] += taken
 
     def ascend(self, placed: Array, penalty: float) -> None:
         """Raise the price of what `placed` violates, lower that of what it does not."""
-        if len(self.price):
-            ij, ik, jk = self.entries()
-            flat = placed.ravel()
-            touched = np.bincount(np.concatenate([ij, ik, jk]), minlength=flat.size).reshape(self.shape)
-            touched = (touched + touched.transpose(0, 2, 1)).ravel()
-            step = 2 * penalty / (touched[ij] + touched[ik] + touched[jk])
-            self.price = np.maximum(0.0, self.price + step * (flat[ij] + flat[ik] - flat[jk] - 1))
-        width = self.shape[1] // self.blocks
-        for limit, loads in enumerate(self.loads):
-            for block in range(self.blocks):
-                part = slice(block * width, (block + 1) * width)
-                excess = np.matmul(placed[:, :, part], loads[:, part, None])[:, :, 0] - 1
-                step = penalty * self.row_step[limit, block]
-                self.row_price[limit, block] = np.maximum(0.0, self.row_price[limit, block] + step * excess)
+        self.price = np.maximum(0.0, self.price + 2 * penalty / np.maximum(self.touched, 1) * (self._left(placed) - 1))
 
     def renew(self, placed: Array) -> None:
         """Drop triangles that no longer matter, add violated ones that share few entries."""
-        if len(self.price):
-            ij, ik, jk = self.entries()
-            flat = placed.ravel()
-            kept = (self.price > 1e-9) | (flat[ij] + flat[ik] - flat[jk] > 0.98)
-            self.cuts, self.price = self.cuts[kept], self.price[kept]
+        kept = (self.price > 1e-9) | (self._left(placed) > 0.98)
+        self.cuts, self.price = self.cuts[kept], self.price[kept]
         known = {tuple(c) for c in self.cuts.tolist()}
         found = [c for m in range(self.shape[0]) for c in _violated(placed[m], m) if c not in known]
         self.cuts = np.concatenate([self.cuts, np.array(found, dtype=np.int64).reshape(-1, 4)])
         self.price = np.concatenate([self.price, np.zeros(len(found))])
+        self._index()
 
     def total(self) -> float:
         """Right-hand sides times prices."""
-        return float(self.price.sum() + self.row_price.sum())
+        return float(self.price.sum())
+
+
+class _LoadRows:
+    """Rows under a load cap, sum_j load_j N_ij <= 1 in each block, with prices.
+
+    loads: float64 `[limits, matrices, n]`, over the caps; price: `[limits, blocks, matrices, n]`.
+    """
+
+    def __init__(self, loads: Array, blocks: int) -> None:
+        self.loads, self.width = loads, loads.shape[2] // blocks
+        limits, matrices, n = loads.shape
+        self.price = np.zeros((limits, blocks, matrices, n))
+        squares = (loads.reshape(limits, matrices, blocks, self.width) ** 2).sum(3)
+        self.step = 1 / np.maximum(4 * squares.transpose(0, 2, 1)[..., None], 1e-12)
+        self.parts = [slice(block * self.width, (block + 1) * self.width) for block in range(blocks)]
+
+    def add_to(self, charge: Array) -> None:
+        """As `_Triangles.add_to`."""
+        for limit, loads in enumerate(self.loads):
+            for block, part in enumerate(self.parts):
+                taken = self.price[limit, block][:, :, None] * loads[:, None, part] / 2
+                charge[:, :, part] += taken
+                charge[:, part] += taken.transpose(0, 2, 1)
+
+    def ascend(self, placed: Array, penalty: float) -> None:
+        """As `_Triangles.ascend`."""
+        for limit, loads in enumerate(self.loads):
+            for block, part in enumerate(self.parts):
+                excess = np.matmul(placed[:, :, part], loads[:, part, None])[:, :, 0] - 1
+                raised = self.price[limit, block] + penalty * self.step[limit, block] * excess
+                self.price[limit, block] = np.maximum(0.0, raised)
+
+    def total(self) -> float:
+        """Right-hand sides times prices."""
+        return float(self.price.sum())
 
 
 def _violated(matrix: Array, number: int) -> list[tuple[int, int, int, int]]:
     """The most violated triangles of one matrix, each entry in at most two of them."""
     n = len(matrix)
     limit = int(CUTS_PER_BLOCK * n)
+    most = 8 * limit // n
     candidates = []
-    upper_j, upper_k = np.triu_indices(n, 1)
-    joint = matrix[upper_j, upper_k] + 1 + VIOLATION
     for i in range(n):
         row = matrix[i]
-        excess = row[upper_j] + row[upper_k] - joint
-        at = np.flatnonzero(excess > 0)
-        if len(at) > 8 * limit // n:
-            at = at[np.argpartition(-excess[at], 8 * limit // n)[: 8 * limit // n]]
-        candidates += [(float(excess[p]), i, int(upper_j[p]), int(upper_k[p])) for p in at]
+        near = np.flatnonzero(row > VIOLATION)  # both entries of a violated triangle are larger
+        near = near[near != i]
+        excess = np.triu(row[near][:, None] + row[near][None, :] - matrix[near][:, near] - 1, 1)
+        at = np.flatnonzero(excess > VIOLATION)
+        if len(at) > most:
+            at = at[np.argpartition(-excess.flat[at], most)[:most]]
+        for p in at:
+            j, k = near[p // len(near)], near[p % len(near)]
+            candidates.append((float(excess.flat[p]), i, int(j), int(k)))
     candidates.sort(reverse=True)
     uses: dict[tuple[int, int], int] = {}
     found = []
@@ -164,15 +181,16 @@ class _Admm:
     """The method's state: `lifted` is positive semidefinite, `placed` keeps to the entries' bounds, `dual` prices the rest."""
 
     def __init__(self, gain: Array, blocks: int, ranks: int, loads: Array) -> None:
-        self.gain, self.blocks, self.ranks = gain, blocks, ranks
-        self.single = np.float32 if gain.shape[1] >= 256 else np.float64  # of eigenvectors only
-        self.placed = np.full(gain.shape, 1 / ranks)
+        self.blocks, self.ranks = blocks, ranks
+        self.large = gain.shape[1] >= LARGE
+        self.gain = gain.astype(np.float32 if self.large else np.float64)
+        self.placed = np.full_like(self.gain, 1 / ranks)
         self.diagonal = np.arange(gain.shape[1])
         self.placed[:, self.diagonal, self.diagonal] = 1.0
-        self.dual = np.zeros_like(gain)
-        self.residual = np.zeros_like(gain)
-        self.inequalities = _Inequalities(gain.shape, blocks, loads)
-        self.charge = np.zeros_like(gain)
+        self.dual = np.zeros_like(self.gain)
+        self.residual = np.zeros_like(self.gain)
+        self.triangles, self.rows = _Triangles(gain.shape), _LoadRows(loads, blocks)
+        self.price = self._priced(self.gain.dtype)
         self.made = 0
 
     def step(self) -> None:
@@ -182,21 +200,32 @@ class _Admm:
         lifted = self._project(outside)
         self.residual = PENALTY * (outside - lifted)
         moved = lifted + self.dual
-        self.placed = self._within(moved + (self.gain - self.charge) / PENALTY)
+        self.placed = self._within(moved + self.price / PENALTY)
         self.dual = moved - self.placed
-        self.inequalities.ascend(self.placed, PENALTY)
+        self.triangles.ascend(self.placed, PENALTY)
+        self.rows.ascend(self.placed, PENALTY)
         if self.made >= WARM_UP and (self.made - WARM_UP) % EVERY == 0:
-            self.inequalities.renew(self.placed)
-        self.charge = self.inequalities.charge()
+            self.triangles.renew(self.placed)
+        self.price = self._priced(self.gain.dtype)
+
+    def _priced(self, dtype: Any) -> Array:
+        """The gain of every entry less what the inequalities' prices take off it."""
+        charge = np.zeros(self.gain.shape, dtype)
+        self.triangles.add_to(charge)
+        self.rows.add_to(charge)
+        return np.asarray(self.gain - charge)
 
     def _project(self, matrices: Array) -> Array:
         """The nearest positive semidefinite matrices whose rows sum to `slots` in each block."""
         result = np.empty_like(matrices)
         for m, centred in enumerate(_centred(matrices, self.blocks)):
-            values, vectors = np.linalg.eigh(centred.astype(self.single))
-            first = int(np.searchsorted(values, 0))
-            positive = vectors[:, first:]
-            result[m] = (positive * values[first:]) @ positive.T
+            if self.large:  # the positive part has a small rank: computing it alone takes half the time
+                values, positive = eigh(centred, subset_by_value=(0, np.inf), driver="evr", check_finite=False)
+            else:
+                values, vectors = np.linalg.eigh(centred)
+                first = int(np.searchsorted(values, 0))
+                values, positive = values[first:], vectors[:, first:]
+            result[m] = (positive * values) @ positive.T
         return result + 1 / self.ranks
 
     def _within(self, matrices: Array) -> Array:
@@ -213,10 +242,11 @@ class _Admm:
         """The Lagrangian's value at the present multipliers: valid whatever they are."""
         count, n = self.gain.shape[:2]
         width = n // self.blocks
-        reduced = self.gain - self.charge - self.residual
-        total = float(self.residual.sum()) / self.ranks + self.inequalities.total()
+        residual = self.residual.astype(np.float64)
+        reduced = self._priced(np.float64) - residual
+        total = float(residual.sum()) / self.ranks + self.triangles.total() + self.rows.total()
         trace = n * (1 - 1 / self.ranks)  # of the part of N beyond its row sums
-        total += trace * float(np.maximum(0, np.linalg.eigvalsh(_centred(self.residual, self.blocks))[:, -1]).sum())
+        total += trace * float(np.maximum(0, np.linalg.eigvalsh(_centred(residual, self.blocks))[:, -1]).sum())
         if self.blocks == 2:
             total += float(np.maximum(0, reduced[:, :width, width:] + reduced[:, width:, :width].transpose(0, 2, 1)).sum())
             layers = np.zeros((count + 1, width, width))

@@ -16,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from coterie.placement import balance, bounds, chain, copies, exact, ilp, local
 from coterie.placement.baselines import Assignment
 from coterie.placement.deadline import Deadline
+from coterie.placement.homes import Homes
 from coterie.placement.problem import Limit, Problem, dispatch_problem, hops_problem, one_hot
 from coterie.placement.scenarios import Scenario
 from coterie.placement.spread import Child, World
@@ -67,11 +68,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Solution:
-    """holds: bool `[L, E, ranks]`; lower_bound: on the evaluated objective of the mixture, None if none is stated."""
+    """holds: bool `[L, E, ranks]`; lower_bound: on the evaluated objective of the mixture, None if none is stated; homes: if planned."""
 
     holds: NDArray[np.bool_]
     lower_bound: float | None
     iterations: int = 0
+    homes: Homes | None = None
 
 
 Solver = Callable[[Task], Solution]
@@ -200,8 +202,10 @@ def dispatch(task: Task) -> Solution:
             bound = ilp.solve(known, best, task.deadline, task.request.workers).lower_bound  # of the evaluated number
         return Solution(copies.held(best, task.ranks), _whole(known, bound) * known.scale, made)
     target = problem if known is None else known
-    proven = task.prove and not task.copied
-    bound = bounds.patterns_bound(target, best, task.deadline) if proven else bounds.lower_bound(target, task.deadline)
+    if task.copied or known is None:  # what a copy saves, or a home that is not the expected one, only this bound knows of
+        bound = bounds.rows_with_copies(target)
+    else:
+        bound = bounds.patterns_bound(target, best, task.deadline) if task.prove else bounds.lower_bound(target)
     if known is not None:
         best = at_home(known, best)
     holds = copies.held(best, task.ranks)
@@ -289,21 +293,22 @@ class TimeScore:
         return seconds
 
 
+def timed(task: Task, base: Problem) -> tuple[Problem, TimeScore]:
+    """A dispatch problem as the local search minimises time on it: its first limit holds the experts' work; and the score."""
+    model = LayerTime(task.request.topology, task.scenarios, task.weights)
+    weighed = Limit(model.weight, np.full((base.layers, task.ranks), np.inf))
+    return replace(base, limits=(weighed, *task.limits), integral=False), TimeScore(model, base.scale * base.layers)
+
+
 def time(task: Task) -> Solution:
     """The minimax of links and experts: dispatch first, then tabu search on the predicted time itself."""
-    model = LayerTime(task.request.topology, task.scenarios, task.weights)
     base = _dispatch(task, False)
-    free = tuple(Limit(limit.weights, limit.caps) for limit in task.limits)
-    weighed = Limit(model.weight, np.full((base.layers, task.ranks), np.inf))
-    problem = Problem(
-        base.layers, base.experts, base.ranks, base.slots, base.scale, (weighed, *free), members=base.members, prices=base.prices
-    )  # fmt: skip
-    score = TimeScore(model, base.scale * base.layers)
+    problem, score = timed(task, base)
     begin, first = _local(task, base, task.deadline.share(0.4))
     best, second = _local(task, problem, task.deadline.share(0.9), score, begin)
     holds = copies.held(best, task.ranks)
     if task.copied:
-        holds = copies.for_rows(task.affinities(), task.weights, holds, task.slots, task.request.topology, model.of_copies)
+        holds = copies.for_rows(task.affinities(), task.weights, holds, task.slots, task.request.topology, score.time.of_copies)
     return Solution(holds, bounds.time_bound(task.request.topology, task.scenarios, task.slots), first + second)
 
 

@@ -1,0 +1,198 @@
+"""Plans home ranks and placement in turns: sequences go where their experts are, experts to where their sequences are.
+
+The placement that a solver made without homes is the start. In each turn every home's rows are predicted from the sequences'
+first tokens (ridge regression on the experts they use), the sequences are assigned, the ranks of every layer are named anew for
+these homes and the tabu search goes on with them known; what lowers the evaluated number is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.placement import bounds, copies, local, solve
+from coterie.placement.baselines import Assignment
+from coterie.placement.cost import destinations, evaluate, needed_ranks
+from coterie.placement.deadline import Deadline
+from coterie.placement.homes import HomeClass, Homes, assign, first_tokens
+from coterie.placement.plan import PlacementPlan, slots_from_holders
+from coterie.placement.problem import Problem, dispatch_problem
+from coterie.placement.scenarios import DEFINITIONS, ROBUST
+from coterie.placement.solve import Solution, Task
+from coterie.placement.topology import Topology
+from coterie.routing.affinity import patterns
+from coterie.routing.errors import InputError, require
+from coterie.routing.trace import RoutingTrace
+
+Array = NDArray[np.float64]
+OBJECTIVES = ("dispatch", "time")
+TOKENS = 16  # looked at by default
+WATCHED = 128  # (layer, expert) pairs at most that classes are told by
+RIDGE = 1.0  # of the mean square of a sequence's uses
+SAMPLE = 2000  # sequences at most that the classes are learnt from, evenly taken
+DIGITS = 6  # of the numbers in the file
+STALLED = 3  # turns without a better plan before it ends
+SEARCH_SHARE = 0.7  # of the time; the rest is for the bound
+
+
+@dataclass(frozen=True)
+class _State:
+    """holds: bool `[L, E, ranks]`; at: the home of each token, int64 `[tokens]`, by scenario; value: as evaluated."""
+
+    holds: NDArray[np.bool_]
+    homes: Homes
+    at: tuple[NDArray[np.int64], ...]
+    value: float
+
+
+def check_objective(objective: str) -> None:
+    """Raises InputError unless homes matter to the objective and are planned for it."""
+    require(objective in OBJECTIVES, "--homes", f"--objective {objective} beside it", " or ".join(OBJECTIVES))
+
+
+def alternate(task: Task, start: Solution, tokens: int | None = TOKENS) -> Solution:
+    """`start` with homes, or a better placement with better ones; its bound holds whatever the homes.
+
+    Experts only move where they have no copies and no old plan limits the moves; homes are planned in any case.
+    """
+    check_objective(task.request.objective_name)
+    teller = _Teller(_traces(task), tokens)
+    here = best = _told(task, start.holds, teller)
+    searching, made, quiet = task.deadline.share(SEARCH_SHARE), start.iterations, 0
+    while not (task.copied or task.request.previous or searching.passed() or quiet == STALLED):
+        moved, more = _moved(task, here, task.request.seed + made, searching)
+        here = _told(task, copies.held(moved, task.ranks), teller)
+        made, quiet = made + more, 0 if here.value < best.value * (1 - 1e-6) else quiet + 1
+        best = min(best, here, key=lambda state: state.value)
+        task.progress(best.value, None, made)
+    bound = start.lower_bound
+    if task.request.objective_name == "dispatch":
+        bound = homes_bound(task, best.holds, task.deadline)
+    return replace(start, holds=best.holds, lower_bound=bound, iterations=made, homes=best.homes)
+
+
+def _traces(task: Task) -> list[RoutingTrace]:
+    traces = [s.trace for s in task.scenarios if s.trace is not None]
+    if len(traces) < len(task.scenarios):
+        raise InputError("--homes: found load statistics, expected recordings of single tokens")
+    return traces
+
+
+def _told(task: Task, holds: NDArray[np.bool_], teller: _Teller) -> _State:
+    """The placement with the homes that suit it."""
+    traces, topology = _traces(task), task.request.topology
+    rows = [rows_by_home(trace, holds, topology) for trace in traces]
+    homes = teller.learn(np.concatenate(rows))
+    layer_ids = traces[0].layer_ids
+    plan = PlacementPlan(
+        slots_from_holders(holds, task.slots), holds.shape[1], layer_ids, topology, strategy=task.request.strategy, homes=homes
+    )
+    field = DEFINITIONS[task.request.objective_name][0]
+    values = [getattr(evaluate(plan, trace), field) for trace in traces]
+    return _State(holds, homes, tuple(assign(homes, trace) for trace in traces), float(ROBUST[task.request.robust](values)))
+
+
+def rows_by_home(trace: RoutingTrace, holds: NDArray[np.bool_], topology: Topology) -> Array:
+    """Rows sent per token and layer by every sequence if a rank is its home, float64 `[sequences, ranks]`, by ascending id."""
+    ranks = topology.ranks
+    rows = np.zeros((trace.tokens, ranks), dtype=np.float32)
+    copied = bool((holds.sum(2) > 1).any())
+    for layer in range(trace.layers):
+        table, ids = destinations(holds[layer], topology), trace.expert_ids[:, layer]
+        for home in range(ranks):
+            if copied or home == 0:
+                needed = needed_ranks(np.where(ids < 0, -1, table[home, ids]), ranks)
+                count = needed.sum(1)
+            rows[:, home] += count - needed[:, home]
+    _, sequence, lengths = np.unique(trace.sequence_ids, return_inverse=True, return_counts=True)
+    summed = np.stack([np.bincount(sequence, weights=column) for column in rows.T], axis=1)
+    return np.asarray(summed / (lengths[:, None] * trace.layers))
+
+
+class _Teller:
+    """Learns to tell from the experts of its first tokens how many rows a sequence sends, by home: ridge regression.
+
+    uses: float32 `[sequences, L * E]`, how often a looked-at token uses an expert, less the mean over sequences.
+    """
+
+    def __init__(self, traces: Sequence[RoutingTrace], tokens: int | None) -> None:
+        self.tokens, self.layer_ids, self.num_experts = tokens, traces[0].layer_ids, traces[0].num_experts
+        self.sampled = _sample(sum(len(np.unique(trace.sequence_ids)) for trace in traces))
+        found = np.concatenate([_uses(trace, tokens) for trace in traces])[self.sampled]
+        self.mean = found.mean(0)
+        self.uses = found - self.mean
+        self.kernel = (self.uses @ self.uses.T).astype(np.float64)
+
+    def learn(self, rows: Array) -> Homes:
+        """Classes for rows `[sequences, ranks]` as `rows_by_home` counts them."""
+        rows = rows[self.sampled]
+        centred = rows - rows.mean(0)
+        size = len(rows)
+        ridge = RIDGE * max(float(np.trace(self.kernel)) / size, 1e-12)
+        dense = self.uses.T @ np.linalg.solve(self.kernel + ridge * np.eye(size), centred)
+        strength = (dense**2).sum(1) * self.uses.var(0)
+        watched = np.sort(np.argsort(-strength, kind="stable")[:WATCHED])
+        watched = watched[strength[watched] > 0]
+        few = self.uses[:, watched].astype(np.float64)
+        weights = np.round(np.linalg.solve(few.T @ few + ridge * np.eye(len(watched)), few.T @ centred), DIGITS)
+        level = np.round(rows.mean(0) - self.mean[watched] @ weights, DIGITS)
+        classes = (HomeClass(r, float(level[r]), tuple(weights[:, r].tolist())) for r in range(rows.shape[1]))
+        experts = ((self.layer_ids[w // self.num_experts], int(w % self.num_experts)) for w in watched)
+        return Homes(tuple(classes), tuple(experts), self.tokens)
+
+
+def _sample(size: int) -> NDArray[np.int64]:
+    return np.unique(np.linspace(0, size - 1, min(size, SAMPLE)).astype(np.int64))
+
+
+def _uses(trace: RoutingTrace, tokens: int | None) -> NDArray[np.float32]:
+    """How often a looked-at token uses each expert, float32 `[sequences, L * E]`, by ascending id."""
+    looked = first_tokens(trace, tokens)
+    _, sequence, lengths = np.unique(trace.sequence_ids[looked], return_inverse=True, return_counts=True)
+    size = trace.num_experts + 1  # unused slots are counted in a first column, which is cut off
+    found = np.empty((len(lengths), trace.layers, trace.num_experts), dtype=np.float32)
+    for layer in range(trace.layers):
+        keys = sequence[:, None] * size + (trace.expert_ids[looked, layer].astype(np.int64) + 1)
+        counts = np.bincount(keys.ravel(), minlength=len(lengths) * size).reshape(-1, size)[:, 1:]
+        found[:, layer] = counts / lengths[:, None]
+    return found.reshape(len(lengths), -1)
+
+
+def _moved(task: Task, here: _State, seed: int, deadline: Deadline) -> tuple[Assignment, int]:
+    """A placement for these homes, searched from the present one, and the search's iterations."""
+    problem = _homed(task, here.at)
+    begin = solve.at_home(problem, here.holds.argmax(2))
+    score = None
+    if task.request.objective_name == "time":
+        problem, score = solve.timed(task, problem)
+    return local.search(problem, seed, 1, deadline, begin=begin, score=score)
+
+
+def _homed(task: Task, at: Sequence[NDArray[np.int64]]) -> Problem:
+    """The dispatch problem in which tokens have these homes."""
+    affinities = []
+    for scenario, homes in zip(task.scenarios, at, strict=True):
+        assert scenario.trace is not None
+        sets = (patterns(scenario.trace, layer, homes, task.ranks) for layer in range(scenario.trace.layers))
+        affinities.append(replace(scenario.affinity, patterns=tuple(sets)))
+    return dispatch_problem(affinities, task.weights, task.ranks, task.slots, task.limits, known_homes=True)
+
+
+def homes_bound(task: Task, holds: NDArray[np.bool_], deadline: Deadline) -> float:
+    """Rows per token and layer that no placement goes below, whatever the homes.
+
+    A token that uses experts at all saves one row at most by its home, so the bound on the ranks that tokens need, less one
+    each. holds: the placement whose line of the envelope is taken, see `bounds.patterns_bound`.
+    """
+    if task.ranks == 1:
+        return 0.0
+    free = dispatch_problem(task.affinities(), task.weights, task.ranks, task.slots, task.limits, known_homes=False)
+    whole = replace(free, prices=tuple(prices * (task.ranks / (task.ranks - 1)) for prices in free.prices))
+    at_home = sum(float(p[m.any(1), 0].sum()) for m, p in zip(whole.members, whole.prices, strict=True))
+    counted = bounds.rows_with_copies(free)
+    if not task.copied and task.prove:
+        counted = max(counted, bounds.patterns_bound(whole, holds.argmax(2), deadline) - at_home)
+    return counted * whole.scale
