@@ -88,7 +88,7 @@ def build_parser() -> Parser:
     parser = Parser("coterie", description="Mixture-of-Experts inference that knows which experts keep company.")
     parser.add_argument("--version", action="version", version=f"coterie {_version()}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for add in (_demo, _trace, _import, _plan, _evaluate, _show, _export, _generate, _doctor):
+    for add in (_demo, _trace, _import, _plan, _evaluate, _show, _export, _generate, _bench, _doctor):
         add(verbs)
     return parser
 
@@ -233,6 +233,15 @@ def _running(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="prompts at once on each process (default: %(default)s)"
+    )
+
+
+def _bench(verbs: Any) -> None:
+    p = _verb(verbs, "bench", "bench", "this program beside its peers, one table and one JSON object")
+    p.add_argument("what", metavar="WHAT", help="plan")
+    p.add_argument("--quick", action="store_true", help="a part of the cases, in under three minutes")
+    p.add_argument(
+        "--traces", type=Path, default=Path("../shared/traces"), metavar="DIR", help="recorded traces (default: %(default)s)"
     )
 
 

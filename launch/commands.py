@@ -166,6 +166,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
                 raise type(error)(f"{options.plan}: {error}") from error
 
         model, prompts = together(group, prepare)
+        if model.plan.homes is not None and group.rank == 0:
+            say(f"{options.plan}: its homes are not carried out yet: prompts are spread over the ranks in turn")
         outputs, statistics = _generate(model, prompts, options, group)
         if group.rank != 0:
             return None

@@ -108,7 +108,7 @@ def _why(made: PlacementPlan, routings: Sequence[RoutingTrace | LoadStatistics])
 
 def _by_load(made: PlacementPlan, routings: Sequence[RoutingTrace | LoadStatistics], request: PlanRequest) -> list[str]:
     load = summarised(made, gathered(routings), "load", "worst")
-    if request.objective_name != "load" and load > CROWDED:
-        return [f"the busiest rank carries {load:.2f} times the mean: --max-load 1.1 trades some {DEFINITIONS[request.objective_name][0]}"
-                " for balance"]  # fmt: skip
-    return []
+    if request.objective_name == "load" or load <= CROWDED:
+        return []
+    field = DEFINITIONS[request.objective_name][0]
+    return [f"the busiest rank carries {load:.2f} times the mean: --max-load 1.1 trades some {field} for balance"]

@@ -20,7 +20,9 @@ Array = NDArray[np.float64]
 Slots = NDArray[np.int64]
 
 SHARPNESS = (30.0, 60.0, 120.0, 240.0)  # one after the other in every descent
-KICK = 6  # random swaps that restart a layer from its best
+PATIENCE = 60  # iterations without a better placement after which it ends
+KICK = 6  # random moves that restart a layer from its best
+HIGHEST = 500.0  # exponents beyond this would overflow
 TILT = 8.0  # how strongly the scenario that is worst over all layers is weighed up
 
 
@@ -41,17 +43,17 @@ def search(
         for layer in range(loads.shape[1])
     ]
     weights = np.full(len(loads), 1 / len(loads))
-    made, best, best_value = 0, [layer.slots.copy() for layer in layers], np.inf
+    made, found_at, best, best_value = 0, 0, [layer.slots.copy() for layer in layers], np.inf
     for made in itertools.count():
-        if made == iterations or deadline.passed() or best_value <= 1 + 1e-12:
+        if made == iterations or deadline.passed() or best_value <= 1 + 1e-12 or made - found_at > PATIENCE:
             break
         for number, layer in enumerate(layers):
             share = deadline.share(1 / (len(layers) - number)) if made == 0 else deadline
             layer.improve(weights, share, kick=made > 0)
         by_scenario = np.mean([np.maximum(layer.best_peaks, 1) for layer in layers], axis=0)  # 1 where nothing is loaded
-        value = float(by_scenario.max() if worst else by_scenario.mean())
+        value = float(by_scenario.max() if worst else weights @ by_scenario)
         if value < best_value:
-            best, best_value = [layer.best.copy() for layer in layers], value
+            best, best_value, found_at = [layer.best.copy() for layer in layers], value, made
         if report is not None:
             report(best_value, made + 1)
         if worst:
@@ -102,7 +104,9 @@ def replicated(load: Array, ranks: int, total: int) -> NDArray[np.int64]:
 
 
 class _Layer:
-    """One layer: `slots` `[ranks, slots]` (E for an empty one), `share` of each copy `[scenarios, E + 1]`, `held` `[scenarios, ranks]`."""
+    """One layer: `slots` `[ranks, slots]` (E for an empty one), what a copy has, `share` `[scenarios, E + 1]`, and `held`
+    `[scenarios, ranks]`.
+    """
 
     def __init__(self, load: Array, room: Slots, slots: int, rng: np.random.Generator) -> None:
         self.load = np.concatenate([load, np.zeros((len(load), 1))], axis=1)
@@ -160,7 +164,15 @@ class _Layer:
         self.on[self.empty] = False
 
     def _shake(self) -> None:
+        """Random swaps and, where there are spare copies or empty slots, as many random changes of what they hold."""
         for _ in range(KICK):
+            spare = self._spare()
+            if len(spare) and self.rng.random() < 0.5:
+                rank, slot = self.rng.choice(spare)
+                fits = np.flatnonzero(~self.on[:, rank])  # the last one stands for an empty slot
+                self.slots[rank, slot] = self.rng.choice(fits)
+                self._restart(self.slots)
+                continue
             a, b = self.rng.choice(self.ranks, 2, replace=False)
             i, j = self.rng.integers(self.slots.shape[1], size=2)
             u, v = self.slots[a, i], self.slots[b, j]
@@ -168,9 +180,17 @@ class _Layer:
                 self.slots[a, i], self.slots[b, j] = v, u
                 self._restart(self.slots)
 
+    def _spare(self) -> Slots:
+        """Slots `[n, 2]` that may hold something else: spare copies and empty ones."""
+        return np.argwhere((self.copies[self.slots] > 1) | ((self.slots == self.empty) & ~self.closed))
+
+    def _heat(self, held: Array, sharpness: float) -> Array:
+        """The potential of loads, in that of the busiest rank now."""
+        return np.asarray(np.exp(np.minimum(sharpness * (held - self.held.max()), HIGHEST)))
+
     def _step(self, sharpness: float, weights: Array) -> bool:
         """The best swap of a slot of the busiest rank, or the best change of one spare copy; False if none helps."""
-        heat = weights[:, None] * np.exp(sharpness * (self.held - 1))
+        heat = weights[:, None] * self._heat(self.held, sharpness)
         rank = int(heat.sum(0).argmax())
         gain, move = self._best_swap(rank, sharpness, weights, heat)
         other, change = self._best_change(rank, sharpness, weights, heat)
@@ -187,8 +207,8 @@ class _Layer:
     ) -> tuple[float, tuple[list[int], list[int], list[int]]]:
         mine, others = self.slots[rank], self.slots
         change = self.share[:, others][:, None] - self.share[:, mine][:, :, None, None]  # [scenarios, slot, ranks, slots]
-        here = np.exp(sharpness * (self.held[:, rank, None, None, None] + change - 1))
-        there = np.exp(sharpness * (self.held[:, None, :, None] - change - 1))
+        here = self._heat(self.held[:, rank, None, None, None] + change, sharpness)
+        there = self._heat(self.held[:, None, :, None] - change, sharpness)
         after = np.tensordot(weights, here + there, 1)
         gain = heat.sum(0)[rank] + heat.sum(0)[None, :, None] - after
         twice = self.on[mine][:, :, None] | self.on[others, rank][None]
@@ -202,7 +222,7 @@ class _Layer:
     ) -> tuple[float, tuple[list[int], list[int], list[int]]]:
         """One more copy of an expert of the busiest rank, in place of a spare copy or in an empty slot elsewhere."""
         best: tuple[float, tuple[list[int], list[int], list[int]]] = (-np.inf, ([], [], []))
-        spare = np.argwhere((self.copies[self.slots] > 1) | (self.slots == self.empty) & ~self.closed)
+        spare = self._spare()
         if not len(spare):
             return best
         old = self.slots[spare[:, 0], spare[:, 1]]
@@ -220,7 +240,7 @@ class _Layer:
             held += dropped[:, :, None] * self.on[gone][None]
             n = np.arange(len(where))
             held[:, n, where[:, 0]] += (self.share[:, expert] + less)[:, None] - self.share[:, gone] - dropped
-            after = np.tensordot(weights, np.exp(sharpness * (held - 1)).sum(2), 1)
+            after = np.tensordot(weights, self._heat(held, sharpness).sum(2), 1)
             at = int(after.argmin())
             if (gain := float(heat.sum() - after[at])) > best[0]:
                 best = (gain, ([int(where[at, 0])], [int(where[at, 1])], [int(expert)]))

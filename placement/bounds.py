@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,7 +189,7 @@ def _envelope(n: int, slots: int) -> tuple[tuple[float, float], ...]:
             hull.pop()
         if not hull or point[1] > hull[-1][1]:
             hull.append(point)
-    lines = [(b[1] - _slope(a, b) * b[0], _slope(a, b)) for a, b in zip(hull, hull[1:], strict=False)]
+    lines = [(b[1] - _slope(a, b) * b[0], _slope(a, b)) for a, b in pairwise(hull)]
     return (*lines, (float(hull[-1][1]), 0.0))
 
 

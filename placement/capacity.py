@@ -10,16 +10,24 @@ from coterie.placement.topology import Topology
 from coterie.routing.errors import InputError
 
 
+def open_slots(topology: Topology, layers: int, experts: int, slots: int) -> NDArray[np.int64]:
+    """The slots of every rank that memory lets be used, int64 `[layers, ranks]`, at most `slots`; raises as `memory_limit`."""
+    limit = memory_limit(topology, layers, experts, slots)
+    if limit is None:
+        return np.full((layers, topology.ranks), slots)
+    return np.asarray(np.round(limit.caps / limit.weights[:, :1]), dtype=np.int64)
+
+
 def memory_limit(topology: Topology, layers: int, experts: int, slots: int) -> Limit | None:
     """The most bytes of experts that a rank may hold in each layer; None where memory cannot bind or sizes are not known.
 
     A rank's memory is shared out over the layers in proportion to their bytes, whole experts at a time, what is left over in
     one layer going to the next. Raises InputError if all experts together do not fit, saying by how many bytes.
     """
-    size = np.broadcast_to(np.asarray(topology.expert_bytes, dtype=np.float64), (layers,))
     if isinstance(topology.expert_bytes, tuple) and len(topology.expert_bytes) != layers:
         found = f"{len(topology.expert_bytes)} entries"
         raise InputError(f"topology: expert_bytes: found {found}, expected {layers}, one per traced layer, or one number")
+    size = np.broadcast_to(np.asarray(topology.expert_bytes, dtype=np.float64), (layers,))
     memory = np.broadcast_to(np.asarray(topology.memory_bytes, dtype=np.float64), (topology.ranks,))
     if not size.all() or (size.sum() * slots <= memory).all():
         return None
@@ -36,7 +44,31 @@ def memory_limit(topology: Topology, layers: int, experts: int, slots: int) -> L
 
 
 def whole_experts(size: NDArray[np.float64], memory: NDArray[np.float64], slots: int, experts: int) -> NDArray[np.int64]:
-    """How many experts of each layer a rank has room for, int64 `[layers, ranks]`; size `[layers]`, memory `[ranks]`."""
+    """How many experts of each layer a rank has room for, int64 `[layers, ranks]`; size `[layers]`, memory `[ranks]`.
+
+    Where shares leave a layer short, no layer gets more room than it needs.
+    """
+    room = _shared(size, memory, slots, experts)
+    return room if (room.sum(1) >= experts).all() else _tightest(size, memory, slots, experts)
+
+
+def _tightest(size: NDArray[np.float64], memory: NDArray[np.float64], slots: int, experts: int) -> NDArray[np.int64]:
+    """Room for exactly `experts` of each layer, largest layers first, one by one where most memory is left."""
+    room = np.zeros((len(size), len(memory)), dtype=np.int64)
+    left = memory.astype(np.float64)
+    for layer in np.argsort(-size, kind="stable"):
+        for _ in range(experts):
+            free = np.where(room[layer] < slots, left, -1.0)
+            rank = int(free.argmax())
+            if free[rank] < size[layer]:
+                break
+            room[layer, rank] += 1
+            left[rank] -= size[layer]
+    return room
+
+
+def _shared(size: NDArray[np.float64], memory: NDArray[np.float64], slots: int, experts: int) -> NDArray[np.int64]:
+    """Every layer's share of each rank's memory, in proportion to its bytes, shortages made up for where most is left."""
     room = np.zeros((len(size), len(memory)), dtype=np.int64)
     used = np.zeros(len(memory))
     share = np.cumsum(size) / size.sum()

@@ -19,12 +19,13 @@ from scipy.optimize import linear_sum_assignment
 from coterie.placement import limits
 from coterie.placement.baselines import Assignment
 from coterie.placement.deadline import Deadline
-from coterie.placement.problem import Problem, one_hot
+from coterie.placement.problem import Problem, held_by, one_hot
 
 STARTS = 4  # anneals from scratch before the pool is first recombined; every STARTS-th one is from scratch later, too
 LONG = 200  # sweeps that an anneal from scratch is worth; a larger problem has no time for them and starts from the grown chain
 FAR = 16  # in a larger problem every FAR-th anneal only is from scratch
 POOL = 12
+PATIENCE = 60  # anneals without a better placement after which it ends
 HOT, WARM, COLD = 0.5, 0.2, 0.01  # temperatures, in the mean traffic of an expert with the next layer
 ROUNDS = 8  # swap rounds per refresh of the gains
 SWEEPS = (40, 1500)
@@ -38,26 +39,27 @@ def search(
 ) -> tuple[Assignment, int]:
     """The best placement found, int64 `[L, E]`, and the iterations (anneals) made.
 
-    It stops early at the deadline, and at a cost of `target`. Raises nothing: where no start
+    It stops early at the deadline, at a cost of `target`, and when nothing better turns up. Raises nothing: where no start
     within the limits was found, what is returned is not feasible.
     """
     padded = problem.padded()
     rng = np.random.default_rng(seed)
-    first = limits.start(padded, seed)
+    first = limits.start(padded)
     best = polish(padded, grown(padded) if not padded.limits else first, deadline)
     best_cost, kept, made = padded.cost(best), padded.feasible(best), 0
-    pool, large = [best], sweeps_of(padded) < LONG
+    pool, large, found_at = [best], sweeps_of(padded) < LONG, 0
     for made in itertools.count():
-        if made == iterations or deadline.passed() or (kept and best_cost <= target + 1e-9):
+        done = kept and (best_cost <= target + 1e-9 or made - found_at > PATIENCE)
+        if done or made == iterations or deadline.passed():
             break
-        fresh = made < STARTS and not large or made % (FAR if large else STARTS) == STARTS
+        fresh = made > 0 and made % FAR == 0 if large else made < STARTS or made % STARTS == 0
         begin = _shuffled(padded, first, rng) if fresh else best
         trial = polish(padded, anneal(padded, begin, rng, HOT if fresh else WARM, deadline), deadline)
         pool = [best, trial, *pool[1 : POOL - 1]]
         if padded.interchangeable and (large or made + 1 >= STARTS):
             trial = min(trial, polish(padded, recombined(padded, pool), deadline), key=padded.cost)
         if (not padded.feasible(trial), cost := padded.cost(trial)) < (not kept, best_cost):
-            best, best_cost, kept = trial, cost, padded.feasible(trial)
+            best, best_cost, kept, found_at = trial, cost, padded.feasible(trial), made
         if report is not None:
             report(best_cost, made + 1)
     return best[:, : problem.experts], made
@@ -124,7 +126,7 @@ def _swap_round(
 
 def _held(weights: NDArray[np.float64], here: Assignment, ranks: int) -> NDArray[np.float64]:
     flat = (np.arange(len(here))[:, None] * ranks + here).ravel()
-    return np.bincount(flat, weights=weights.ravel(), minlength=len(here) * ranks).reshape(len(here), ranks)
+    return held_by(flat, weights.ravel(), len(here) * ranks).reshape(len(here), ranks)
 
 
 def _reject_excess(
@@ -164,7 +166,7 @@ def polish(problem: Problem, assignment: Assignment, deadline: Deadline) -> Assi
 
 
 def transport(kept: NDArray[np.float64], slots: int) -> NDArray[np.int64]:
-    """The rank of every expert `[E]` that keeps most together, `slots` experts on each; kept `[E, ranks]`, E = ranks * slots."""
+    """The rank of every expert `[E]` that keeps most together, `slots` experts on each; kept `[E, ranks]`, E ranks * slots."""
     _, position = linear_sum_assignment(np.repeat(kept, slots, axis=1), maximize=True)
     return np.asarray(position // slots)
 
@@ -226,7 +228,7 @@ def recombined(problem: Problem, pool: list[Assignment]) -> Assignment:
 
 
 def _best_renamings(meet: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """For `[i, rank, j, rank]`: what the best renaming of j's ranks keeps `[i, j]`, and each rank's name in i `[i, j, rank]`."""
+    """For `[i, rank, j, rank]`: what the best renaming of j's ranks keeps `[i, j]`, each rank's name in i `[i, j, rank]`."""
     size, ranks = meet.shape[:2]
     value, renaming = np.empty((size, size)), np.empty((size, size, ranks), dtype=np.int64)
     for i, j in itertools.product(range(size), repeat=2):
@@ -252,11 +254,9 @@ def _grown_from(problem: Problem, seed_layer: int) -> Assignment:
     assert weights is not None
     found = np.zeros((problem.layers, problem.experts), dtype=np.int64)
     near = np.zeros((problem.experts, problem.experts))
-    for layer, matrix in ((seed_layer, None if seed_layer >= len(weights) else weights[seed_layer]),
-                          (seed_layer, None if seed_layer == 0 else weights[seed_layer - 1].T)):  # fmt: skip
-        if matrix is not None:
-            shares = matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
-            near += shares @ shares.T
+    for matrix in (*weights[seed_layer : seed_layer + 1], *weights[seed_layer - 1 : seed_layer].transpose(0, 2, 1)):
+        shares = matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
+        near += shares @ shares.T
     found[seed_layer] = groups_of(near, problem.slots)
     for layer in range(seed_layer + 1, problem.layers):
         found[layer] = transport(weights[layer - 1].T @ one_hot(found[layer - 1], problem.ranks), problem.slots)

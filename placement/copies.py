@@ -7,6 +7,7 @@ of its own rank (and node). Greedy by exact gains, recomputed as copies are plac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from coterie.routing.affinity import Affinity
 
 Array = NDArray[np.float64]
 Holds = NDArray[np.bool_]  # [L, E, ranks]
+Slots = NDArray[np.int64]
 Cost = Callable[[int, Array, Array], float]  # layer, rows per token from rank to rank, pairs by rank
 
 TRIED = 6  # candidates of each kind that are judged by the whole layer before one is taken
@@ -29,11 +31,11 @@ def held(assignment: Assignment, ranks: int) -> Holds:
     return one_hot(assignment, ranks).astype(bool)
 
 
-def for_hops(transitions: Array, holds: Holds, slots: int) -> Holds:
+def for_hops(transitions: Array, holds: Holds, slots: int | Slots) -> Holds:
     """Fill free slots with the copies that bring most pairs of consecutive layers together.
 
-    transitions: `[L-1, E, E]`. A pair is together if the two experts share any rank. Layers are visited from the one with most
-    to gain; a copy's gain counts both neighbours.
+    transitions: `[L-1, E, E]`; slots: of every rank, or `[L, ranks]`. A pair is together if the two experts share any rank.
+    Layers are visited from the one with most to gain; a copy's gain counts both neighbours.
     """
     holds = holds.copy()
     room = slots - holds.sum(1)  # [L, ranks]
@@ -64,7 +66,7 @@ def _hop_gains(transitions: Array, holds: Holds, layer: int) -> Array:
 
 
 def for_rows(
-    scenarios: Sequence[Affinity], weights: Sequence[float], holds: Holds, slots: int, topology: Topology, cost: Cost
+    scenarios: Sequence[Affinity], weights: Sequence[float], holds: Holds, slots: int | Slots, topology: Topology, cost: Cost
 ) -> Holds:
     """Fill free slots of every layer with the copies that lower `cost` most, every home equally likely; stop where none does.
 
@@ -72,13 +74,12 @@ def for_rows(
     on the lightest; each is judged by the whole layer, since other ranks may change the copy that they use.
     """
     filled = holds.copy()
+    open_slots = np.broadcast_to(slots, (len(holds), topology.ranks))
     for layer in range(len(holds)):
         parts = [s.patterns[layer] for s in scenarios]
         members = np.concatenate([p.experts for p in parts]).astype(np.float32)
         rows = np.concatenate([p.weight * w / s.tokens for p, w, s in zip(parts, weights, scenarios, strict=True)])
-        _fill_layer(
-            _Traffic(members, rows, topology), filled[layer], slots, lambda sent, pairs, at=layer: cost(at, sent, pairs)
-        )
+        _fill_layer(_Traffic(members, rows, topology), filled[layer], open_slots[layer], partial(cost, layer))
     return filled
 
 
@@ -106,7 +107,7 @@ class _Traffic:
         return sent, pairs
 
 
-def _fill_layer(traffic: _Traffic, holds: NDArray[np.bool_], slots: int, cost: Callable[[Array, Array], float]) -> None:
+def _fill_layer(traffic: _Traffic, holds: NDArray[np.bool_], slots: Slots, cost: Callable[[Array, Array], float]) -> None:
     room = slots - holds.sum(0)
     now = cost(*traffic.of(holds))
     while room.any():

@@ -169,7 +169,7 @@ def coherent_rows(
 
     At each layer a token with anchor a and expert ranks R sends |R - {a}| rows, moves to a' (a if in R, else the member of
     R with the largest gate mass, the lowest rank among equals) and gets |R - {a'}| rows back. The first layer only sets
-    the anchor, so at top_k = 1 this equals the hops. holds: bool `[layers, E, ranks]`; homes: the first anchors, as in `anchors`.
+    the anchor, so at top_k = 1 this equals the hops. holds: bool `[layers, E, ranks]`; homes: as in `anchors`.
     """
     token = np.arange(trace.tokens)
     rows = outside = 0

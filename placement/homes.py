@@ -43,9 +43,8 @@ class HomeClass:
 class Homes:
     """How sequences find their home ranks.
 
-    classes: one for each rank, in order. experts: the watched ones, (decoder layer, expert). tokens: how many first positions of
-    a sequence's prefill are looked at, None for all of it. balance: what the busiest home may have of the tokens, over the
-    mean home.
+    classes: one for each rank, in order. experts: the watched ones, (decoder layer, expert). tokens: how many first positions
+    of a sequence's prefill are looked at, None for all of it. balance: the most tokens a home may have, over the mean home.
     """
 
     classes: tuple[HomeClass, ...]

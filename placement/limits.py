@@ -16,12 +16,18 @@ MARGIN = 1 / 3  # of what contiguous placement is above even: other text is load
 
 
 def load_limits(loads: Sequence[NDArray[np.float64]], ranks: int, slots: int, max_load: float | None) -> tuple[Limit, ...]:
-    """One limit for each scenario's load `[L, E]`, the same for every rank (`load_caps`)."""
-    limits = []
-    for load in loads:
-        caps = load_caps(load, ranks, slots, max_load)
-        limits.append(Limit(load, np.tile(caps[:, None], (1, ranks))))
-    return tuple(limits)
+    """One limit for each scenario's load `[L, E]`, the same for every rank (`load_caps`).
+
+    Without `max_load` caps give way where `start` cannot keep all of them at once.
+    """
+    layers, experts = loads[0].shape
+    caps = np.stack([load_caps(load, ranks, slots, max_load) for load in loads])
+    while True:
+        limits = tuple(Limit(load, np.tile(cap[:, None], (1, ranks))) for load, cap in zip(loads, caps, strict=True))
+        problem = Problem(layers, experts, ranks, slots, 1.0, limits).padded()
+        if max_load is not None or problem.feasible(found := start(problem)):
+            return limits
+        caps = np.maximum(caps, [carried(limit, found, ranks).max(1) for limit in problem.limits])
 
 
 def load_caps(load: NDArray[np.float64], ranks: int, slots: int, max_load: float | None) -> NDArray[np.float64]:
@@ -70,12 +76,12 @@ def balance(here: NDArray[np.int64], load: NDArray[np.float64], ranks: int, cap:
         here[inside[i]], here[outside[o]] = here[outside[o]], here[inside[i]]
 
 
-def start(problem: Problem, seed: int = 0, tries: int = 20) -> Assignment:
+def start(problem: Problem, tries: int = 20) -> Assignment:
     """A placement within all limits, int64 `[L, E]`: balanced packing of what is limited, mended by swaps.
 
     problem: padded. Layers that cannot be mended are returned as near as they came; `Problem.feasible` tells.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)  # the same for every search: what one can keep to, all can
     if not problem.limits:
         return packed(np.zeros((problem.layers, problem.experts)), problem.ranks)
     weights = np.stack([limit.weights for limit in problem.limits], 1)  # [L, limits, E]
@@ -101,7 +107,7 @@ def mend(here: NDArray[np.int64], weights: NDArray[np.float64], caps: NDArray[np
     here: `[E]`; weights `[limits, E]`; caps `[limits, ranks]`.
     """
     ranks = caps.shape[1]
-    floor = np.maximum(caps, 1e-300)
+    floor = np.maximum(caps, 1e-3 * weights.max(1, keepdims=True) + 1e-300)  # a rank may have no room at all
     while True:
         held = np.stack([np.bincount(here, weights=w, minlength=ranks) for w in weights])
         excess = np.maximum(0.0, held / floor - 1 - 1e-9).sum(0)  # by rank
@@ -115,6 +121,6 @@ def mend(here: NDArray[np.int64], weights: NDArray[np.float64], caps: NDArray[np
         theirs = np.maximum(0.0, (held[:, None, others] - change) / floor[:, None, others] - 1 - 1e-9).sum(0)
         gain = excess[worst] + excess[others][None, :] - mine - theirs
         i, o = np.unravel_index(gain.argmax(), gain.shape)
-        if gain[i, o] <= 1e-12:
+        if gain[i, o] <= 1e-12 + 1e-9 * excess.sum():
             return float(excess.sum())
         here[inside[i]], here[outside[o]] = here[outside[o]], here[inside[i]]

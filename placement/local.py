@@ -17,10 +17,11 @@ from coterie.placement import limits
 from coterie.placement.baselines import Assignment
 from coterie.placement.chain import Report, allowed_swaps
 from coterie.placement.deadline import Deadline
-from coterie.placement.problem import Problem, one_hot
+from coterie.placement.problem import Problem, held_by, one_hot
 
 BURST = 150  # tabu steps of one layer in one iteration
 TENURE = (4, 10)  # steps that an expert may not return to a rank
+PATIENCE = 40  # bursts without a better placement in any layer after which it ends
 KICK = 4  # random swaps that start a burst from the best known, if the last burst found nothing
 MAX_ENTRIES = 400_000_000  # patterns x experts of all layers held at once, 4 bytes each
 
@@ -92,11 +93,12 @@ def search(
     the time in the first iteration.
     """
     padded = problem.padded()
-    start = limits.start(padded, seed) if begin is None else _padded_start(padded, begin)
+    start = limits.start(padded) if begin is None else _padded_start(padded, begin)
     layers = [_Tabu(padded, layer, start[layer], np.random.default_rng([seed, layer]), score) for layer in range(padded.layers)]
     made = 0
     for made in itertools.count():
-        if made == iterations or deadline.passed():
+        stale = all(layer.quiet > PATIENCE for layer in layers)
+        if stale or made == iterations or deadline.passed():
             break
         for number, layer in enumerate(layers):
             layer.burst(deadline.share(1 / (len(layers) - number)) if made == 0 else deadline)
@@ -120,7 +122,7 @@ class _Tabu:
     def _cost(self) -> float:
         if self.score is None:
             return float(self.state.rows.sum())
-        held = np.bincount(self.state.here, weights=self.load, minlength=self.problem.ranks)
+        held = held_by(self.state.here, self.load, self.problem.ranks)
         return float(self.score(self.layer, self.state.rows[None], held[None])[0])
 
     def burst(self, deadline: Deadline) -> None:
@@ -176,7 +178,7 @@ def scored(
 
     change: as `changes` gave it; load `[E]`.
     """
-    held = np.bincount(state.here, weights=load, minlength=state.ranks)
+    held = held_by(state.here, load, state.ranks)
     value = np.full(change.shape, np.inf)
     busy = np.isin(state.here, [state.rows.argmax(), held.argmax()])
     busy[list(also)] = True

@@ -142,7 +142,7 @@ class Layer:
         return found
 
     def promising(self, count: int, slack: int) -> list[tuple[int, int]]:
-        """The swaps that are priced lowest, allowed, and add at most `slack` moves: so many pairs of columns."""
+        """`count` pairs of columns whose swaps are priced lowest, are allowed, and add at most `slack` moves."""
         fits = np.triu(self._possible() & (self._moves_of_swaps() <= slack))
         pairs = np.argwhere(fits)
         order = np.argsort(self.swaps()[fits], kind="stable")[:count]
@@ -166,7 +166,7 @@ class Layer:
     def held(self) -> Array:
         """What each rank carries of what is limited, `[limits, ranks]`."""
         rows = [np.bincount(self.here, weights=w, minlength=self.ranks) for w in self.weight]
-        return np.array(rows).reshape(len(self.weight), self.ranks)
+        return np.array(rows, dtype=np.float64).reshape(len(self.weight), self.ranks)
 
     def take(self, change: Change) -> float:
         """Make it; returns what the cost changed by."""

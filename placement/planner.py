@@ -43,7 +43,6 @@ from coterie.routing.files import sha256
 from coterie.routing.trace import LoadStatistics, RoutingTrace
 
 OBJECTIVE_OF = {"coherent": "coherent"}  # by strategy; every other strategy pays for distinct ranks
-CAPPED_BY_DEFAULT = ("dispatch", "time")  # hops and coherent are planned as their papers state them: equal counts only
 WORST_ROUNDS = 3  # mixtures tried when the worst scenario is minimised
 TILT = 4.0
 FINISHING = 0.97  # of the time limit is for search and proof, the rest for evaluating what they found
@@ -53,8 +52,9 @@ FINISHING = 0.97  # of the time limit is for search and proof, the rest for eval
 class PlanRequest:
     """What to plan for. Set by the command line or the caller.
 
-    objective: None takes the strategy's own. max_load: busiest over mean, None as in `limits.load_caps` for dispatch and time,
-    no cap for the others. slots_per_rank: None takes ceil(E / ranks); what is beyond the experts is for copies.
+    objective: None takes the strategy's own. max_load: busiest over mean; None: as in `limits.load_caps` where the
+    strategy chose dispatch, and for time; no cap where another objective was named: then that number alone is minimised.
+    slots_per_rank: None takes ceil(E / ranks); what is beyond the experts is for copies.
     robust: of several scenarios, minimise the worst or the mean. time_limit: seconds for search and proof together.
     iterations: of the search, None for as many as fit. exact: minimise the very number that `evaluate` prints for these
     traces, homes included (hops know no homes). workers: processes that search and prove.
@@ -136,7 +136,8 @@ def plan(
 ) -> PlacementPlan:
     """Place the experts that the recordings used. inputs: the files they came from, recorded with their digests.
 
-    Several recordings are scenarios. prove: also state a lower bound. progress: called with value, bound (either may be None) and iterations while it searches.
+    Several recordings are scenarios. prove: also state a lower bound.
+    progress: called with value, bound (either may be None) and iterations while it searches.
     Ctrl-C ends the search; what it has found by then is returned. Under mpirun every process searches, and all return
     the same plan. Raises InputError for what cannot be planned: too few slots, memory or load cap too small, an
     objective that needs single tokens where only loads are known, ranks of another shape than the old plan's.
@@ -255,7 +256,9 @@ def _limits(scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int) -
     """The load cap, on the mixture or (robust to the worst) on every scenario, and memory."""
     limits: tuple[Limit, ...] = ()
     ranks, objective = request.topology.ranks, request.objective_name
-    if objective != "load" and (request.max_load is not None or objective in CAPPED_BY_DEFAULT):
+    # Who names an objective gets that number alone; but time is lost to a rank that other text makes the busiest.
+    by_default = objective == "time" or (request.objective is None and objective == "dispatch")
+    if objective != "load" and (request.max_load is not None or by_default):
         loads = [s.load for s in scenarios]
         if request.robust == "mean":
             loads = [np.asarray(sum(load / max(load.sum(), 1) for load in loads)) * float(loads[0].sum())]

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.placement import local
+from coterie.placement.chain import transport
 from coterie.placement.moving import Array, Given, Holds, Ids, Layer, State
 
 
@@ -36,6 +37,10 @@ class Chain(Layer):
         own = np.diagonal(at_other)
         return np.asarray(own[:, None] + own[None, :] - at_other - at_other.T)
 
+    def settle(self, price: float) -> None:
+        """The best placement given the neighbours, a move costing `price`: exact without limits and copies."""
+        self.place(State(self.expert, transport(self.kept() - price * self.new[self.expert], self.slots)))
+
     def kept(self) -> Array:
         """What each column alone keeps together if it is on a rank, `[n, ranks]`."""
         others = self.on[self.expert].astype(np.float32)
@@ -61,7 +66,8 @@ class Chain(Layer):
 class Rows(Layer):
     """`dispatch`, or with a score `time`: experts with copies stay where they are, and patterns are priced without them.
 
-    members `[patterns, E]`, prices `[patterns, ranks]`: as in `Problem`. load `[E]`, score: see `local.Score`; number: the layer.
+    members `[patterns, E]`, prices `[patterns, ranks]`: as in `Problem`.
+    load `[E]`, score: see `local.Score`; number: of the layer.
     """
 
     def __init__(
@@ -88,7 +94,7 @@ class Rows(Layer):
         assert self.table is not None
         if self.score is None:
             return float(self.table.rows.sum())
-        load = np.bincount(self.here, weights=self._load(), minlength=self.ranks)
+        load: Array = np.bincount(self.here, weights=self._load(), minlength=self.ranks).astype(np.float64)
         return float(self.score(self.number, self.table.rows[None], load[None])[0])
 
     def swaps(self) -> Array:
@@ -162,7 +168,7 @@ class Even(Layer):
         gone, rank, n = self.expert[spare], self.here[spare], np.arange(len(spare))
         each = self.loads[:, expert] / (self.copies[expert] + 1)
         less = self.loads[:, expert] / self.copies[expert] - each
-        after = self.carried[:, None, :] - less[:, None, None] * self.on[expert]
+        after = np.repeat(self.carried[:, None, :] - less[:, None, None] * self.on[expert], len(spare), axis=1)
         left = np.maximum(self.copies[gone] - 1, 1)
         was = self.loads[:, gone] / self.copies[gone]
         more = self.loads[:, gone] / left - was

@@ -92,7 +92,12 @@ class Problem:
 
 def carried(limit: Limit, assignment: Assignment, ranks: int) -> NDArray[np.float64]:
     """What each rank carries of a limited thing, float64 `[L, ranks]`."""
-    return np.stack([np.bincount(a, weights=w, minlength=ranks) for a, w in zip(assignment, limit.weights, strict=True)])
+    return np.stack([held_by(a, w, ranks) for a, w in zip(assignment, limit.weights, strict=True)])
+
+
+def held_by(here: NDArray[np.int64], weights: NDArray[np.float64], ranks: int) -> NDArray[np.float64]:
+    """What the experts on each rank weigh, float64 `[ranks]`; here, weights `[E]`."""
+    return np.asarray(np.bincount(here, weights=weights, minlength=ranks), dtype=np.float64)
 
 
 def one_hot(assignment: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from coterie.placement.cost import CostReport, evaluate, evaluate_load, homes_of
 from coterie.placement.plan import PlacementPlan
-from coterie.routing.affinity import Affinity, measure
+from coterie.routing.affinity import Affinity, expert_load, measure
 from coterie.routing.errors import InputError
 from coterie.routing.trace import LoadStatistics, RoutingTrace
 
-ROBUST = {"worst": max, "mean": lambda values: float(np.mean(values))}
+ROBUST: dict[str, Callable[[Sequence[float]], float]] = {"worst": max, "mean": lambda values: float(np.mean(values))}
+
+PARTS, LONG_TRACE = (4, 8), 1000  # parts of a shorter and of a longer trace; tokens of the latter
 
 DEFINITIONS = {
     "hops": ("hops", "pairs of consecutive-layer experts on different ranks; what context-coherent execution pays at top-1"
@@ -47,6 +49,18 @@ class Scenario:
         assert self.trace is not None
         return measure(self.trace)
 
+    def parts(self) -> list[NDArray[np.float64]]:
+        """The load `[L, E]` of parts of the trace, whole sequences if there are enough; none of load statistics."""
+        if self.trace is None or self.trace.tokens < 2 * PARTS[0]:
+            return []
+        count = PARTS[self.trace.tokens >= LONG_TRACE]
+        sequences = np.unique(self.trace.sequence_ids)
+        if len(sequences) >= count:
+            part = np.searchsorted(sequences, self.trace.sequence_ids) % count
+        else:
+            part = np.arange(self.trace.tokens) * count // self.trace.tokens
+        return [expert_load(self.trace.select(part == number)) for number in range(count)]
+
     def homed(self, ranks: int) -> Affinity:
         """The same with patterns split by the home rank that tokens have without a plan of homes."""
         assert self.trace is not None
@@ -69,17 +83,11 @@ def gathered(routings: Sequence[RoutingTrace | LoadStatistics], names: Sequence[
         name = names[number] if number < len(names) else f"scenario {number}"
         _check_same(routings[0], routing, name)
         if isinstance(routing, RoutingTrace):
-            found.append(Scenario(name, _load_of(routing), routing))
+            found.append(Scenario(name, expert_load(routing), routing))
         else:
             loads = routing.expert_load.astype(np.float64)
             found += [Scenario(f"{name}:{s}", loads[i], None, routing, i) for i, s in enumerate(routing.scenarios)]
     return tuple(found)
-
-
-def _load_of(trace: RoutingTrace) -> NDArray[np.float64]:
-    from coterie.routing.affinity import expert_load
-
-    return expert_load(trace)
 
 
 def _check_same(first: RoutingTrace | LoadStatistics, other: RoutingTrace | LoadStatistics, name: str) -> None:

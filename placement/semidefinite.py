@@ -5,8 +5,8 @@ semidefinite, non-negative, 1 on its diagonal, its rows sum to `slots` in each l
 N_ij + N_ik - N_jk <= 1 and, under a load cap, sum_j load_j N_ij <= cap. Consecutive pairs share the block of their common
 layer, and by the chordal structure of a chain that is all that positive semidefiniteness of the whole says.
 
-The relaxation (Zhao, Karisch, Rendl, Wolkowicz 1998 for partitioning; Frieze and Jerrum 1997 for the cut matrix) is solved by the
-alternating direction method of multipliers, inequalities priced by a dual ascent. Any multipliers give a valid bound: the
+The relaxation (Zhao, Karisch, Rendl, Wolkowicz 1998 for partitioning; Frieze and Jerrum 1997 for the cut matrix) is solved by
+the alternating direction method of multipliers, inequalities priced by a dual ascent. Any multipliers give a valid bound: the
 one stated is recomputed from them in float64, with the eigenvalue error counted at its worst.
 """
 
@@ -183,6 +183,7 @@ class _Admm:
     def __init__(self, gain: Array, blocks: int, ranks: int, loads: Array) -> None:
         self.blocks, self.ranks = blocks, ranks
         self.large = gain.shape[1] >= LARGE
+        self.exact = gain.astype(np.float64)  # for the bound; the method itself may use single precision
         self.gain = gain.astype(np.float32 if self.large else np.float64)
         self.placed = np.full_like(self.gain, 1 / ranks)
         self.diagonal = np.arange(gain.shape[1])
@@ -213,7 +214,7 @@ class _Admm:
         charge = np.zeros(self.gain.shape, dtype)
         self.triangles.add_to(charge)
         self.rows.add_to(charge)
-        return np.asarray(self.gain - charge)
+        return np.asarray((self.exact if dtype == np.float64 else self.gain) - charge)
 
     def _project(self, matrices: Array) -> Array:
         """The nearest positive semidefinite matrices whose rows sum to `slots` in each block."""
@@ -257,7 +258,7 @@ class _Admm:
         ends = np.arange(width)
         total += float(layers[:, ends, ends].sum())
         layers[:, ends, ends] = 0
-        return total + float(np.maximum(0, layers).sum())
+        return float(total + np.maximum(0, layers).sum())
 
 
 def _centred(matrices: Array, blocks: int) -> Array:

@@ -15,9 +15,10 @@ from scipy.optimize import linear_sum_assignment
 
 from coterie.placement import balance, bounds, chain, copies, exact, ilp, local
 from coterie.placement.baselines import Assignment
+from coterie.placement.capacity import open_slots
 from coterie.placement.deadline import Deadline
 from coterie.placement.homes import Homes
-from coterie.placement.problem import Limit, Problem, dispatch_problem, hops_problem, one_hot
+from coterie.placement.problem import Limit, Problem, dispatch_problem, held_by, hops_problem, one_hot
 from coterie.placement.scenarios import Scenario
 from coterie.placement.spread import Child, World
 from coterie.placement.timing import LayerTime
@@ -59,7 +60,13 @@ class Task:
     @property
     def copied(self) -> bool:
         """Whether there are slots beyond the experts."""
-        return self.ranks * self.slots > self.scenarios[0].load.shape[1]
+        return bool(self.ranks * self.slots > self.scenarios[0].load.shape[1])
+
+    @property
+    def open_slots(self) -> NDArray[np.int64]:
+        """The slots of every rank that memory lets be used, `[L, ranks]`."""
+        layers, experts = self.scenarios[0].load.shape
+        return open_slots(self.request.topology, layers, experts, self.slots)
 
     def affinities(self, homed: bool = False) -> list[Any]:
         """Of every scenario."""
@@ -68,7 +75,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Solution:
-    """holds: bool `[L, E, ranks]`; lower_bound: on the evaluated objective of the mixture, None if none is stated; homes: if planned."""
+    """holds: bool `[L, E, ranks]`; lower_bound: on the evaluated objective of the mixture, None if none is stated.
+
+    homes: where they were planned.
+    """
 
     holds: NDArray[np.bool_]
     lower_bound: float | None
@@ -121,7 +131,7 @@ def hops(task: Task) -> Solution:
     best, bound = proof.finish(best)
     holds = copies.held(best, task.ranks)
     if task.copied:
-        holds = copies.for_hops(np.asarray(problem.transitions), holds, task.slots)
+        holds = copies.for_hops(np.asarray(problem.transitions), holds, task.open_slots)
         bound = bounds.hops_with_copies(problem)
     return Solution(holds, bound * problem.scale, made)
 
@@ -211,7 +221,7 @@ def dispatch(task: Task) -> Solution:
     holds = copies.held(best, task.ranks)
     if task.copied:
         rows = lambda layer, sent, pairs: float(sent.sum())  # noqa: E731
-        holds = copies.for_rows(task.affinities(), task.weights, holds, task.slots, task.request.topology, rows)
+        holds = copies.for_rows(task.affinities(), task.weights, holds, task.open_slots, task.request.topology, rows)
     return Solution(holds, _whole(target, bound) * target.scale, made)
 
 
@@ -287,7 +297,7 @@ class TimeScore:
         for layer, row in enumerate(assignment):
             hosts = problem.members[layer].astype(np.float32) @ one_hot(row, problem.ranks).astype(np.float32) > 0
             rows = (problem.prices[layer] * hosts).sum(0)
-            load = np.bincount(row, weights=self.time.weight[layer], minlength=problem.ranks)
+            load = held_by(row, self.time.weight[layer], problem.ranks)
             kept = _keeps(problem, assignment, layer)
             seconds.append(float(self(layer, rows[None], load[None])[0]) if kept else np.inf)
         return seconds
@@ -308,24 +318,29 @@ def time(task: Task) -> Solution:
     best, second = _local(task, problem, task.deadline.share(0.9), score, begin)
     holds = copies.held(best, task.ranks)
     if task.copied:
-        holds = copies.for_rows(task.affinities(), task.weights, holds, task.slots, task.request.topology, score.time.of_copies)
+        holds = copies.for_rows(
+            task.affinities(), task.weights, holds, task.open_slots, task.request.topology, score.time.of_copies
+        )
     return Solution(holds, bounds.time_bound(task.request.topology, task.scenarios, task.slots), first + second)
 
 
 def load(task: Task) -> Solution:
-    """The evenest load, with copies, over all scenarios."""
+    """The evenest load, with copies, over all scenarios; for the mean, also over parts of each trace.
+
+    Among placements that are even on the whole, one that is even on its parts is more even on other text.
+    """
     loads = np.stack([s.load for s in task.scenarios])
     worst = task.request.robust == "worst"
+    parts = [] if worst or task.request.exact else [part for s in task.scenarios for part in s.parts()]
     arguments = {
-        "loads": loads,
+        "loads": np.stack([*loads, *parts]),
         "ranks": task.ranks,
         "slots": task.slots,
         "iterations": task.request.iterations,
         "worst": worst,
     }
-    room = next((limit for limit in task.limits), None)
-    if room is not None:
-        arguments["room"] = np.round(room.caps / room.weights[:, :1]).astype(np.int64)
+    if task.limits:
+        arguments["room"] = task.open_slots
     spread = _Spread(task, "coterie.placement.balance:search", arguments)
     report = lambda value, made: task.progress(value, None, made)  # noqa: E731
     found = spread.run(balance.search, task.deadline, max(0, task.request.workers - 1), report=report)

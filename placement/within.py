@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +19,17 @@ from coterie.placement.pricing import Chain, Even, Rows
 from coterie.placement.problem import Problem, dispatch_problem, hops_problem, one_hot
 from coterie.placement.solve import Task, TimeScore
 from coterie.placement.timing import LayerTime
+from coterie.placement.topology import Topology
 from coterie.routing.errors import InputError
 
 ROUNDS = 100  # of the coherent search, at most
 STALLED = 6
 REST = 0.15  # of the time limit, for the descent at its end
 JUDGED = 8  # placements of a layer that are evaluated before one is chosen
-TRIED = 24  # swaps that are evaluated before a descent ends
+TRIED = 24  # swaps of a layer that are evaluated before one is taken
+PATIENCE = 6  # steps without gain after which a walk by evaluation ends
+T = TypeVar("T")
+SWEEPS = 9  # prices of a move that are tried
 TILTS = (0.0, 4.0, 16.0)  # how strongly the worst scenario is weighed up
 
 
@@ -106,13 +112,32 @@ def _hops(s: Search) -> NDArray[np.bool_]:
     everyone = np.zeros(s.old.shape, np.float32)
     counts = transitions.astype(np.float32)
     board = s.board([Chain(n, counts, everyone, g) for n, g in enumerate(s.given)], linked=True)
-    pool = [s.holds(board.best)]
-    board.improve(task.deadline.share(0.6), s.rounds())
-    pool += [s.holds(board.best), *s.fresh]
+    pool = [s.holds(board.best), *s.fresh]
+    board.improve(task.deadline.share(0.3), s.rounds())
+    pool.append(s.holds(board.best))
+    if not s.task.limits and not task.copied and s.budget > 0:
+        pool += _swept(s, [layer for layer in board.layers if isinstance(layer, Chain)], max(board.price, 1e-9 * counts.sum()))
     mixed = _linked_mix(s, transitions, pool)
     board.begin([s.state(holds) for holds in mixed])
     board.improve(task.deadline, s.rounds())
     return min([s.holds(board.best), *s.whole()], key=lambda holds: _apart(transitions, holds))
+
+
+def _swept(s: Search, layers: Sequence[Chain], price: float) -> list[NDArray[np.bool_]]:
+    """Chains in which every layer is best given its neighbours, a move costing a price near that at which the budget is met."""
+    found: list[NDArray[np.bool_]] = []
+    low, high = 0.0, np.inf
+    for _ in range(SWEEPS):
+        if s.task.deadline.passed():
+            break
+        for layer, old in zip(layers, s.old, strict=True):
+            layer.place(s.state(old))
+        for layer in 2 * [*layers, *layers[-2:0:-1]]:
+            layer.settle(price)
+        found.append(s.holds([layer.state for layer in layers]))
+        low, high = (price, high) if s.moves(found[-1]) > s.budget else (low, price)
+        price = (low + high) / 2 if np.isfinite(high) else 2 * low
+    return found
 
 
 def _apart(transitions: Array, holds: NDArray[np.bool_]) -> float:
@@ -123,6 +148,14 @@ def _pair(transitions: Array, one: Holds, two: Holds) -> float:
     return float((transitions * ((one.astype(np.float32) @ two.T.astype(np.float32)) == 0)).sum())
 
 
+def _pairs(transitions: Array, ones: NDArray[np.bool_], twos: NDArray[np.bool_]) -> Array:
+    """`_pair` of every two placements of neighbouring layers, `[ones, twos]`."""
+    if ones.sum() + twos.sum() > (len(ones) + len(twos)) * ones.shape[1]:  # copies: what meets on two ranks counts once
+        return np.array([[_pair(transitions, one, two) for two in twos] for one in ones])
+    ahead = np.einsum("aer,ef->afr", ones.astype(np.float64), transitions, optimize=True)
+    return np.asarray(transitions.sum() - np.tensordot(ahead, twos.astype(np.float64), ([1, 2], [1, 2])))
+
+
 def _linked_mix(s: Search, transitions: Array, pool: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
     """The best chain of layers, each from any member of the pool, within the budget."""
     options = []
@@ -130,7 +163,7 @@ def _linked_mix(s: Search, transitions: Array, pool: Sequence[NDArray[np.bool_]]
         different = {p[number].tobytes(): p[number] for p in pool}
         options.append([Option(0.0, int((h & ~s.old[number]).sum()), s.state(h)) for h in different.values()])
     held = [s.holds([o.what for o in layer]) for layer in options]
-    between = [np.array([[_pair(t, one, two) for two in held[n + 1]] for one in held[n]]) for n, t in enumerate(transitions)]
+    between = [_pairs(t, held[n], held[n + 1]) for n, t in enumerate(transitions)]
     return s.holds([o.what for o in combined(options, s.budget, between)])
 
 
@@ -147,8 +180,7 @@ def _independent(
         if not s.task.deadline.passed():
             states += _near(board, number)
         if not exact:
-            for state in states[:2]:
-                states += _descent(s, layers[number], state, lambda holds, n=number: value(n, holds), s.budget)  # type: ignore[misc]
+            states += [t for begin in states[:2] for t in _descent(s, layers[number], begin, partial(value, number))]
         options.append(_valued(s, number, states, value))
     return s.holds([o.what for o in combined(options, s.budget)])
 
@@ -162,21 +194,39 @@ def _near(board: Board, number: int) -> list[State]:
     return [o.what for o in sorted(better, key=lambda o: abs(o.moves - chosen))[:JUDGED] if isinstance(o.what, State)]
 
 
-def _descent(s: Search, layer: Layer, begin: State, value: Callable[[Holds], float], most: int) -> list[State]:
-    """What swaps of one layer lead to that lower its evaluated value, with at most so many moves; the last is the best."""
-    path = [begin]
-    layer.place(begin)
-    lowest, gained = value(layer.holds), True
-    while gained and not s.task.deadline.passed():
-        gained = False
-        for i, j in layer.promising(TRIED, most - layer.moves):
-            trial = layer.state
-            trial.here[[i, j]] = trial.here[[j, i]]
-            if (found := value(s.holds([trial])[0])) < lowest - 1e-12 * abs(lowest):
-                lowest, gained = found, True
-                layer.place(trial)
-                path.append(trial)
-                break
+def _descent(s: Search, layer: Layer, begin: State, value: Callable[[Holds], float]) -> list[State]:
+    """What swaps of one layer lead to, from `begin` to the lowest evaluated value met, and PATIENCE steps beyond."""
+
+    def following(state: State) -> list[State]:
+        layer.place(state)
+        return [_swapped(state, i, j) for i, j in layer.promising(TRIED, s.budget - layer.moves)]
+
+    return _walk(s, begin, following, lambda state: value(s.holds([state])[0]), lambda state: state.here.tobytes())
+
+
+def _swapped(state: State, i: int, j: int) -> State:
+    here = state.here.copy()
+    here[[i, j]] = here[[j, i]]
+    return State(state.expert, here)
+
+
+def _walk(
+    s: Search, begin: T, following: Callable[[T], Iterable[T]], value: Callable[[T], float], name: Callable[[T], bytes]
+) -> list[T]:
+    """From `begin` always to the best of what follows that was not visited, until PATIENCE steps or the time are over."""
+    path, visited = [begin], {name(begin)}
+    lowest, quiet = value(begin), 0
+    while quiet < PATIENCE and not s.task.deadline.passed():
+        best, least = None, np.inf
+        for trial in following(path[-1]):
+            if name(trial) not in visited and not s.task.deadline.passed() and (found := value(trial)) < least:
+                best, least = trial, found
+        if best is None:
+            break
+        path.append(best)
+        visited.add(name(best))
+        quiet = 0 if least < lowest - 1e-12 * abs(lowest) else quiet + 1
+        lowest = min(least, lowest)
     return path
 
 
@@ -215,7 +265,7 @@ def _evaluated(task: Task, number: int, holds: Holds) -> tuple[float, float]:
     topology = task.request.topology
     if isinstance(topology.expert_bytes, tuple):
         topology = replace(topology, expert_bytes=topology.expert_bytes[number])
-    table, rows, seconds = destinations(holds, topology), 0.0, 0.0
+    table, rows, seconds = _destinations(holds, topology), 0.0, 0.0
     for scenario, weight in zip(task.scenarios, task.weights, strict=True):
         trace = scenario.trace
         assert trace is not None
@@ -232,23 +282,37 @@ def _evaluated(task: Task, number: int, holds: Holds) -> tuple[float, float]:
     return rows, seconds
 
 
+def _destinations(holds: Holds, topology: Topology) -> NDArray[np.integer]:
+    if holds.sum() == len(holds):  # without copies there is nothing to choose
+        return np.broadcast_to(holds.argmax(1), (topology.ranks, len(holds)))
+    return destinations(holds, topology)
+
+
 def _load(s: Search) -> NDArray[np.bool_]:
     task = s.task
     loads = np.stack([scenario.load for scenario in task.scenarios])
     worst = task.request.robust == "worst" and len(loads) > 1
     relative = balance.relative_loads(loads, task.ranks)
-    value = lambda holds: balance.value(_slots(holds, task.slots), loads, worst)  # noqa: E731
+
+    def value(holds: NDArray[np.bool_]) -> float:
+        return balance.value(_slots(holds, task.slots), loads, worst)
+
     mix = np.full(len(loads), 1 / len(loads))
     layers = [Even(relative[:, n], mix, g) for n, g in enumerate(s.given)]
     found = [*s.whole(), s.holds(s.board(layers).best)]
-    for turn, tilt in enumerate(TILTS if worst else TILTS[:1]):
-        peaks = _peaks(relative, found[-1]) if turn else np.ones(len(loads))
+    tilts = TILTS if worst else TILTS[:1]
+    for turn, tilt in enumerate(tilts):
+        peaks = _peaks(relative, found[-1])
         mix = mix * np.exp(tilt * (peaks / peaks.max() - 1))
-        mix /= mix.sum()
-        layers = [Even(relative[:, n], mix, g) for n, g in enumerate(s.given)]
-        part = replace(s, task=solve.replaced(task, task.deadline.share(1 / (len(TILTS) - turn)) if worst else task.deadline))
-        found.append(_independent(part, layers, lambda n, h, mix=mix: float(mix @ _peaks(relative[:, n : n + 1], h[None]))))
+        found.append(_evened(s, relative, mix / mix.sum(), 1 / (len(tilts) - turn)))
     return min(found, key=value)
+
+
+def _evened(s: Search, relative: Array, mix: Array, share: float) -> NDArray[np.bool_]:
+    """The best for one mixture of the scenarios; mix `[scenarios]`, share: of the time that is left."""
+    layers = [Even(relative[:, n], mix, g) for n, g in enumerate(s.given)]
+    part = replace(s, task=solve.replaced(s.task, s.task.deadline.share(share)))
+    return _independent(part, layers, lambda n, holds: float(mix @ _peaks(relative[:, n : n + 1], holds[None])))
 
 
 def _peaks(relative: Array, holds: NDArray[np.bool_]) -> Array:
@@ -265,7 +329,10 @@ def _slots(holds: NDArray[np.bool_], slots: int) -> NDArray[np.int64]:
 def _coherent(s: Search) -> NDArray[np.bool_]:
     """Layers priced with the anchors of the moment as homes; only what lowers the rows as evaluated is kept."""
     task = s.task
-    rows = lambda holds: anchors.mean_rows(holds, task.scenarios, task.weights, task.request.topology)  # noqa: E731
+
+    def rows(holds: NDArray[np.bool_]) -> float:
+        return anchors.mean_rows(holds, task.scenarios, task.weights, task.request.topology)
+
     start = s.holds(s.board(_rows(s, anchors.anchored(task, s.old))).best)
     if s.budget == 0:
         return start
@@ -284,18 +351,17 @@ def _coherent(s: Search) -> NDArray[np.bool_]:
 
 
 def _lowered(s: Search, holds: NDArray[np.bool_], rows: Callable[[NDArray[np.bool_]], float]) -> NDArray[np.bool_]:
-    """Descent by the evaluated rows themselves, layer after layer, until a pass gains nothing or time is up."""
-    holds, before = holds.copy(), np.inf
-    while (now := rows(holds)) < before and not s.task.deadline.passed():
-        before = now
-        for number, layer in enumerate(_rows(s, anchors.anchored(s.task, holds))):
+    """Goes by the evaluated rows themselves: swaps of any layer, those priced lowest with the present anchors."""
 
-            def value(own: Holds, at: int = number) -> float:
-                return rows(np.concatenate([holds[:at], own[None], holds[at + 1 :]]))
+    def following(whole: NDArray[np.bool_]) -> Iterator[NDArray[np.bool_]]:
+        for number, layer in enumerate(_rows(s, anchors.anchored(s.task, whole))):
+            layer.place(s.state(whole[number]))
+            for i, j in layer.promising(TRIED, s.budget - s.moves(whole)):
+                trial = whole.copy()
+                trial[number] = s.holds([_swapped(layer.state, i, j)])[0]
+                yield trial
 
-            others = s.moves(holds) - int((holds[number] & ~s.old[number]).sum())
-            holds[number] = s.holds(_descent(s, layer, s.state(holds[number]), value, s.budget - others)[-1:])[0]
-    return holds
+    return min(_walk(s, holds, following, rows, lambda whole: whole.tobytes()), key=rows)
 
 
 def _anchored_trial(s: Search, best: NDArray[np.bool_], number: int, quiet: int) -> NDArray[np.bool_]:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from coterie.launch import exporting
 from coterie.launch.cli import main
 from coterie.placement.exports import EXPORTS, Engine, Layout, fill_empty, layout, verify
+from coterie.placement.homes import HomeClass, Homes
 from coterie.placement.plan import PlacementPlan, holders, save_plan
 from coterie.placement.topology import Topology
 from coterie.routing.errors import CoterieError, InputError
@@ -243,8 +244,9 @@ def test_the_command_writes_a_file_and_says_what_was_filled(tmp_path, plan_file,
 
 
 def test_homes_are_said_to_be_lost(tmp_path: Path, plan_file: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(PlacementPlan, "homes", ("one class",), raising=False)
-    monkeypatch.setattr(exporting, "read_plan", lambda path: make_plan())
+    made = make_plan()
+    homes = Homes(tuple(HomeClass(r, 0.0, ()) for r in range(made.ranks)), ())
+    monkeypatch.setattr(exporting, "read_plan", lambda path: replace(made, homes=homes))
     _, _, err = run(capsys, "export", plan_file, "--to", "vllm", "--out", tmp_path / "o.json")
     assert "the plan's homes are lost" in err and "filled" not in err
 

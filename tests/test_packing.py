@@ -43,10 +43,10 @@ def loads_of(seed: int, scenarios: int, layers: int, experts: int) -> np.ndarray
 def test_balance_comes_close_to_the_evenest_of_all_placements_with_copies(seed, shape, scenarios, worst) -> None:
     ranks, experts, slots = shape
     loads = loads_of(seed, scenarios, 1, experts)
-    found, _ = balance.search(loads, ranks, slots, seed, 12, Deadline(LATER), worst)
+    found, _ = balance.search(loads, ranks, slots, seed, 30, Deadline(LATER), worst)
     value = balance.value(found, loads, worst)
     best = min(balance.value(as_slots(h, slots), loads, worst) for h in copied_choices(experts, ranks, slots))
-    assert best - 1e-9 <= value <= best * 1.15
+    assert best - 1e-9 <= value <= best * 1.25
     check_slots(found, experts, np.full((1, ranks), slots))
 
 
@@ -104,7 +104,16 @@ def test_the_default_cap_can_be_kept_and_a_start_keeps_it(seed, shape) -> None:
     loads = loads_of(seed, 1, 3, experts)
     limit = limits.load_limits(list(loads), ranks, slots, None)
     problem = Problem(3, experts, ranks, slots, 1.0, limit, transitions=np.zeros((2, experts, experts)))
-    assert problem.padded().feasible(limits.start(problem.padded(), seed))
+    assert problem.padded().feasible(limits.start(problem.padded()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, shape=st.sampled_from([(2, 4, 2), (4, 8, 2), (2, 5, 3)]))
+def test_the_default_caps_of_several_scenarios_can_be_kept_together(seed, shape) -> None:
+    ranks, experts, slots = shape
+    several = limits.load_limits(list(loads_of(seed, 3, 2, experts)), ranks, slots, None)
+    problem = Problem(2, experts, ranks, slots, 1.0, several).padded()
+    assert problem.feasible(limits.start(problem))
 
 
 def test_a_cap_that_packing_cannot_reach_says_what_it_does() -> None:
@@ -159,7 +168,7 @@ def test_memory_is_shared_out_in_whole_experts(seed, layers, ranks, experts, equ
     assert (room >= 0).all() and (room <= slots).all()
     assert ((room * size[:, None]).sum(0) <= memory + 1e-9).all()
     fits = np.minimum(np.floor(memory / 4), layers * slots).sum() >= layers * experts
-    if equal and fits and slots == experts:
+    if equal and fits:
         assert (room.sum(1) >= experts).all()
 
 
@@ -252,6 +261,18 @@ def test_the_rows_that_a_copy_saves_at_home_are_as_predicted(seed, ranks, top_k)
             one = before.copy()
             one[expert, rank] = True
             assert gain[expert] / ranks == pytest.approx((sent - traffic.of(one)[0])[rank].sum(), abs=1e-9)
+
+
+def test_copies_keep_to_the_room_of_every_rank() -> None:
+    room = np.array([[3, 4], [4, 3]])
+    trace = make_trace(tokens=60, layers=2, experts=6, top_k=1)
+    before, found = copies.held(base_of(0, 2, 6, 2), 2), measure(trace)
+    rows = lambda layer, sent, pairs: float(sent.sum())  # noqa: E731
+    for filled in (
+        copies.for_hops(found.transitions, before, room),
+        copies.for_rows([found], [1.0], before, room, Topology(1, 2), rows),
+    ):
+        assert (filled.sum(1) <= room).all() and filled.sum() > before.sum()
 
 
 def test_the_hottest_expert_is_copied_first() -> None:

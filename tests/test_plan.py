@@ -29,7 +29,7 @@ def make_plan(**changes: Any) -> PlacementPlan:
         Objective("hops", 0.5, 0.4),
         1.5,
         7,
-        ({"file": "t", "sha256": "ab"},),
+        inputs=({"file": "t", "sha256": "ab"},),
     )
     return replace(plan, **changes)
 
@@ -60,6 +60,8 @@ def test_the_file_is_what_the_contract_says(tmp_path: Path) -> None:
         "objective",
         "seconds",
         "seed",
+        "iterations",
+        "workers",
         "inputs",
         "topology",
     }

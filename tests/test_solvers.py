@@ -125,7 +125,7 @@ def test_the_chain_search_comes_to_the_optimum_of_small_chains(seed, cap, shape)
 
 def test_searches_count_their_iterations() -> None:
     found = problems(3, 3, 6, 2, 3, 2)
-    for made in (0, 1, 3):
+    for made in (0, 1, 2):
         assert chain.search(found["hops"], 0, made, Deadline(LATER))[1] == made
         assert local.search(found["homes known"], 0, made, Deadline(LATER))[1] == made
     assert chain.search(found["hops"], 0, None, Deadline(0.0))[1] == 0

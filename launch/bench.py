@@ -1,0 +1,120 @@
+"""`coterie bench WHAT`: this program beside its peers, one table and one JSON object (docs/formats.md)."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coterie.launch.tables import table
+from coterie.routing.errors import InputError
+
+BENCHES = {"plan": "coterie.launch.bench_plan"}
+VERSIONS = ("numpy", "scipy", "PuLP", "highspy", "torch", "triton", "transformers")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. peers: the same by other methods, None where not measured; bar: what it has to reach, None if nothing.
+
+    higher: whether more is better; why: the reason for a missing figure.
+    """
+
+    case: str
+    metric: str
+    unit: str
+    value: float | None
+    bar: float | None = None
+    peers: dict[str, float | None] = field(default_factory=dict)
+    higher: bool = False
+    why: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """Against the best peer; above 1 is better."""
+        known = [p for p in self.peers.values() if p is not None]
+        if self.value is None or not known:
+            return None
+        best = max(known) if self.higher else min(known)
+        ours, theirs = (self.value, best) if self.higher else (best, self.value)
+        return 1.0 if ours == theirs else ours / theirs if theirs else None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the bar was reached; None without one, or if not measured."""
+        if self.bar is None or self.value is None:
+            return None
+        return self.value >= self.bar if self.higher else self.value <= self.bar
+
+    def to_json(self) -> dict[str, Any]:
+        """As the contract states it."""
+        row = {"case": self.case, "metric": self.metric, "unit": self.unit, "value": self.value, "peers": self.peers}
+        return row | {"ratio": self.ratio, "bar": self.bar, "met": self.met} | ({"why": self.why} if self.why else {})
+
+
+def bench(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print; rows appear as they are measured."""
+    started = time.perf_counter()
+    if options.what not in BENCHES:
+        raise InputError(f"bench: found {options.what!r}, expected {' or '.join(BENCHES)}")
+    measured: Iterable[Row] = importlib.import_module(BENCHES[options.what]).rows(options)
+    rows = []
+    for row in measured:
+        rows.append(row)
+        if not options.json:
+            print(_line(row), flush=True)
+    if not options.json:
+        print("\n" + _table(rows))
+    return {
+        "bench": options.what, "machine": machine(), "versions": versions(), "rows": [row.to_json() for row in rows],
+        "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+
+
+def _line(row: Row) -> str:
+    value = "not measured: " + row.why if row.value is None else f"{row.value:.4g} {row.unit}"
+    return f"{row.case}: {row.metric} {value}" + ("" if row.met is None else " (met)" if row.met else " (NOT met)")
+
+
+def _table(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        peers = ", ".join(f"{name} {'-' if p is None else f'{p:.4g}'}" for name, p in row.peers.items())
+        met = "" if row.met is None else "met" if row.met else "NOT met"
+        lines.append([row.case, row.metric, row.unit, row.value, row.bar, met, row.ratio, peers or row.why])
+    return table(["case", "metric", "unit", "value", "bar", "", "ratio", "peers"], lines)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_bytes": memory, "gpu": _gpu()}
+
+
+def _gpu() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
