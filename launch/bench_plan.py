@@ -154,7 +154,7 @@ def _load(traces: _Traces) -> Iterator[Row]:
 def _load_row(traces: _Traces, topology: Topology, slots: int, seconds: float, bar: float) -> Row:
     statistics = traces.get("deepseek-v3-load")
     made = plan(statistics, _request(topology, seconds, objective="load", robust="worst", slots_per_rank=slots))
-    peers = {
+    peers: dict[str, float | None] = {
         name: _worst_load(baseline_plan(name, statistics, topology, "all_to_all"), statistics)
         for name in ("contiguous", "packed")
     }

@@ -56,7 +56,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any] | None:
     if request.previous is not None:
         from coterie.placement.replan import moves
 
-        result["moves"] = moves(request.previous.holds(), made.holds())
+        result["moves"] = moves(request.previous, made)
         say(f"{result['moves']} expert moves from {options.previous}")
     seconds = max(0.5, PREDICTING * request.time_limit)
     prediction = predict(made, routings, request, seconds) if launched_size() == 1 else None

@@ -69,7 +69,7 @@ def _unseen_gain(routings: Sequence[RoutingTrace | LoadStatistics], request: Pla
 def _by_strategy(request: PlanRequest) -> list[str]:
     name, strategy = request.objective_name, request.strategy
     if name in ("hops", "coherent") and strategy != "coherent":
-        return [f"under --strategy {strategy} tokens return home after every layer, and hops between layers cost nothing there: "
+        return [f"under --strategy {strategy} tokens return home after every layer, where hops between layers cost nothing: "
                 "plan for --objective dispatch, or run with --strategy coherent"]  # fmt: skip
     if name in ("hops", "dispatch", "coherent") and strategy in ("all_gather", "replicated"):
         return [f"--strategy {strategy} sends every row to every rank wherever experts live: only --objective load can pay"]

@@ -47,7 +47,7 @@ def search(
     first = limits.start(padded)
     best = polish(padded, grown(padded) if not padded.limits else first, deadline)
     best_cost, kept, made = padded.cost(best), padded.feasible(best), 0
-    pool, large, found_at = [best], sweeps_of(padded) < LONG, 0
+    pool, large, found_at = [best], sweeps(padded.layers, padded.experts, padded.ranks) < LONG, 0
     for made in itertools.count():
         done = kept and (best_cost <= target + 1e-9 or made - found_at > PATIENCE)
         if done or made == iterations or deadline.passed():
@@ -86,7 +86,7 @@ def anneal(problem: Problem, begin: Assignment, rng: np.random.Generator, hot: f
     weights = problem.transitions.astype(np.float32)
     current = begin.copy()
     unit = float(weights.sum()) / max(len(weights), 1) / problem.experts
-    steps = sweeps_of(problem)
+    steps = sweeps(problem.layers, problem.experts, problem.ranks)
     for step in range(steps):
         if deadline.passed():
             break
@@ -100,9 +100,9 @@ def anneal(problem: Problem, begin: Assignment, rng: np.random.Generator, hot: f
     return current
 
 
-def sweeps_of(problem: Problem) -> int:
-    """How many times one anneal visits every layer."""
-    return int(np.clip(WORK / (problem.layers * problem.experts**2 * problem.ranks), *SWEEPS))
+def sweeps(layers: int, experts: int, ranks: int) -> int:
+    """How many times one anneal of a problem of this size visits every layer."""
+    return int(np.clip(WORK / (layers * experts**2 * ranks), *SWEEPS))
 
 
 def _swap_round(

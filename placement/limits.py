@@ -51,6 +51,12 @@ def load_caps(load: NDArray[np.float64], ranks: int, slots: int, max_load: float
     return np.asarray(caps)
 
 
+def mean_excess(load: NDArray[np.float64], ranks: int) -> float:
+    """Busiest over mean of contiguous placement, averaged over layers; load `[L, E]`."""
+    held = carried(Limit(load, np.empty(0)), contiguous(load, ranks), ranks)
+    return float(np.mean(held.max(1) / np.maximum(held.mean(1), 1e-300))) if load.any() else 1.0
+
+
 def balanced_peak(load: NDArray[np.float64], ranks: int, slots: int) -> float:
     """The busiest rank's load after balanced packing into `slots` and improving swaps; load `[E]`. Not always the least."""
     padded = np.pad(load, (0, ranks * slots - len(load)))

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.placement import copies, homing
+from coterie.placement import chain, copies, homing
 from coterie.placement.baselines import BASELINES, Assignment
 from coterie.placement.capacity import memory_limit
 from coterie.placement.cost import evaluate, evaluate_load
 from coterie.placement.deadline import Deadline, interruptible
 from coterie.placement.exflow import exflow
-from coterie.placement.limits import load_limits
+from coterie.placement.limits import DEFAULT_MAX_LOAD, load_limits, mean_excess
 from coterie.placement.moetuner import moetuner
 from coterie.placement.nodes import grouped
 from coterie.placement.plan import (
@@ -53,7 +53,7 @@ class PlanRequest:
     """What to plan for. Set by the command line or the caller.
 
     objective: None takes the strategy's own. max_load: busiest over mean; None: as in `limits.load_caps` where the
-    strategy chose dispatch, and for time; no cap where another objective was named: then that number alone is minimised.
+    strategy chose dispatch, and for time, and where contiguous placement is even; no cap where an objective was named otherwise.
     slots_per_rank: None takes ceil(E / ranks); what is beyond the experts is for copies.
     robust: of several scenarios, minimise the worst or the mean. time_limit: seconds for search and proof together.
     iterations: of the search, None for as many as fit. exact: minimise the very number that `evaluate` prints for these
@@ -208,7 +208,8 @@ def _solver(request: PlanRequest) -> Solver:
 
 def _agreed(solution: Solution, here: World) -> Solution:
     """The first process's solution in all of them: they have exchanged their best already."""
-    return here.gather(solution)[0]
+    first: Solution = here.gather(solution)[0]
+    return first
 
 
 def _worst(task: Task) -> Solution:
@@ -256,9 +257,7 @@ def _limits(scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int) -
     """The load cap, on the mixture or (robust to the worst) on every scenario, and memory."""
     limits: tuple[Limit, ...] = ()
     ranks, objective = request.topology.ranks, request.objective_name
-    # Who names an objective gets that number alone; but time is lost to a rank that other text makes the busiest.
-    by_default = objective == "time" or (request.objective is None and objective == "dispatch")
-    if objective != "load" and (request.max_load is not None or by_default):
+    if objective != "load" and (request.max_load is not None or _capped_by_default(scenarios, request)):
         loads = [s.load for s in scenarios]
         if request.robust == "mean":
             loads = [np.asarray(sum(load / max(load.sum(), 1) for load in loads)) * float(loads[0].sum())]
@@ -266,6 +265,18 @@ def _limits(scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int) -
     layers, experts = scenarios[0].load.shape
     memory = memory_limit(request.topology, layers, experts, slots)
     return limits if memory is None else (*limits, memory)
+
+
+def _capped_by_default(scenarios: tuple[Scenario, ...], request: PlanRequest) -> bool:
+    """Who names an objective gets that number alone, but not at the price of evenness where doing nothing is even.
+
+    Not so in a chain too long to be searched within limits; and time is lost to whichever rank other text makes the busiest.
+    """
+    if request.objective_name == "time" or request.objective is None and request.objective_name == "dispatch":
+        return True
+    layers, experts = scenarios[0].load.shape
+    even = all(mean_excess(s.load, request.topology.ranks) <= DEFAULT_MAX_LOAD for s in scenarios)
+    return even and chain.sweeps(layers, experts, request.topology.ranks) >= chain.LONG
 
 
 def _check_known(scenarios: Sequence[Scenario], request: PlanRequest) -> None:

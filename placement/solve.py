@@ -196,7 +196,7 @@ def _by_program(problem: Problem, found: Assignment, task: Task) -> tuple[Assign
 
 def _whole(problem: Problem, bound: float) -> float:
     """Costs that count tokens make whole bounds; with a margin for the solver's tolerance."""
-    return float(np.ceil(bound - 1e-5)) if problem.integral else bound
+    return max(0.0, float(np.ceil(bound - 1e-5))) if problem.integral else bound
 
 
 def dispatch(task: Task) -> Solution:

@@ -256,7 +256,7 @@ def test_a_trace_of_another_model_is_refused_with_its_name(tmp_path: Path, plan_
 def test_an_unexpected_failure_is_called_a_defect_and_debug_shows_it(
     trace_file: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr("coterie.launch.commands.read_trace", lambda path: 1 / 0)
+    monkeypatch.setattr("coterie.launch.planning.read_routing", lambda path: 1 / 0)
     arguments = ("plan", trace_file, "--topology", "1x2", "--out", tmp_path / "p")
     code, _, err = run(capsys, *arguments)
     assert code == 1 and "ZeroDivisionError" in err and "--debug" in err and "Traceback" not in err
@@ -264,38 +264,96 @@ def test_an_unexpected_failure_is_called_a_defect_and_debug_shows_it(
         main([str(a) for a in (*arguments, "--debug")])
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize("verb", ["plan", "trace"])
-def test_ctrl_c_in_the_middle_leaves_what_was_there(tmp_path: Path, verb: str) -> None:
-    out = tmp_path / "out"
-    out.write_text("precious")
-    if verb == "plan":  # a small search, then a long proof: the signal comes while HiGHS works
-        save_trace(make_trace(tokens=2000, layers=6, experts=16, top_k=2), tmp_path / "t")
-        arguments = ["plan", str(tmp_path / "t"), "--topology", "1x4", "--objective", "hops", "--out", str(out)]
-        arguments += ["--time-limit", "200"]
-    else:
-        (tmp_path / "p.txt").write_text("def f(x):\n" * 400)
-        arguments = [
-            "trace",
-            "coterie-tiny",
-            "--prompts",
-            str(tmp_path / "p.txt"),
-            "--out",
-            str(out),
-            "--max-new-tokens",
-            "800",
-        ]
+def interrupted(arguments: list[str], after: float) -> tuple[int, str, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "coterie", *arguments]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=environment)
-    time.sleep(12)
+    time.sleep(after)
     assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGINT)
-    printed, err = process.communicate(timeout=20)
-    assert process.returncode == 1 and printed == "" and "coterie: interrupted; no output was written" in err
+    printed, err = process.communicate(timeout=60)
+    return process.returncode, printed, err
+
+
+@pytest.mark.processes
+def test_ctrl_c_in_the_middle_leaves_what_was_there(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_text("precious")
+    (tmp_path / "p.txt").write_text("def f(x):\n" * 400)
+    arguments = ["trace", "coterie-tiny", "--prompts", str(tmp_path / "p.txt"), "--out", str(out), "--max-new-tokens", "800"]
+    code, printed, err = interrupted(arguments, 12)
+    assert code == 1 and printed == "" and "coterie: interrupted; no output was written" in err
     assert out.read_text() == "precious"
     assert not [p for p in tmp_path.iterdir() if ".part" in p.name]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_while_planning_keeps_the_best_plan_so_far(tmp_path: Path, workers: str) -> None:
+    save_trace(make_trace(tokens=2000, layers=6, experts=16, top_k=2), tmp_path / "t")
+    arguments = ["plan", str(tmp_path / "t"), "--topology", "1x4", "--objective", "hops", "--out", str(tmp_path / "p")]
+    code, printed, err = interrupted([*arguments, "--time-limit", "200", "--workers", workers, "--json"], 12)
+    assert code == 0, err
+    assert json.loads(printed)["seconds"] < 60
+    assert read_plan(tmp_path / "p").objective.gap is not None
+
+
+@pytest.mark.processes
+def test_processes_of_mpirun_plan_together(tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py")
+    if (mpirun := shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")) is None:
+        pytest.skip("mpirun is not installed")
+    save_trace(make_trace(tokens=500, layers=3, experts=8, top_k=2), tmp_path / "t")
+    command = [mpirun, "--map-by", ":OVERSUBSCRIBE", "-n", "2", sys.executable, "-m", "coterie", "plan", str(tmp_path / "t")]
+    command += ["--topology", "1x2", "--objective", "dispatch", "--out", str(tmp_path / "p"), "--time-limit", "5", "--json"]
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["objective"]["value"] == read_plan(tmp_path / "p").objective.value
+
+
+def test_several_traces_are_scenarios(trace_file: Path, tmp_path: Path, capsys) -> None:
+    other = tmp_path / "other.safetensors"
+    save_trace(make_trace(seed=5), other)
+    values = {}
+    for robust in ("worst", "mean"):
+        arguments = ("plan", trace_file, other, "--topology", "1x2", "--objective", "dispatch", "--robust", robust)
+        code, printed, err = run(capsys, *arguments, "--time-limit", "4", "--workers", "1", "--out", tmp_path / robust, "--json")
+        assert code == 0, err
+        values[robust] = json.loads(printed)["objective"]["value"]
+    for robust, combine in (("worst", max), ("mean", np.mean)):
+        code, printed, _ = run(capsys, "evaluate", tmp_path / robust, trace_file, other, "--json")
+        found = [s["plans"]["plan"]["dispatch"] for s in json.loads(printed)["scenarios"].values()]
+        assert values[robust] == pytest.approx(combine(found))
+
+
+def test_planning_again_counts_its_moves(trace_file: Path, plan_file: Path, tmp_path: Path, capsys) -> None:
+    arguments = ("plan", trace_file, "--topology", "1x4", "--objective", "dispatch", "--max-load", "3", "--from", plan_file)
+    code, printed, err = run(capsys, *arguments, "--max-moves", "2", "--time-limit", "3", "--out", tmp_path / "p", "--json")
+    assert code == 0, err
+    assert json.loads(printed)["moves"] <= 2
+    assert "--max-moves: found None, expected --from and it together" in fails(capsys, *arguments, "--out", tmp_path / "p")
+
+
+def test_a_plan_says_what_to_expect_of_it(trace_file: Path, tmp_path: Path, capsys) -> None:
+    arguments = ("plan", trace_file, "--topology", "1x4", "--objective", "hops", "--time-limit", "3", "--out", tmp_path / "p")
+    code, printed, err = run(capsys, *arguments, "--json")
+    assert code == 0, err
+    predicted = json.loads(printed)["predicted"]
+    assert -1 < predicted["unseen_gain"] < 1
+    assert any("tokens return home after every layer" in note for note in predicted["notes"])
+    assert "note: under --strategy all_to_all" in err
+
+
+def test_bench_states_what_it_could_not_measure(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("coterie.launch.bench_plan._aligned", lambda traces: iter(()))
+    code, printed, err = run(capsys, "bench", "plan", "--quick", "--traces", tmp_path, "--json")
+    assert code == 0, err
+    result = json.loads(printed)
+    assert set(result) == {"bench", "machine", "versions", "rows", "seconds"}
+    assert result["rows"] and all(row["value"] is None and row["met"] is None and row["why"] for row in result["rows"])
+    assert "bench: found 'x', expected plan" in fails(capsys, "bench", "x")
 
 
 @pytest.mark.parametrize("verb", ["trace", "evaluate", "doctor"])
@@ -307,7 +365,7 @@ def test_verbs_for_one_process_refuse_several(verb: str, trace_file: Path, plan_
         "evaluate": [plan_file, trace_file],
         "doctor": [],
     }[verb]
-    assert f"{verb}: found 4 processes, expected one; only generate runs on several" in fails(capsys, verb, *arguments)
+    assert f"{verb}: found 4 processes, expected one; generate and plan run on several" in fails(capsys, verb, *arguments)
 
 
 def test_a_rank_in_the_environment_of_a_lone_process_means_nothing(

@@ -240,7 +240,7 @@ def test_progress_tells_of_values_and_iterations() -> None:
     heard: list[tuple] = []
     trace = make_trace(tokens=200, layers=3, experts=24, top_k=2)
     made = plan(
-        trace, PlanRequest(Topology(1, 4), objective="hops", time_limit=4, iterations=2), progress=lambda *h: heard.append(h)
+        trace, PlanRequest(Topology(1, 4), objective="hops", time_limit=2, iterations=2), progress=lambda *h: heard.append(h)
     )
     values = [value for value, _, _ in heard if value is not None]
     bounds = [bound for _, bound, _ in heard if bound is not None]

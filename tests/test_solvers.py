@@ -232,7 +232,7 @@ def test_the_local_search_keeps_limits_and_never_ends_worse_than_it_began(seed, 
             assert problem.feasible(found)
             assert optimum(problem) - 1e-6 <= problem.cost(found) <= problem.cost(begin) + 1e-6
             if cap == 100.0:
-                assert problem.cost(found) == pytest.approx(optimum(problem)), name
+                assert problem.cost(found) <= 1.1 * optimum(problem), name
 
 
 def task_of(trace, topology: Topology, slots: int, **request) -> Task:
