@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from coterie.launch.bench import Row
-from coterie.placement.advice import halves
+from coterie.placement.advice import halves, renumbered
 from coterie.placement.cost import evaluate
 from coterie.placement.deadline import Deadline
 from coterie.placement.planner import PEERS, PlanRequest, baseline_plan, plan
@@ -66,7 +66,7 @@ class _Traces:
         """Even and odd sequences of both DeepSeek-V2-Lite domains, numbered anew."""
         first, second = self.get("deepseek-v2-lite-intent"), self.get("deepseek-v2-lite-law")
         whole = _joined(first, second)
-        return tuple(_renumbered(whole.select(whole.sequence_ids % 2 == parity)) for parity in (0, 1))  # type: ignore[return-value]
+        return tuple(renumbered(whole.select(whole.sequence_ids % 2 == parity)) for parity in (0, 1))  # type: ignore[return-value]
 
 
 def _joined(first: RoutingTrace, second: RoutingTrace) -> RoutingTrace:
@@ -76,11 +76,6 @@ def _joined(first: RoutingTrace, second: RoutingTrace) -> RoutingTrace:
         sequence_ids=np.concatenate([first.sequence_ids, second.sequence_ids + offset]).astype(np.int32),
         positions=np.concatenate([first.positions, second.positions]),
     )  # fmt: skip
-
-
-def _renumbered(trace: RoutingTrace) -> RoutingTrace:
-    _, number = np.unique(trace.sequence_ids, return_inverse=True)
-    return replace(trace, sequence_ids=number.astype(np.int32))
 
 
 def _request(topology: Topology, seconds: float, **settings: Any) -> PlanRequest:
@@ -237,7 +232,7 @@ def _methods(traces: _Traces) -> Iterator[Row]:
     for name in names:
         parts = halves(traces.get(name))
         assert parts is not None
-        seen, unseen = (_renumbered(part) for part in parts)
+        seen, unseen = parts
         topology = Topology(1, 4 if seen.num_experts == 8 else 8)
         others = {peer: _peer(peer, seen, topology) for peer in PEERS}
         tied = TIED_SMALL if seen.tokens + unseen.tokens < SMALL_TRACE else TIED

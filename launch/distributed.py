@@ -66,8 +66,13 @@ def job() -> Iterator[Group]:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process. In a job of several it skips the interpreter's teardown, in which gloo's threads at times abort."""
+    """End this process. In a job of several it skips the interpreter's teardown, in which gloo's threads at times abort.
+
+    A failure is not waited for: mpirun then ends the other processes.
+    """
     if launched_size() > 1:
+        if code == 0 and "mpi4py.MPI" in sys.modules:
+            sys.modules["mpi4py.MPI"].Finalize()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -49,7 +49,13 @@ def halves(trace: RoutingTrace) -> tuple[RoutingTrace, RoutingTrace] | None:
         odd = np.arange(trace.tokens) * 2 // trace.tokens == 1
     if odd.all() or not odd.any():
         return None
-    return trace.select(~odd), trace.select(odd)
+    return renumbered(trace.select(~odd)), renumbered(trace.select(odd))
+
+
+def renumbered(trace: RoutingTrace) -> RoutingTrace:
+    """The same with sequences numbered from 0 without gaps, so that every rank is some sequence's home."""
+    _, number = np.unique(trace.sequence_ids, return_inverse=True)
+    return replace(trace, sequence_ids=number.astype(np.int32))
 
 
 def _unseen_gain(routings: Sequence[RoutingTrace | LoadStatistics], request: PlanRequest, seconds: float) -> float | None:

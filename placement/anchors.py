@@ -8,13 +8,14 @@ turns, a part of the layers at a time, and only what lowers the rows as evaluate
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from coterie.placement import copies, local, solve
+from coterie.placement import bounds, copies, local, solve
 from coterie.placement.baselines import Assignment
 from coterie.placement.cost import anchors, coherent_rows
-from coterie.placement.problem import Problem
+from coterie.placement.problem import Limit, Problem, dispatch_problem
 from coterie.placement.scenarios import Scenario
 from coterie.placement.solve import Solution, Task
 from coterie.placement.topology import Topology
@@ -30,6 +31,7 @@ def alternate(task: Task) -> Solution:
     halves = [solve.replaced(task, task.deadline.share(share), prove=False) for share in (0.2, 0.35)]
     starts = [solve.hops(halves[0]), solve.dispatch(halves[1])]
     begun = [s.holds.argmax(2) for s in starts]
+    searching = task.deadline.share(0.8) if task.prove else task.deadline
     made = sum(s.iterations for s in starts)
 
     def rows(assignment: Assignment) -> float:
@@ -38,10 +40,10 @@ def alternate(task: Task) -> Solution:
     best = min(begun, key=rows)
     lowest, quiet = rows(best), 0
     for number in range(ROUNDS):
-        if task.deadline.passed() or quiet == STALLED:
+        if searching.passed() or quiet == STALLED:
             break
         problem = anchored(task, copies.held(best, task.ranks))
-        trial, more = local.search(problem, task.request.seed + number, 1, task.deadline, begin=best)
+        trial, more = local.search(problem, task.request.seed + number, 1, searching, begin=best)
         made += more
         chosen = best.copy()
         layers = np.arange(number % 2, len(best), 2) if quiet else np.arange(len(best))
@@ -54,7 +56,23 @@ def alternate(task: Task) -> Solution:
     holds = copies.held(best, task.ranks)
     if task.copied:
         holds = min((holds, *(s.holds for s in starts)), key=lambda h: mean_rows(h, scenarios, weights, topology))
-    return Solution(holds, lower_bound(task), made)
+    bound = lower_bound(task)
+    if task.prove and not task.copied:
+        bound = max(bound, _by_patterns(task, best))
+    return Solution(holds, bound, made)
+
+
+def _by_patterns(task: Task, found: Assignment) -> float:
+    """Rows per token and layer: 2 (r - 1), r bounded from below by the semidefinite bound on shared ranks."""
+    whole = dispatch_problem(task.affinities(), task.weights, task.ranks, task.slots, task.limits, known_homes=False)
+    limits = tuple(Limit(limit.weights[1:], limit.caps[1:]) for limit in whole.limits)
+    layers = max(whole.layers - 1, 1)
+    paid = replace(whole, layers=layers, members=whole.members[1:], prices=whole.prices[1:], limits=limits)
+    if whole.layers == 1 or task.ranks == 1:
+        return 0.0
+    rows = bounds.patterns_bound(paid, found[1:], task.deadline) * whole.scale * whole.layers / layers
+    picked = [float((s.trace.expert_ids[:, 1:] >= 0).any(2).mean()) for s in task.scenarios if s.trace is not None]
+    return max(0.0, 2 * rows / (1 - 1 / task.ranks) - 2 * float(np.dot(task.weights, picked)))
 
 
 def mean_rows(holds: np.ndarray, scenarios: Sequence[Scenario], weights: Sequence[float], topology: Topology) -> float:

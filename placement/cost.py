@@ -67,21 +67,28 @@ def plan_homes(plan: PlacementPlan, trace: RoutingTrace) -> NDArray[np.int64]:
 def destinations(holds: NDArray[np.bool_], topology: Topology) -> NDArray[np.int16]:
     """Which copy of an expert a token uses: int16 `[ranks, E]`, by the rank that the token is on.
 
-    holds: bool `[E, ranks]`. The rank's own copy, else one on the same node, else any; among several equal ones, each
-    source rank takes another in turn. The dispatcher uses this very table.
+    holds: bool `[E, ranks]`. The rank's own copy, else one on the same node, else any; among several equal ones that of the
+    fewest source ranks so far. The dispatcher uses this very table.
     """
-    ranks = np.arange(topology.ranks)
-    same_node = ranks[:, None] // topology.ranks_per_node == ranks[None, :] // topology.ranks_per_node
-    nearness = same_node.astype(np.int64) + np.eye(topology.ranks, dtype=np.int64)
-    table = np.empty((topology.ranks, holds.shape[0]), dtype=np.int16)
-    for expert, held in enumerate(holds):
-        copies = np.flatnonzero(held)
-        near = nearness[:, copies]
-        best = near == near.max(1, keepdims=True)
-        turn = ranks % best.sum(1)
-        nth = np.cumsum(best, 1) - 1
-        table[:, expert] = copies[np.argmax(best & (nth == turn[:, None]), axis=1)]
+    table = np.tile(holds.argmax(1).astype(np.int16), (topology.ranks, 1))
+    for expert in np.flatnonzero(holds.sum(1) > 1):
+        table[:, expert] = _dealt(np.flatnonzero(holds[expert]), int(expert), topology)
     return table
+
+
+def _dealt(copies: NDArray[np.int64], expert: int, topology: Topology) -> NDArray[np.int64]:
+    """The copy for every source rank `[ranks]`; copies: the ranks that hold the expert, ascending."""
+    ranks = np.arange(topology.ranks)
+    used = np.full(topology.ranks, -1)
+    used[copies] = copies
+    sources = np.ones(len(copies), dtype=np.int64)
+    for rank in np.roll(ranks, -expert):  # another rank first for every expert
+        if used[rank] < 0:
+            near = copies // topology.ranks_per_node == rank // topology.ranks_per_node
+            chosen = int(np.where(near | ~near.any(), sources, topology.ranks + 1).argmin())
+            sources[chosen] += 1
+            used[rank] = copies[chosen]
+    return used
 
 
 def evaluate(plan: PlacementPlan, trace: RoutingTrace) -> CostReport:

@@ -134,7 +134,7 @@ class _Tabu:
         for _ in range(BURST):
             if deadline.passed() or not self._step():
                 break
-        self.quiet = 0 if self.best_cost < before - 1e-9 else self.quiet + 1
+        self.quiet = 0 if self.best_cost < before * (1 - 1e-9) else self.quiet + 1
 
     def _step(self) -> bool:
         state = self.state
@@ -150,7 +150,7 @@ class _Tabu:
         if not np.isfinite(value[e, f]):
             return False
         self._take(int(e), int(f), change)
-        if (cost := self._cost()) < self.best_cost - 1e-9:
+        if (cost := self._cost()) < self.best_cost * (1 - 1e-9):
             self.best, self.best_cost = state.here.copy(), cost
         return True
 

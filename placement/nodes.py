@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def grouped(holds: NDArray[np.bool_], scenarios: Sequence[Scenario], request: PlanRequest) -> NDArray[np.bool_]:
     """The same placement, bool `[L, E, ranks]`, with ranks named so that most hops stay inside nodes.
 
-    Only for `hops` and `coherent`, whose cost does not know rank names, and only where every rank is alike.
+    Only for `hops`, whose cost does not know rank names, and only where every rank is alike.
     """
     t = request.topology
     plain = request.method == "auto" and request.previous is None and not isinstance(t.memory_bytes, tuple)

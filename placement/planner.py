@@ -20,7 +20,7 @@ from coterie.placement.capacity import memory_limit
 from coterie.placement.cost import evaluate, evaluate_load
 from coterie.placement.deadline import Deadline, interruptible
 from coterie.placement.exflow import exflow
-from coterie.placement.limits import DEFAULT_MAX_LOAD, load_limits, mean_excess
+from coterie.placement.limits import load_limits, mean_excess
 from coterie.placement.moetuner import moetuner
 from coterie.placement.nodes import grouped
 from coterie.placement.plan import (
@@ -45,6 +45,7 @@ from coterie.routing.trace import LoadStatistics, RoutingTrace
 OBJECTIVE_OF = {"coherent": "coherent"}  # by strategy; every other strategy pays for distinct ranks
 WORST_ROUNDS = 3  # mixtures tried when the worst scenario is minimised
 TILT = 4.0
+NEARLY_EVEN = 1.15  # busiest over mean of contiguous placement, up to which a plan has to be even as well
 FINISHING = 0.97  # of the time limit is for search and proof, the rest for evaluating what they found
 
 
@@ -175,7 +176,9 @@ def plan(
 def _valued(made: PlacementPlan, bound: float | None, scenarios: Sequence[Scenario], request: PlanRequest) -> PlacementPlan:
     value = summarised(made, scenarios, request.objective_name, request.robust)
     if bound is not None:
-        bound = value if abs(value - bound) <= 1e-9 * max(value, 1e-9) else min(bound, value)
+        if bound > value * (1 + 1e-6) + 1e-12:
+            raise AssertionError(f"a lower bound of {bound} on {request.objective_name} {value}")
+        bound = value if value - bound <= 1e-9 * max(value, 1e-9) else bound
     return replace(made, objective=Objective(request.objective_name, value, bound))
 
 
@@ -275,7 +278,7 @@ def _capped_by_default(scenarios: tuple[Scenario, ...], request: PlanRequest) ->
     if request.objective_name == "time" or request.objective is None and request.objective_name == "dispatch":
         return True
     layers, experts = scenarios[0].load.shape
-    even = all(mean_excess(s.load, request.topology.ranks) <= DEFAULT_MAX_LOAD for s in scenarios)
+    even = all(mean_excess(s.load, request.topology.ranks) <= NEARLY_EVEN for s in scenarios)
     return even and chain.sweeps(layers, experts, request.topology.ranks) >= chain.LONG
 
 

@@ -161,7 +161,7 @@ class _Proof:
         self.cheap = 0.0 if task.copied else bounds.lower_bound(problem, task.deadline.share(0.2))
         self.bound: float | None = None
         self.child: Child | None = None
-        self.wanted = task.prove and not task.copied and not ilp.fits(problem) and problem.layers > 1 and task.world.rank == 0
+        self.wanted = task.prove and not task.copied and problem.layers > 1 and task.world.rank == 0
         if self.wanted and task.request.workers > 1:
             self.child = Child("coterie.placement.bounds:chain_bound", {"problem": problem}, task.deadline, self._hear).start()
 
@@ -171,15 +171,17 @@ class _Proof:
     def finish(self, best: Assignment) -> tuple[Assignment, float]:
         """A placement at least as good, and the bound, in counts."""
         problem, task, bound = self.problem, self.task, self.cheap
+        program = self.wanted and ilp.fits(problem)
         if self.child is not None:
-            if problem.cost(best) <= self.cheap + 1e-9:
-                self.child.deadline.stop.set()
+            if problem.cost(best) <= bound + 1e-9 or program:  # a small problem's bound has settled by now
+                self.child.stop()
             bound = max(bound, self.child.result())
-        elif problem.cost(best) > self.cheap + 1e-9 and self.wanted:
+        elif problem.cost(best) > bound + 1e-9 and self.wanted:
             hear = lambda b: task.progress(problem.cost(best) * problem.scale, b * problem.scale, 0)  # noqa: E731
-            bound = max(bound, bounds.chain_bound(problem, task.deadline, hear))
-        elif problem.cost(best) > self.cheap + 1e-9 and task.prove and ilp.fits(problem) and task.world.rank == 0:
-            best, bound = _by_program(problem, best, task)
+            bound = max(bound, bounds.chain_bound(problem, task.deadline.share(0.4 if program else 1.0), hear))
+        if program and problem.cost(best) > _whole(problem, bound) + 1e-9:
+            best, proven = _by_program(problem, best, task)
+            bound = max(bound, proven)
         bound = max(task.world.gather(bound))
         best = min(task.world.gather(best), key=_rank(problem))
         return best, min(_whole(problem, bound), problem.cost(best))
@@ -209,7 +211,8 @@ def dispatch(task: Task) -> Solution:
         best, bound = _by_program(problem, best, replaced(task, task.deadline.share(1 if problem is known else 0.5)))
         if problem is not known:
             best = at_home(known, best)
-            bound = ilp.solve(known, best, task.deadline, task.request.workers).lower_bound  # of the evaluated number
+            proof = ilp.solve(known, best, task.deadline.share(0.8), task.request.workers)  # of the evaluated number
+            bound = max(proof.lower_bound, bounds.patterns_bound(known, best, task.deadline))
         return Solution(copies.held(best, task.ranks), _whole(known, bound) * known.scale, made)
     target = problem if known is None else known
     if task.copied or known is None:  # what a copy saves, or a home that is not the expected one, only this bound knows of
@@ -220,9 +223,22 @@ def dispatch(task: Task) -> Solution:
         best = at_home(known, best)
     holds = copies.held(best, task.ranks)
     if task.copied:
-        rows = lambda layer, sent, pairs: float(sent.sum())  # noqa: E731
+        allowed = _allowed_share(task)
+        rows = lambda layer, sent, pairs: _rows_within(sent, pairs, allowed[layer])  # noqa: E731
         holds = copies.for_rows(task.affinities(), task.weights, holds, task.open_slots, task.request.topology, rows)
     return Solution(holds, _whole(target, bound) * target.scale, made)
+
+
+def _allowed_share(task: Task) -> Array:
+    """The largest share of a layer's load that one rank may carry, `[L]`: the tightest load cap; memory is `open_slots`."""
+    shares = [np.full(len(task.scenarios[0].load), 1.0)]
+    shares += [limit.caps.max(1) / np.maximum(limit.weights.sum(1), 1e-300) for limit in task.limits]
+    return np.asarray(np.min(shares, axis=0))
+
+
+def _rows_within(sent: Array, pairs: Array, allowed: float) -> float:
+    """Rows per token of a layer; infinite if a rank carries more than it may."""
+    return float(sent.sum()) if pairs.max() <= allowed * pairs.sum() * (1 + 1e-9) else float("inf")
 
 
 def _homes_matter(task: Task) -> bool:
@@ -354,6 +370,8 @@ def coherent(task: Task) -> Solution:
     """Rows at any top-k when tokens stay with their experts: dispatch with the anchors of the moment as homes, in turns."""
     from coterie.placement.anchors import alternate
 
+    if all(s.trace is not None and s.trace.top_k == 1 for s in task.scenarios):
+        return hops(task)  # the same number then
     return alternate(task)
 
 

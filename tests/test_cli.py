@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tiny_models import make_model
 
 import coterie
 from coterie.launch.cli import main
+from coterie.placement.plan import read_plan
 from coterie.routing.trace import LoadStatistics, read_routing, save_load, save_trace
 
 
@@ -319,7 +321,9 @@ def test_several_traces_are_scenarios(trace_file: Path, tmp_path: Path, capsys) 
     values = {}
     for robust in ("worst", "mean"):
         arguments = ("plan", trace_file, other, "--topology", "1x2", "--objective", "dispatch", "--robust", robust)
-        code, printed, err = run(capsys, *arguments, "--time-limit", "4", "--workers", "1", "--out", tmp_path / robust, "--json")
+        code, printed, err = run(
+            capsys, *arguments, "--time-limit", "4", "--workers", "1", "--out", tmp_path / robust, "--json"
+        )
         assert code == 0, err
         values[robust] = json.loads(printed)["objective"]["value"]
     for robust, combine in (("worst", max), ("mean", np.mean)):
