@@ -21,16 +21,16 @@ from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from coterie.placement.plan import PlacementPlan
     from coterie.placement.planner import PlanRequest
     from coterie.placement.solve import Progress
 
 MOST_WORKERS = 8
-PREDICTING = 0.1  # of the time limit, on top of it: a quick plan of half the sequences, judged on the others
+PREDICTING = 0.1  # of the time limit: a quick plan of half the sequences, judged on the others
 
 
 def plan(options: argparse.Namespace) -> dict[str, Any] | None:
     """Place the experts of a traced model. Under mpirun every process searches and the first one writes."""
-    from coterie.placement.advice import predict
     from coterie.placement.planner import plan as make_plan
 
     if launched_rank() == 0:
@@ -38,35 +38,37 @@ def plan(options: argparse.Namespace) -> dict[str, Any] | None:
     request = _request(options)
     routings = [read_routing(path) for path in options.traces]
     with _shown(request) as progress:
-        made = make_plan(routings, request, options.traces, progress)
+        first = replace(request, time_limit=(1 - PREDICTING) * request.time_limit)
+        made = make_plan(routings, first, options.traces, progress)
     if launched_rank() != 0:
         return None
     save_plan(made, options.out)
-    objective = made.objective
     if not options.json:
         print(_comparisons(made, routings, request))
-    bound = "" if objective.gap is None else f", bound {objective.lower_bound:.4f}, gap {objective.gap:.2%}"
-    say(f"{options.out}: {objective.name} {objective.value:.4f}{bound}, in {made.seconds:.1f} s")
-    result = {
-        "plan": str(options.out),
-        "objective": objective.to_json(),
-        "seconds": made.seconds,
-        "iterations": made.iterations,
-    }
+    o = made.objective
+    bound = "" if o.gap is None else f", bound {o.lower_bound:.4f}, gap {o.gap:.2%}"
+    say(f"{options.out}: {o.name} {o.value:.4f}{bound}, in {made.seconds:.1f} s")
+    result = {"plan": str(options.out), "objective": o.to_json(), "seconds": made.seconds, "iterations": made.iterations}
     if request.previous is not None:
         from coterie.placement.replan import moves
 
         result["moves"] = moves(request.previous, made)
         say(f"{result['moves']} expert moves from {options.previous}")
-    seconds = max(0.5, PREDICTING * request.time_limit)
-    prediction = predict(made, routings, request, seconds) if launched_size() == 1 else None
-    if prediction is not None:
-        if prediction.unseen_gain is not None:
-            say(f"predicted on text it did not see: {objective.name} {prediction.unseen_gain:.1%} below contiguous placement")
-        for note in prediction.notes:
-            say(f"note: {note}")
-        result["predicted"] = {"unseen_gain": prediction.unseen_gain, "notes": list(prediction.notes)}
-    return result
+    return result | _predicted(made, routings, request)
+
+
+def _predicted(made: PlacementPlan, routings: list[RoutingTrace | LoadStatistics], request: PlanRequest) -> dict[str, Any]:
+    """What to expect of the plan, said and returned; nothing under mpirun, whose other processes have left."""
+    from coterie.placement.advice import predict
+
+    if launched_size() > 1:
+        return {}
+    prediction = predict(made, routings, request, PREDICTING / 2 * request.time_limit)
+    if prediction.unseen_gain is not None:
+        say(f"predicted on text it did not see: {made.objective.name} {prediction.unseen_gain:.1%} below contiguous placement")
+    for note in prediction.notes:
+        say(f"note: {note}")
+    return {"predicted": {"unseen_gain": prediction.unseen_gain, "notes": list(prediction.notes)}}
 
 
 def _request(options: argparse.Namespace) -> PlanRequest:
@@ -109,7 +111,7 @@ def _shown(request: PlanRequest) -> Iterator[Progress]:
         yield progress
 
 
-def _comparisons(made: Any, routings: list[RoutingTrace | LoadStatistics], request: PlanRequest) -> str:
+def _comparisons(made: PlacementPlan, routings: list[RoutingTrace | LoadStatistics], request: PlanRequest) -> str:
     from coterie.placement.planner import compare
 
     blocks = []

@@ -92,6 +92,8 @@ def search(
     of every rank; the first limit's weights are the load. Every layer gets its share of
     the time in the first iteration.
     """
+    if problem.ranks == 1:
+        return np.zeros((problem.layers, problem.experts), dtype=np.int64), 0
     padded = problem.padded()
     start = limits.start(padded) if begin is None else _padded_start(padded, begin)
     layers = [_Tabu(padded, layer, start[layer], np.random.default_rng([seed, layer]), score) for layer in range(padded.layers)]

@@ -275,7 +275,7 @@ def _capped_by_default(scenarios: tuple[Scenario, ...], request: PlanRequest) ->
 
     Not so in a chain too long to be searched within limits; and time is lost to whichever rank other text makes the busiest.
     """
-    if request.objective_name == "time" or request.objective is None and request.objective_name == "dispatch":
+    if request.objective_name == "time" or (request.objective is None and request.objective_name == "dispatch"):
         return True
     layers, experts = scenarios[0].load.shape
     even = all(mean_excess(s.load, request.topology.ranks) <= NEARLY_EVEN for s in scenarios)
@@ -288,7 +288,8 @@ def _check_known(scenarios: Sequence[Scenario], request: PlanRequest) -> None:
     if request.homes:
         homing.check_objective(request.objective_name)
     if request.objective_name == "time" and request.strategy != "all_to_all":
-        raise InputError(f"--objective time: found --strategy {request.strategy}, expected all_to_all: its time is modelled")
+        found = f"--strategy {request.strategy}"
+        raise InputError(f"--objective time: found {found}, expected all_to_all, the only one whose time is modelled")
 
 
 def _require_tokens(scenarios: Sequence[Scenario], what: str) -> None:

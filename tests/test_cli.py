@@ -333,7 +333,7 @@ def test_several_traces_are_scenarios(trace_file: Path, tmp_path: Path, capsys) 
 
 
 def test_planning_again_counts_its_moves(trace_file: Path, plan_file: Path, tmp_path: Path, capsys) -> None:
-    arguments = ("plan", trace_file, "--topology", "1x4", "--objective", "dispatch", "--max-load", "3", "--from", plan_file)
+    arguments = ("plan", trace_file, "--topology", "1x2", "--objective", "dispatch", "--max-load", "2", "--from", plan_file)
     code, printed, err = run(capsys, *arguments, "--max-moves", "2", "--time-limit", "3", "--out", tmp_path / "p", "--json")
     assert code == 0, err
     assert json.loads(printed)["moves"] <= 2
