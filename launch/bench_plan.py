@@ -205,7 +205,7 @@ def scale(family: str, seconds: float, deadline: Deadline) -> dict[str, float]:
     contiguous = evaluate(baseline_plan("contiguous", trace, topology, "all_to_all"), trace).hops
     kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {"value": made.objective.value or 0.0, "bound": made.objective.lower_bound or 0.0, "contiguous": contiguous or 0.0,
-            "gigabytes": kilobytes / 1e6}  # fmt: skip
+            "gigabytes": kilobytes * 1024 / 1e9}  # fmt: skip
 
 
 def _million(traces: _Traces) -> Iterator[Row]:
@@ -223,7 +223,7 @@ def compress(path: str, deadline: Deadline) -> dict[str, float]:
     started = time.perf_counter()
     measure(read_trace(Path(path)))
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    return {"seconds": seconds, "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
 
 
 def _methods(traces: _Traces) -> Iterator[Row]:

@@ -166,7 +166,12 @@ def _plan(verbs: Any) -> None:
     add("--max-load", "X", "busiest rank over mean, in every layer (default: docs/planning.md)", type=float)
     add("--slots-per-rank", "N", "expert slots of a rank in a layer (default: experts/ranks); more are for copies", type=int)
     add("--time-limit", "S", "seconds to search and to prove (default: %(default)g)", type=float, default=60.0)
-    add("--iterations", "N", "of the search, instead of as many as fit: the same plan on every machine", type=int)
+    add(
+        "--iterations",
+        "N",
+        "of the search, instead of as many as fit: with --workers, the same plan on every machine",
+        type=int,
+    )
     add("--workers", "N", "processes that search and prove (default: one per core)", type=int)
     add("--max-moves", "N", "with --from: how many experts may move", type=int)
     p.add_argument("--from", dest="previous", type=Path, metavar="OLD", help="re-plan: the best plan within --max-moves of OLD")

@@ -14,6 +14,7 @@ import numpy as np
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.planner import PlanRequest, baseline_plan, plan
 from coterie.placement.scenarios import DEFINITIONS, gathered, summarised
+from coterie.routing.errors import InputError
 from coterie.routing.trace import LoadStatistics, RoutingTrace
 
 WORTH = 0.02  # a smaller gain on unseen text is not worth a rearranged model
@@ -60,11 +61,14 @@ def renumbered(trace: RoutingTrace) -> RoutingTrace:
 
 def _unseen_gain(routings: Sequence[RoutingTrace | LoadStatistics], request: PlanRequest, seconds: float) -> float | None:
     parts = [halves(r) for r in routings if isinstance(r, RoutingTrace)]
-    if len(parts) < len(routings) or any(p is None for p in parts):
-        return None
+    if request.previous is not None or len(parts) < len(routings) or any(p is None for p in parts):
+        return None  # within a few moves of an old plan, another plan's gain says nothing
     seen, unseen = [p[0] for p in parts if p], [p[1] for p in parts if p]
     quick = replace(request, time_limit=seconds, iterations=request.iterations or 2, previous=None, max_moves=None, exact=False)
-    trial = plan(seen, quick, prove=False)
+    try:
+        trial = plan(seen, quick, prove=False)
+    except InputError:  # a cap that the whole trace can keep to, but not its half
+        return None
     judged = gathered(unseen)
     ours = summarised(trial, judged, request.objective_name, request.robust)
     base = baseline_plan("contiguous", seen[0], request.topology, request.strategy)
@@ -74,6 +78,8 @@ def _unseen_gain(routings: Sequence[RoutingTrace | LoadStatistics], request: Pla
 
 def _by_strategy(request: PlanRequest) -> list[str]:
     name, strategy = request.objective_name, request.strategy
+    if name == "dispatch" and strategy == "coherent":
+        return ["under --strategy coherent tokens stay with their experts: --objective coherent counts the rows they send then"]
     if name in ("hops", "coherent") and strategy != "coherent":
         return [f"under --strategy {strategy} tokens return home after every layer, where hops between layers cost nothing: "
                 "plan for --objective dispatch, or run with --strategy coherent"]  # fmt: skip

@@ -29,7 +29,8 @@ def alternate(task: Task) -> Solution:
     """Starts from a plan for dispatch and one for hops, whichever pays fewer rows as evaluated."""
     scenarios, weights, topology = task.scenarios, task.weights, task.request.topology
     halves = [solve.replaced(task, task.deadline.share(share), prove=False) for share in (0.2, 0.35)]
-    starts = [solve.hops(halves[0]), solve.dispatch(halves[1])]
+    plain = task.slots if any(limit.memory for limit in task.limits) else -(-scenarios[0].load.shape[1] // task.ranks)
+    starts = [s(replace(half, slots=plain)) for s, half in zip((solve.hops, solve.dispatch), halves, strict=True)]
     begun = [s.holds.argmax(2) for s in starts]
     searching = task.deadline.share(0.8) if task.prove else task.deadline
     made = sum(s.iterations for s in starts)
@@ -55,7 +56,11 @@ def alternate(task: Task) -> Solution:
         task.progress(lowest, None, made)
     holds = copies.held(best, task.ranks)
     if task.copied:
-        holds = min((holds, *(s.holds for s in starts)), key=lambda h: mean_rows(h, scenarios, weights, topology))
+        transitions = sum(
+            w * s.affinity.transitions / s.trace.tokens for w, s in zip(weights, scenarios, strict=True) if s.trace
+        )
+        filled = solve.within_caps(task, holds, copies.for_hops(np.asarray(transitions), holds, task.open_slots))
+        holds = min((holds, filled), key=lambda h: mean_rows(h, scenarios, weights, topology))
     bound = lower_bound(task)
     if task.prove and not task.copied:
         bound = max(bound, _by_patterns(task, best))

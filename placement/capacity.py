@@ -40,7 +40,7 @@ def memory_limit(topology: Topology, layers: int, experts: int, slots: int) -> L
             f"{memory.sum():.0f}: {missing:.0f} bytes of experts have no place; give more ranks or more memory"
         )
     weights = np.repeat(size[:, None], experts, axis=1)
-    return Limit(weights, room * size[:, None])
+    return Limit(weights, room * size[:, None], memory=True)
 
 
 def whole_experts(size: NDArray[np.float64], memory: NDArray[np.float64], slots: int, experts: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Which ranks share a node: for a chain of layers, those that exchange most. Renaming ranks changes no other number."""
+"""Which ranks share a node: for a chain of layers, those that exchange most. Renaming ranks changes no hops."""
 
 from __future__ import annotations
 

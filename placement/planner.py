@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.placement import chain, copies, homing
+from coterie.placement import balance, chain, copies, homing
 from coterie.placement.baselines import BASELINES, Assignment
 from coterie.placement.capacity import memory_limit
 from coterie.placement.cost import evaluate, evaluate_load
@@ -42,9 +42,11 @@ from coterie.routing.errors import InputError
 from coterie.routing.files import sha256
 from coterie.routing.trace import LoadStatistics, RoutingTrace
 
-OBJECTIVE_OF = {"coherent": "coherent"}  # by strategy; every other strategy pays for distinct ranks
+# By strategy; every other strategy pays for distinct ranks. Who sends every row everywhere can only be more even.
+OBJECTIVE_OF = {"coherent": "coherent", "all_gather": "load", "replicated": "load"}
 WORST_ROUNDS = 3  # mixtures tried when the worst scenario is minimised
 TILT = 4.0
+EXACT = ("hops", "dispatch", "load")  # objectives whose evaluated number can be searched for itself
 NEARLY_EVEN = 1.15  # busiest over mean of contiguous placement, up to which a plan has to be even as well
 FINISHING = 0.97  # of the time limit is for search and proof, the rest for evaluating what they found
 
@@ -54,7 +56,7 @@ class PlanRequest:
     """What to plan for. Set by the command line or the caller.
 
     objective: None takes the strategy's own. max_load: busiest over mean; None: as in `limits.load_caps` where the
-    strategy chose dispatch, and for time, and where contiguous placement is even; no cap where an objective was named otherwise.
+    strategy chose dispatch, for time, and where contiguous placement is even; else, where an objective was named, no cap.
     slots_per_rank: None takes ceil(E / ranks); what is beyond the experts is for copies.
     robust: of several scenarios, minimise the worst or the mean. time_limit: seconds for search and proof together.
     iterations: of the search, None for as many as fit. exact: minimise the very number that `evaluate` prints for these
@@ -91,6 +93,7 @@ class PlanRequest:
             ("--seed", self.seed, self.seed >= 0, "0 or more"),
             ("--workers", self.workers, self.workers >= 1, "1 or more"),
             ("--exact", self.exact, not self.exact or own, "--method auto beside it"),
+            ("--exact", self.exact, not self.exact or self.objective_name in EXACT, f"--objective {' or '.join(EXACT)}"),
             ("--homes", self.homes, not self.homes or own, "--method auto beside it"),
             ("--homes", self.homes, not (self.homes and self.exact), "no --exact beside it, which takes homes as they are"),
             ("--max-load", self.max_load, self.max_load is None or own, "--method auto beside it"),
@@ -148,7 +151,7 @@ def plan(
     scenarios = gathered(routings, [str(path) for path in inputs])
     if request.previous is not None:
         check(request.previous, scenarios, request.topology.ranks, request.slots_per_rank)
-    slots = _slots(scenarios[0].load.shape[1], request)
+    slots = _slots(*scenarios[0].load.shape, request)
     _check_known(scenarios, request)
     deadline = Deadline(FINISHING * request.time_limit)
     shown = progress or (lambda value, bound, iterations: None)
@@ -252,8 +255,27 @@ def _peer(scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int, dea
         _require_tokens(scenarios, f"--method {request.method}")
         return np.asarray(sum(s.affinity.transitions / max(s.affinity.transitions.sum(), 1) for s in scenarios))
 
-    found = PEERS[request.method](np.asarray(load), transitions, request, deadline)
-    return Solution(copies.held(found, request.topology.ranks), None)
+    experts, ranks = scenarios[0].load.shape[1], request.topology.ranks
+    if request.method == "packed" and ranks * slots > experts and request.slots_per_rank is not None:
+        greedy, _ = balance.search(np.asarray(load)[None], ranks, slots, request.seed, 0, deadline, worst=False)
+        holds = balance.holders(greedy, experts)  # replication and packing without any search: EPLB's
+    else:
+        holds = copies.held(PEERS[request.method](np.asarray(load), transitions, request, deadline), ranks)
+    _check_memory(holds, request, slots)
+    return Solution(holds, None)
+
+
+def _check_memory(holds: NDArray[np.bool_], request: PlanRequest, slots: int) -> None:
+    """The methods of others know no memory: what they place must fit all the same."""
+    limit = memory_limit(request.topology, len(holds), holds.shape[1], slots)
+    if limit is None:
+        return
+    held = np.einsum("le,ler->r", limit.weights, holds.astype(np.float64))
+    memory = np.broadcast_to(np.asarray(request.topology.memory_bytes, dtype=np.float64), held.shape)
+    if (over := held - memory).max() > 0:
+        rank = int(over.argmax())
+        found = f"{held[rank]:.0f} bytes of experts on rank {rank}"
+        raise InputError(f"--method {request.method}: {found}, which has {memory[rank]:.0f}; --method auto keeps to the memory")
 
 
 def _limits(scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int) -> tuple[Limit, ...]:
@@ -283,7 +305,9 @@ def _capped_by_default(scenarios: tuple[Scenario, ...], request: PlanRequest) ->
 
 
 def _check_known(scenarios: Sequence[Scenario], request: PlanRequest) -> None:
-    if request.objective_name != "load" and request.method == "auto":
+    if request.previous is not None and request.previous.homes is not None:
+        raise InputError("--from: found a plan with homes, expected one without: they would no longer fit; plan anew")
+    if request.objective_name != "load":
         _require_tokens(scenarios, f"--objective {request.objective_name}")
     if request.homes:
         homing.check_objective(request.objective_name)
@@ -295,7 +319,10 @@ def _check_known(scenarios: Sequence[Scenario], request: PlanRequest) -> None:
 def _require_tokens(scenarios: Sequence[Scenario], what: str) -> None:
     for s in scenarios:
         if s.trace is None:
-            raise InputError(f"{s.name}: holds load statistics only, but {what} needs single tokens; --objective load does not")
+            raise InputError(
+                f"{s.name}: holds load statistics only, but {what} needs single tokens; "
+                "--objective load with --method auto, packed, contiguous or round_robin does not"
+            )
 
 
 def baseline_plan(name: str, routing: RoutingTrace | LoadStatistics, topology: Topology, strategy: str) -> PlacementPlan:
@@ -325,7 +352,7 @@ def compare(
     return {name: evaluate_load(p, routing, scenario).to_json() for name, p in plans.items()}
 
 
-def _slots(experts: int, request: PlanRequest) -> int:
+def _slots(layers: int, experts: int, request: PlanRequest) -> int:
     ranks = request.topology.ranks
     if ranks > experts:
         raise InputError(
@@ -334,8 +361,18 @@ def _slots(experts: int, request: PlanRequest) -> int:
     given = request.slots_per_rank
     if given is None and request.previous is not None:
         given = request.previous.slots_per_rank
-    slots = -(-experts // ranks) if given is None else given
+    slots = _default_slots(experts, request.topology, layers) if given is None else given
     if not -(-experts // ranks) <= slots <= experts:
         least = f"{-(-experts // ranks)} ({experts} experts on {ranks} ranks)"
         raise InputError(f"--slots-per-rank: found {slots}, expected {least} to {experts}")
     return slots
+
+
+def _default_slots(experts: int, topology: Topology, layers: int) -> int:
+    """Just enough for all experts; where a rank's memory is too small for its share, what the largest rank has room for."""
+    enough = -(-experts // topology.ranks)
+    size = np.broadcast_to(np.asarray(topology.expert_bytes, dtype=np.float64), (layers,)).sum()
+    memory = np.broadcast_to(np.asarray(topology.memory_bytes, dtype=np.float64), (topology.ranks,))
+    if size == 0 or (memory >= enough * size).all():
+        return enough
+    return int(min(experts, max(enough, -(-memory.max() // size))))

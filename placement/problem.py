@@ -21,10 +21,12 @@ class Limit:
     """Something that no rank may have too much of: load in one scenario, or bytes.
 
     weights: float64 `[L, E]`, non-negative; caps: float64 `[L, ranks]`, infinite where there is no limit.
+    memory: weights are bytes, which copies do not share, as they do load.
     """
 
     weights: NDArray[np.float64]
     caps: NDArray[np.float64]
+    memory: bool = False
 
     @property
     def even(self) -> bool:

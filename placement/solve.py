@@ -5,6 +5,7 @@ Each takes a `Task` and returns a `Solution`; `planner.plan` evaluates what come
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,15 @@ from scipy.optimize import linear_sum_assignment
 from coterie.placement import balance, bounds, chain, copies, exact, ilp, local
 from coterie.placement.baselines import Assignment
 from coterie.placement.capacity import open_slots
+from coterie.placement.cost import destinations
 from coterie.placement.deadline import Deadline
 from coterie.placement.homes import Homes
+from coterie.placement.plan import PlacementPlan, slots_from_holders
 from coterie.placement.problem import Limit, Problem, dispatch_problem, held_by, hops_problem, one_hot
-from coterie.placement.scenarios import Scenario
+from coterie.placement.scenarios import Scenario, summarised
 from coterie.placement.spread import Child, World
 from coterie.placement.timing import LayerTime
-from coterie.routing.errors import InputError
+from coterie.routing.errors import CoterieError, InputError
 
 if TYPE_CHECKING:
     from coterie.placement.planner import PlanRequest
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 SEARCH_SHARE, EXACT_SHARE = 0.45, 0.6  # of the time that is left; the rest is for the proof, if it has no core of its own
 SEED_STRIDE = 1_000_003
+PLAIN = 20  # descents of a placement without copies that one with copies is compared with
 SMALL = 60  # anneals or bursts after which a problem that an integer program can take over is handed on
 
 Progress = Callable[[float | None, float | None, int], None]  # value, bound (both as evaluated), iterations
@@ -67,6 +71,16 @@ class Task:
         """The slots of every rank that memory lets be used, `[L, ranks]`."""
         layers, experts = self.scenarios[0].load.shape
         return open_slots(self.request.topology, layers, experts, self.slots)
+
+    def evaluated(self, holds: NDArray[np.bool_]) -> float:
+        """What `evaluate` prints for the objective, over all scenarios."""
+        topology, first = self.request.topology, self.scenarios[0]
+        layers = tuple(range(len(first.load))) if first.trace is None else first.trace.layer_ids
+        if first.statistics is not None:
+            layers = first.statistics.layer_ids
+        slots = slots_from_holders(holds, self.slots)
+        shape = PlacementPlan(slots, first.load.shape[1], layers, topology, strategy=self.request.strategy)
+        return summarised(shape, self.scenarios, self.request.objective_name, self.request.robust)
 
     def affinities(self, homed: bool = False) -> list[Any]:
         """Of every scenario."""
@@ -108,22 +122,33 @@ class _Spread:
             arguments = {**self.arguments, "seed": base + SEED_STRIDE * (number + 1)}
             self.children.append(Child(self.function, arguments, deadline).start())
         mine = search(**self.arguments, seed=base, deadline=deadline, **own)
-        found = [mine, *(child.result() for child in self.children)]
+        found = [mine, *(answer for child in self.children if (answer := _answer(child)) is not None)]
         return [pair for pairs in self.task.world.gather(found) for pair in pairs]
+
+
+def _answer(child: Child) -> Any:
+    """What a worker found; a worker that is lost costs its share of the search only, and is warned about."""
+    try:
+        return child.result()
+    except CoterieError as error:
+        warnings.warn(f"{error}; the other processes' best is kept", RuntimeWarning, stacklevel=2)
+        return None
 
 
 def hops(task: Task) -> Solution:
     """ExFlow's objective: dynamic programming where it fits, else annealed chains, an ILP where it fits, and a certificate."""
     affinities = task.affinities()
     problem = hops_problem(affinities, task.weights, task.ranks, task.slots, task.limits)
-    if exact.fits(problem) and (best := exact.solve(problem, task.deadline.share(EXACT_SHARE))) is not None:
-        return Solution(copies.held(best, task.ranks), problem.cost(best) * problem.scale, 1)
+    if exact.fits(problem):
+        solved = task.world.gather(exact.solve(problem, task.deadline.share(EXACT_SHARE)))
+        if (optimum := next((s for s in solved if s is not None), None)) is not None:
+            return Solution(copies.held(optimum, task.ranks), problem.cost(optimum) * problem.scale, 1)
     proof = _Proof(task, problem)
     searching = task.deadline if proof.child else task.deadline.share(SEARCH_SHARE)
     arguments = {"problem": problem, "iterations": _iterations(task, problem)}
     own = {"target": proof.cheap, "report": lambda cost, made: task.progress(cost * problem.scale, proof.bound, made)}
     spread = _Spread(task, "coterie.placement.chain:search", arguments)
-    found = spread.run(chain.search, searching, max(0, task.request.workers - 2), **own)
+    found = spread.run(chain.search, searching, max(0, task.request.workers - 1 - (proof.child is not None)), **own)
     best, made = min((a for a, _ in found), key=_rank(problem)), sum(n for _, n in found)
     if len(found) > 1 and problem.interchangeable:
         best = min(best, chain.recombined(problem, [a for a, _ in found]), key=_rank(problem))
@@ -131,7 +156,7 @@ def hops(task: Task) -> Solution:
     best, bound = proof.finish(best)
     holds = copies.held(best, task.ranks)
     if task.copied:
-        holds = copies.for_hops(np.asarray(problem.transitions), holds, task.open_slots)
+        holds = within_caps(task, holds, copies.for_hops(np.asarray(problem.transitions), holds, task.open_slots))
         bound = bounds.hops_with_copies(problem)
     return Solution(holds, bound * problem.scale, made)
 
@@ -231,9 +256,23 @@ def dispatch(task: Task) -> Solution:
 
 def _allowed_share(task: Task) -> Array:
     """The largest share of a layer's load that one rank may carry, `[L]`: the tightest load cap; memory is `open_slots`."""
-    shares = [np.full(len(task.scenarios[0].load), 1.0)]
-    shares += [limit.caps.max(1) / np.maximum(limit.weights.sum(1), 1e-300) for limit in task.limits]
+    caps = [limit for limit in task.limits if not limit.memory]
+    shares = [limit.caps.max(1) / np.maximum(limit.weights.sum(1), 1e-300) for limit in caps]
+    shares.append(np.full(len(task.scenarios[0].load), 1.0))
     return np.asarray(np.min(shares, axis=0))
+
+
+def within_caps(task: Task, plain: NDArray[np.bool_], filled: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """`filled`, but `plain` in every layer in which the copies, as the dispatcher uses them, break a load cap."""
+    kept, ranks = filled.copy(), np.arange(task.ranks)
+    for layer, holds in enumerate(filled):
+        table = destinations(holds, task.request.topology)  # [home, E]
+        for limit in task.limits:
+            weights = np.broadcast_to(limit.weights[layer] / task.ranks, table.shape)
+            held = np.bincount(table.ravel(), weights.ravel(), minlength=len(ranks))
+            if not limit.memory and (held > limit.caps[layer] * (1 + 1e-9)).any():
+                kept[layer] = plain[layer]
+    return kept
 
 
 def _rows_within(sent: Array, pairs: Array, allowed: float) -> float:
@@ -337,6 +376,7 @@ def time(task: Task) -> Solution:
         holds = copies.for_rows(
             task.affinities(), task.weights, holds, task.open_slots, task.request.topology, score.time.of_copies
         )
+        holds = within_caps(task, copies.held(best, task.ranks), holds)
     return Solution(holds, bounds.time_bound(task.request.topology, task.scenarios, task.slots), first + second)
 
 
@@ -355,22 +395,42 @@ def load(task: Task) -> Solution:
         "iterations": task.request.iterations,
         "worst": worst,
     }
-    if task.limits:
+    if any(limit.memory for limit in task.limits):
         arguments["room"] = task.open_slots
     spread = _Spread(task, "coterie.placement.balance:search", arguments)
     report = lambda value, made: task.progress(value, None, made)  # noqa: E731
     found = spread.run(balance.search, task.deadline, max(0, task.request.workers - 1), report=report)
-    slots, _ = min(found, key=lambda f: balance.value(f[0], loads, worst))
-    holds = balance.holders(slots, loads.shape[2])
+    candidates = [balance.holders(slots, loads.shape[2]) for slots, _ in found]
+    if (
+        task.copied and "room" not in arguments and task.scenarios[0].trace is not None
+    ):  # the dispatcher's copies do not take quite equal shares
+        plain = {**arguments, "slots": -(-loads.shape[2] // task.ranks), "iterations": PLAIN}
+        slots, _ = balance.search(**plain, seed=task.request.seed, deadline=Deadline(0.1 * task.request.time_limit))
+        candidates.append(balance.holders(slots, loads.shape[2]))
+    holds = min(candidates, key=task.evaluated)
+    _check_even(task, holds)
     bound = bounds.load_bound(loads, task.ranks, task.slots, worst)
     return Solution(holds, bound, sum(n for _, n in found))
+
+
+def _check_even(task: Task, holds: NDArray[np.bool_]) -> None:
+    """A load cap is what this objective minimises: it is met, or cannot be as far as the search knows."""
+    most = task.request.max_load
+    share = holds / np.maximum(holds.sum(2, keepdims=True), 1)
+    for s in task.scenarios:
+        held = np.einsum("le,ler->lr", s.load, share)
+        worst = float((held.max(1) / np.maximum(held.mean(1), 1e-300)).max())
+        if most is not None and worst > most * (1 + 1e-9):
+            raise InputError(
+                f"--max-load: found {most:g}, but the evenest layer found in {s.name} has {worst:.4f}; give that or more"
+            )
 
 
 def coherent(task: Task) -> Solution:
     """Rows at any top-k when tokens stay with their experts: dispatch with the anchors of the moment as homes, in turns."""
     from coterie.placement.anchors import alternate
 
-    if all(s.trace is not None and s.trace.top_k == 1 for s in task.scenarios):
+    if all(s.trace is not None and s.trace.top_k == 1 and (s.trace.expert_ids >= 0).all() for s in task.scenarios):
         return hops(task)  # the same number then
     return alternate(task)
 

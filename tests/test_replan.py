@@ -32,6 +32,7 @@ def request(old: PlacementPlan, objective: str, max_moves: int, **more: object) 
     given = {"iterations": 5, "time_limit": 60.0, "exact": objective == "dispatch"} | more
     if objective in ("dispatch", "time"):
         given = {"max_load": 3.0} | given
+    given.setdefault("max_load", 100.0 if objective != "load" else None)  # the references know no cap
     return PlanRequest(old.topology, strategy, objective, previous=old, max_moves=max_moves, **given)  # type: ignore[arg-type]
 
 
