@@ -151,7 +151,8 @@ def plan(
     scenarios = gathered(routings, [str(path) for path in inputs])
     if request.previous is not None:
         check(request.previous, scenarios, request.topology.ranks, request.slots_per_rank)
-    slots = _slots(*scenarios[0].load.shape, request)
+    layers, experts = scenarios[0].load.shape
+    slots = _slots(layers, experts, request)
     _check_known(scenarios, request)
     deadline = Deadline(FINISHING * request.time_limit)
     shown = progress or (lambda value, bound, iterations: None)

@@ -249,7 +249,7 @@ def dispatch(task: Task) -> Solution:
     holds = copies.held(best, task.ranks)
     if task.copied:
         allowed = _allowed_share(task)
-        rows = lambda layer, sent, pairs: _rows_within(sent, pairs, allowed[layer])  # noqa: E731
+        rows = lambda layer, sent, pairs: _rows_within(sent, pairs, float(allowed[layer]))  # noqa: E731
         holds = copies.for_rows(task.affinities(), task.weights, holds, task.open_slots, task.request.topology, rows)
     return Solution(holds, _whole(target, bound) * target.scale, made)
 
