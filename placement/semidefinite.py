@@ -23,8 +23,9 @@ from coterie.placement.deadline import Deadline
 
 Array = NDArray[np.float64]
 
-PENALTY = 0.1
+PENALTY, LARGE_PENALTY = 0.1, 0.2
 WARM_UP, EVERY = 30, 10  # iterations before the first cuts, and between rounds of cuts
+LARGE_WARM_UP, LARGE_EVERY = 15, 5  # the same where an iteration costs more than finding cuts
 CUTS_PER_BLOCK = 2.0  # new triangles per row of a matrix and round
 VIOLATION = 0.03
 LARGE = 256  # rows of a matrix from which single precision is used between checks
@@ -172,7 +173,7 @@ def most_together(
             if report is not None:
                 report(best)
             settled = len(checks) > STALL_CHECKS and checks[-STALL_CHECKS] - best < STALLED * abs(best)
-            if best <= target or (settled and state.made > WARM_UP + 2 * EVERY):
+            if best <= target or (settled and state.made > state.first + 2 * state.every):
                 break
     return best
 
@@ -183,6 +184,8 @@ class _Admm:
     def __init__(self, gain: Array, blocks: int, ranks: int, loads: Array) -> None:
         self.blocks, self.ranks = blocks, ranks
         self.large = gain.shape[1] >= LARGE
+        self.penalty = LARGE_PENALTY if self.large else PENALTY
+        self.first, self.every = (LARGE_WARM_UP, LARGE_EVERY) if self.large else (WARM_UP, EVERY)
         self.exact = gain.astype(np.float64)  # for the bound; the method itself may use single precision
         self.gain = gain.astype(np.float32 if self.large else np.float64)
         self.placed = np.full_like(self.gain, 1 / ranks)
@@ -199,13 +202,13 @@ class _Admm:
         self.made += 1
         outside = self.placed - self.dual
         lifted = self._project(outside)
-        self.residual = PENALTY * (outside - lifted)
+        self.residual = self.penalty * (outside - lifted)
         moved = lifted + self.dual
-        self.placed = self._within(moved + self.price / PENALTY)
+        self.placed = self._within(moved + self.price / self.penalty)
         self.dual = moved - self.placed
-        self.triangles.ascend(self.placed, PENALTY)
-        self.rows.ascend(self.placed, PENALTY)
-        if self.made >= WARM_UP and (self.made - WARM_UP) % EVERY == 0:
+        self.triangles.ascend(self.placed, self.penalty)
+        self.rows.ascend(self.placed, self.penalty)
+        if self.made >= self.first and (self.made - self.first) % self.every == 0:
             self.triangles.renew(self.placed)
         self.price = self._priced(self.gain.dtype)
 

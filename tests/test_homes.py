@@ -312,9 +312,9 @@ def test_the_bound_holds_whatever_placement_and_homes(seed: int, copied: bool, t
 
 
 def test_with_copies_the_placement_stays_and_gets_homes() -> None:
-    trace = classes_trace(sequences=12)
-    shape = {"slots_per_rank": 5, "max_load": 4.0, "time_limit": 5, "iterations": 2}
-    request = PlanRequest(Topology(1, 4), objective="dispatch", homes=True, **shape)
+    trace = make_trace(tokens=200, layers=3, experts=8, sequences=12)
+    shape = {"slots_per_rank": 7, "max_load": 2.0, "time_limit": 5, "iterations": 2}
+    request = PlanRequest(Topology(1, 2), objective="dispatch", homes=True, **shape)
     made = plan(trace, request)
     assert made.homes is not None and made.holds().sum(2).max() > 1
     assert made.objective.value == evaluate(made, trace).dispatch >= made.objective.lower_bound
