@@ -56,9 +56,7 @@ def alternate(task: Task) -> Solution:
         task.progress(lowest, None, made)
     holds = copies.held(best, task.ranks)
     if task.copied:
-        transitions = sum(
-            w * s.affinity.transitions / s.trace.tokens for w, s in zip(weights, scenarios, strict=True) if s.trace
-        )
+        transitions = sum(w * s.transitions / s.trace.tokens for w, s in zip(weights, scenarios, strict=True) if s.trace)
         filled = solve.within_caps(task, holds, copies.for_hops(np.asarray(transitions), holds, task.open_slots))
         holds = min((holds, filled), key=lambda h: mean_rows(h, scenarios, weights, topology))
     bound = lower_bound(task)
@@ -69,7 +67,7 @@ def alternate(task: Task) -> Solution:
 
 def _by_patterns(task: Task, found: Assignment) -> float:
     """Rows per token and layer: 2 (r - 1), r bounded from below by the semidefinite bound on shared ranks."""
-    whole = dispatch_problem(task.affinities(), task.weights, task.ranks, task.slots, task.limits, known_homes=False)
+    whole = dispatch_problem(task.patterns(), task.weights, task.ranks, task.slots, task.limits, known_homes=False)
     limits = tuple(Limit(limit.weights[1:], limit.caps[1:]) for limit in whole.limits)
     layers = max(whole.layers - 1, 1)
     paid = replace(whole, layers=layers, members=whole.members[1:], prices=whole.prices[1:], limits=limits)

@@ -254,7 +254,7 @@ def _peer(scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int, dea
 
     def transitions() -> NDArray[np.float64]:
         _require_tokens(scenarios, f"--method {request.method}")
-        return np.asarray(sum(s.affinity.transitions / max(s.affinity.transitions.sum(), 1) for s in scenarios))
+        return np.asarray(sum(s.transitions / max(s.transitions.sum(), 1) for s in scenarios))
 
     experts, ranks = scenarios[0].load.shape[1], request.topology.ranks
     if request.method == "packed" and ranks * slots > experts and request.slots_per_rank is not None:

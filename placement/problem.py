@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.placement.baselines import Assignment
-from coterie.routing.affinity import Affinity, Patterns
+from coterie.routing.affinity import Patterns
 
 
 @dataclass(frozen=True)
@@ -108,40 +108,42 @@ def one_hot(assignment: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:
 
 
 def hops_problem(
-    scenarios: Sequence[Affinity], weights: Sequence[float], ranks: int, slots: int, limits: tuple[Limit, ...]
+    scenarios: Sequence[NDArray[np.float64]], weights: Sequence[float], ranks: int, slots: int, limits: tuple[Limit, ...]
 ) -> Problem:
-    """Consecutive-layer pairs on different ranks (ExFlow), each scenario's share times its weight."""
+    """Consecutive-layer pairs on different ranks (ExFlow), each scenario's share times its weight.
+
+    scenarios: the transitions of each, float64 `[L-1, E, E]`.
+    """
     single = len(scenarios) == 1
-    totals = [float(s.transitions.sum()) or 1.0 for s in scenarios]
-    transitions = scenarios[0].transitions
+    totals = [float(counts.sum()) or 1.0 for counts in scenarios]
+    mixed = scenarios[0]
     if not single:
-        parts = zip(scenarios, weights, totals, strict=True)
-        transitions = np.asarray(sum(w / total * s.transitions for s, w, total in parts))
-    layers, experts = scenarios[0].load.shape
-    return Problem(
-        layers, experts, ranks, slots, 1 / totals[0] if single else 1.0, limits, transitions=transitions, integral=single
-    )
+        mixed = np.asarray(sum(w / total * c for c, w, total in zip(scenarios, weights, totals, strict=True)))
+    layers, experts = len(mixed) + 1, mixed.shape[1]
+    scale = 1 / totals[0] if single else 1.0
+    return Problem(layers, experts, ranks, slots, scale, limits, transitions=mixed, integral=single)
 
 
 def dispatch_problem(
-    scenarios: Sequence[Affinity], weights: Sequence[float], ranks: int, slots: int, limits: tuple[Limit, ...],
+    scenarios: Sequence[tuple[Patterns, ...]], weights: Sequence[float], ranks: int, slots: int, limits: tuple[Limit, ...],
     known_homes: bool,
 ) -> Problem:  # fmt: skip
     """Distinct destination ranks per token, home left out: every home equally likely, or the homes of the traces.
 
-    With known homes the patterns must carry `by_home`. Several scenarios' rows count by weight over tokens.
+    scenarios: the patterns of each, by layer; with known homes they must carry `by_home`.
+    Several scenarios' rows count by weight over tokens.
     """
     single = len(scenarios) == 1
     members, prices = [], []
-    for layer in range(len(scenarios[0].patterns)):
-        parts = [s.patterns[layer] for s in scenarios]
+    for parts in zip(*scenarios, strict=True):
         rows = [priced(p, ranks, known_homes) for p in parts]
         if not single:
-            rows = [r * (w / s.tokens) for r, w, s in zip(rows, weights, scenarios, strict=True)]
+            rows = [r * (w / p.tokens) for r, w, p in zip(rows, weights, parts, strict=True)]
         members.append(np.concatenate([p.experts for p in parts]))
         prices.append(np.concatenate(rows))
-    layers, experts = scenarios[0].load.shape
-    scale = 1 / layers / (scenarios[0].tokens if single else 1)
+    first = scenarios[0][0]
+    layers, experts = len(members), first.num_experts
+    scale = 1 / layers / (first.tokens if single else 1)
     return Problem(
         layers, experts, ranks, slots, scale, limits, members=tuple(members), prices=tuple(prices),
         integral=single and known_homes,

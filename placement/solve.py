@@ -25,6 +25,7 @@ from coterie.placement.problem import Limit, Problem, dispatch_problem, held_by,
 from coterie.placement.scenarios import Scenario, summarised
 from coterie.placement.spread import Child, World
 from coterie.placement.timing import LayerTime
+from coterie.routing.affinity import Patterns
 from coterie.routing.errors import CoterieError, InputError
 
 if TYPE_CHECKING:
@@ -82,9 +83,13 @@ class Task:
         shape = PlacementPlan(slots, first.load.shape[1], layers, topology, strategy=self.request.strategy)
         return summarised(shape, self.scenarios, self.request.objective_name, self.request.robust)
 
-    def affinities(self, homed: bool = False) -> list[Any]:
-        """Of every scenario."""
-        return [s.homed(self.ranks) if homed else s.affinity for s in self.scenarios]
+    def transitions(self) -> list[Array]:
+        """Of every scenario, `[L-1, E, E]`."""
+        return [s.transitions for s in self.scenarios]
+
+    def patterns(self, by_home: bool = False) -> list[tuple[Patterns, ...]]:
+        """Of every scenario, by layer; `by_home`: also split by the homes of the traces."""
+        return [s.patterns_by_home(self.ranks) if by_home else s.patterns for s in self.scenarios]
 
 
 @dataclass(frozen=True)
@@ -137,8 +142,7 @@ def _answer(child: Child) -> Any:
 
 def hops(task: Task) -> Solution:
     """ExFlow's objective: dynamic programming where it fits, else annealed chains, an ILP where it fits, and a certificate."""
-    affinities = task.affinities()
-    problem = hops_problem(affinities, task.weights, task.ranks, task.slots, task.limits)
+    problem = hops_problem(task.transitions(), task.weights, task.ranks, task.slots, task.limits)
     if exact.fits(problem):
         solved = task.world.gather(exact.solve(problem, task.deadline.share(EXACT_SHARE)))
         if (optimum := next((s for s in solved if s is not None), None)) is not None:
@@ -250,7 +254,7 @@ def dispatch(task: Task) -> Solution:
     if task.copied:
         allowed = _allowed_share(task)
         rows = lambda layer, sent, pairs: _rows_within(sent, pairs, float(allowed[layer]))  # noqa: E731
-        holds = copies.for_rows(task.affinities(), task.weights, holds, task.open_slots, task.request.topology, rows)
+        holds = copies.for_rows(task.patterns(), task.weights, holds, task.open_slots, task.request.topology, rows)
     return Solution(holds, _whole(target, bound) * target.scale, made)
 
 
@@ -282,7 +286,7 @@ def _rows_within(sent: Array, pairs: Array, allowed: float) -> float:
 
 def _homes_matter(task: Task) -> bool:
     """Whether patterns by home fit in memory: `[patterns, ranks]` in float64, for every layer."""
-    size = sum(len(p.weight) * task.ranks * 8 for a in task.affinities() for p in a.patterns)
+    size = sum(len(p.weight) * task.ranks * 8 for patterns in task.patterns() for p in patterns)
     return size < 2e9
 
 
@@ -292,7 +296,7 @@ def replaced(task: Task, deadline: Deadline, prove: bool = True) -> Task:
 
 
 def _dispatch(task: Task, known_homes: bool) -> Problem:
-    return dispatch_problem(task.affinities(known_homes), task.weights, task.ranks, task.slots, task.limits, known_homes)
+    return dispatch_problem(task.patterns(known_homes), task.weights, task.ranks, task.slots, task.limits, known_homes)
 
 
 def _local(
@@ -374,7 +378,7 @@ def time(task: Task) -> Solution:
     holds = copies.held(best, task.ranks)
     if task.copied:
         holds = copies.for_rows(
-            task.affinities(), task.weights, holds, task.open_slots, task.request.topology, score.time.of_copies
+            task.patterns(), task.weights, holds, task.open_slots, task.request.topology, score.time.of_copies
         )
         holds = within_caps(task, copies.held(best, task.ranks), holds)
     return Solution(holds, bounds.time_bound(task.request.topology, task.scenarios, task.slots), first + second)
