@@ -63,15 +63,22 @@ class Problem:
 
     def layer_cost(self, layer: int, ranks_of: NDArray[np.int64]) -> float:
         """The dispatch cost of one layer; ranks_of `[E]`."""
-        hosts = self.members[layer].astype(np.float32) @ one_hot(ranks_of, self.ranks).astype(np.float32) > 0
-        return float((self.prices[layer] * hosts).sum())
+        return float((self.prices[layer] * (self.held(layer, ranks_of) > 0)).sum())
+
+    def held(self, layer: int, ranks_of: NDArray[np.int64]) -> NDArray[np.float32]:
+        """How many of each pattern's experts every rank hosts, float32 `[patterns, ranks]`; ranks_of `[E]`."""
+        return self.members[layer].astype(np.float32) @ one_hot(ranks_of, self.ranks).astype(np.float32)
 
     def feasible(self, assignment: Assignment) -> bool:
         """Whether every rank keeps to its slots and to every limit."""
-        hosts = one_hot(assignment, self.ranks)
-        if hosts.sum(1).max() > self.slots:
+        if one_hot(assignment, self.ranks).sum(1).max() > self.slots:
             return False
-        return all((carried(limit, assignment, self.ranks) <= limit.caps * (1 + 1e-9)).all() for limit in self.limits)
+        return all(self.keeps(layer, ranks_of) for layer, ranks_of in enumerate(assignment))
+
+    def keeps(self, layer: int, ranks_of: NDArray[np.int64]) -> bool:
+        """Whether every rank keeps to every limit in one layer; ranks_of `[E]`."""
+        held = ((limit, held_by(ranks_of, limit.weights[layer], self.ranks)) for limit in self.limits)
+        return all((weight <= limit.caps[layer] * (1 + 1e-9)).all() for limit, weight in held)
 
     def padded(self) -> Problem:
         """The same with an expert without traffic or weight for every empty slot: a move into one is a swap too."""

@@ -16,7 +16,7 @@ from coterie.placement import balance, copies, limits
 from coterie.placement.capacity import memory_limit, whole_experts
 from coterie.placement.cost import evaluate, evaluate_load, hops
 from coterie.placement.deadline import Deadline
-from coterie.placement.plan import slots_from_holders
+from coterie.placement.plan import holders, slots_from_holders
 from coterie.placement.problem import Limit, Problem, one_hot
 from coterie.placement.topology import Topology
 from coterie.routing.affinity import measure
@@ -81,7 +81,7 @@ def test_the_value_of_a_balance_is_what_load_statistics_are_evaluated_to(seed, w
     loads = loads_of(seed, 2, 2, 6)
     found, made = balance.search(loads, 3, 3, seed, 3, Deadline(LATER), worst)
     statistics = LoadStatistics(loads.astype(np.int64), "m", (0, 1), ("a", "b"))
-    plan = plan_of(balance.holders(found, 6), make_trace(tokens=4, layers=2, experts=6), Topology(1, 3), 3)
+    plan = plan_of(holders(found, 6, 3), make_trace(tokens=4, layers=2, experts=6), Topology(1, 3), 3)
     values = [evaluate_load(plan, statistics, s).load for s in range(2)]
     assert balance.value(found, loads, worst) == pytest.approx(max(values) if worst else np.mean(values))
     assert made <= 3
