@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = build_parser().parse_args(arguments)
         check_launch(options.verb)
         command = getattr(importlib.import_module(f"coterie.launch.{options.module}"), options.function)
-        result = command(options)
+        with redirect_stdout(sys.stderr) if options.json else nullcontext():  # some libraries print when they are imported
+            result = command(options)
         if options.json and result is not None and launched_rank() == 0:
             print(json.dumps(result), flush=True)
         return DONE
@@ -220,7 +222,11 @@ def _generate(verbs: Any) -> None:
     given.add_argument("--prompt", metavar="TEXT", help="one prompt; its text is streamed")
     given.add_argument("--prompts", type=Path, metavar="FILE", help="text, one prompt a line, or JSONL")
     p.add_argument("--plan", type=Path, metavar="P", help="where the experts live (default: in order over the processes)")
-    p.add_argument("--strategy", metavar="S", help="local or all_to_all (default: what fits the number of processes)")
+    p.add_argument(
+        "--strategy",
+        metavar="S",
+        help="how tokens get to their experts (default: the fastest by prediction; docs/running.md)",
+    )
     p.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
     p.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
     p.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest tokens only")

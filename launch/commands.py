@@ -15,6 +15,7 @@ from coterie.routing.files import check_writable, write_text
 from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing, save_load, save_trace
 
 if TYPE_CHECKING:
+    from coterie.moe.choose import Choice
     from coterie.moe.collectives import Group
     from coterie.moe.generate import Sampling
     from coterie.moe.model import Model, Output, Prompt, Statistics
@@ -172,7 +173,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
         outputs, statistics = _generate(model, prompts, options, group)
         if group.rank != 0:
             return None
-        return _print_generated(outputs, statistics, options)
+        return _print_generated(outputs, statistics, model.choice, options)
 
 
 def _generate(
@@ -204,7 +205,9 @@ def _streamer(model: Model, options: argparse.Namespace, group: Group) -> Any:
     return TextStreamer(model.tokenizer, skip_special_tokens=True)
 
 
-def _print_generated(outputs: list[Output], statistics: Statistics, options: argparse.Namespace) -> dict[str, Any]:
+def _print_generated(
+    outputs: list[Output], statistics: Statistics, choice: Choice | None, options: argparse.Namespace
+) -> dict[str, Any]:
     from dataclasses import asdict
 
     rows = [{**asdict(o), "token_ids": list(o.token_ids)} for o in outputs]
@@ -213,6 +216,8 @@ def _print_generated(outputs: list[Output], statistics: Statistics, options: arg
     elif options.prompts and not options.json:
         for row in rows:
             print(f"[{row['id']}] {row['prompt']}{row['text']}\n")
+    if choice is not None:
+        say(choice.describe())
     s = statistics
     say(
         f"{s.new_tokens} tokens in {s.seconds:.2f} s ({s.tokens_per_second:.1f} tokens/s), {s.strategy} on {s.ranks} rank(s), "

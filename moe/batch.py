@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from coterie.moe.layer import StepContext
+from coterie.moe.strategy import Strategy
 from coterie.routing.record import Recorder
 
 ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
@@ -34,10 +35,11 @@ class Request:
 class Running:
     """A request being generated. finish_reason: `stop` (end token) or `length`, None while running.
 
-    reported: whether its end has been told to whoever asked.
+    home: the rank that reports it. reported: whether its end has been told to whoever asked.
     """
 
     request: Request
+    home: int = 0
     new_tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     reported: bool = False
@@ -56,9 +58,15 @@ def keeps_only_attention(config: Any) -> bool:
 class Batch:
     """This rank's running sequences. Every rank calls `prefill` and `decode` together, whether or not it has any."""
 
-    def __init__(self, model: Any, context: StepContext, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self, model: Any, context: StepContext, recorder: Recorder | None = None, prefill: Strategy | None = None,
+        decode: Strategy | None = None,
+    ) -> None:  # fmt: skip
         self.model = model
         self.context = context
+        self.prefill_by = prefill or context.strategy
+        self.decode_by = decode or self.prefill_by
+        self.group = self.prefill_by.group
         self.recorder = recorder
         self.device = next(model.parameters()).device
         self.joinable = keeps_only_attention(model.config)
@@ -75,8 +83,10 @@ class Batch:
         """Sequences that `decode` will extend."""
         return sum(s.finish_reason is None for s in self.sequences)
 
-    def prefill(self, newcomers: Sequence[Running], tokens: tuple[int, ...]) -> Scored:
-        """Run the newcomers' prompts and take those into the batch. tokens: prompt tokens of every rank."""
+    def prefill(self, assigned: Sequence[Sequence[Running]]) -> Scored:
+        """Run the newcomers' prompts and take them into the batch. assigned: the newcomers of every rank."""
+        newcomers, tokens = self._mine(assigned)
+        self.context.strategy = self.prefill_by
         ids, mask = padded([s.request.token_ids for s in newcomers], self.device)
         live = torch.full((len(ids),), bool(newcomers), device=self.device)
         cache = DynamicCache() if self.joinable else None
@@ -86,8 +96,13 @@ class Batch:
             self.sequences += newcomers
         return list(zip(newcomers, logits, strict=False))
 
+    def _mine(self, assigned: Sequence[Sequence[Running]]) -> tuple[Sequence[Running], tuple[int, ...]]:
+        """(this rank's newcomers, prompt tokens of every rank)."""
+        return assigned[self.group.rank], tuple(sum(len(s.request.token_ids) for s in taken) for taken in assigned)
+
     def decode(self, tokens: tuple[int, ...]) -> Scored:
         """One more token of every running sequence. tokens: running sequences of every rank."""
+        self.context.strategy = self.decode_by
         last = [[s.new_tokens[-1] if s.new_tokens else 0] for s in self.sequences]
         live = torch.tensor([s.finish_reason is None for s in self.sequences] or [False], device=self.device)
         if last:
@@ -133,9 +148,12 @@ class Batch:
 class SharedBatch(Batch):
     """The same sequences on every rank: all take the tokens that rank 0 chose, so that they cannot drift apart."""
 
+    def _mine(self, assigned: Sequence[Sequence[Running]]) -> tuple[Sequence[Running], tuple[int, ...]]:
+        return assigned[0], (sum(len(s.request.token_ids) for s in assigned[0]),) * self.group.size
+
     def settle(self, chosen: list[tuple[Running, int]]) -> list[tuple[Running, int]]:
         """As rank 0 chose."""
-        said = self.context.strategy.group.agree([token for _, token in chosen])[0] if chosen else ()
+        said = self.group.agree([token for _, token in chosen])[0] if chosen else ()
         return [(sequence, token) for (sequence, _), token in zip(chosen, said, strict=True)]
 
 

@@ -1,26 +1,28 @@
 """Which strategy: measured links, the model's sizes and the plan's statistics in, predicted times and a choice out.
 
-Predicted is what differs between strategies: the seconds that one layer of one step spends on communication, after the linear
-model of Hockney (1994), seconds = latency + bytes / bandwidth, for each collective; and, for `replicated`, the dense part of the
-layer that every rank then computes for all tokens.
+Predicted is what differs between strategies: the seconds that one layer of one step spends on communication, after the
+linear model of Hockney (1994), seconds = latency + bytes / bandwidth, for each collective; and, for `replicated`, the dense
+part of the layer that every rank then computes for all tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from coterie.moe.collectives import Group
 from coterie.moe.families import ModelShape
-from coterie.moe.strategy import AllGather, AllToAll, Hierarchical, Local, Replicated, Strategy
+from coterie.moe.strategy import AllGather, AllToAll, Coherent, Hierarchical, Local, Replicated, Strategy
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.topology import Link
 from coterie.routing.errors import InputError
 
-MADE = {"replicated": Replicated, "all_gather": AllGather, "all_to_all": AllToAll, "hierarchical": Hierarchical}
-STRATEGIES = ("local", *MADE, "coherent")
-PREFILL = ("all_to_all", "hierarchical", "all_gather")
+MADE: dict[str, Callable[[Group], Strategy]] = {
+    "replicated": Replicated, "all_gather": AllGather, "all_to_all": AllToAll, "hierarchical": Hierarchical,
+    "coherent": Coherent,
+}  # fmt: skip
+STRATEGIES = ("local", *MADE)
 
 
 @dataclass(frozen=True)
@@ -112,18 +114,19 @@ def expected_remote(plan: PlacementPlan, top_k: int, parts: int) -> float:
     layers, experts, ranks = holds.shape
     grouped = holds.reshape(layers, experts, parts, ranks // parts).any(3).sum(1)  # [layers, parts] experts held
     missed = [[_misses(experts, int(held), top_k) for held in row] for row in grouped]
-    touched = sum(sum(1 - p for p in row) for row in missed) / layers
+    touched = sum(sum(1 - p for p in row) for row in missed) / float(layers)
     return touched * (parts - 1) / parts
 
 
 def _misses(experts: int, held: int, top_k: int) -> float:
     """The chance that none of `top_k` different experts is among `held` of `experts`."""
-    return math.comb(experts - held, top_k) / math.comb(experts, top_k)
+    return float(math.comb(experts - held, top_k) / math.comb(experts, top_k))
 
 
-def traits_of(shape: ModelShape, plan: PlacementPlan, value_bytes: int, dense_seconds: float = 0.0) -> Traits:
+def traits_of(shape: ModelShape, plan: PlacementPlan, value_bytes: int, seconds_per_weight: float = 0.0) -> Traits:
     """From the model's configuration and the plan: its planned value where that says it, else evenly drawn experts."""
     text = shape.config.get_text_config()
+    dense_weights = 4 * text.hidden_size**2  # of attention, near enough
     ranks = expected_remote(plan, shape.top_k, plan.ranks)
     nodes = expected_remote(plan, shape.top_k, plan.topology.nodes)
     moves = 2 * ranks
@@ -136,8 +139,61 @@ def traits_of(shape: ModelShape, plan: PlacementPlan, value_bytes: int, dense_se
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     hidden = text.hidden_size * value_bytes
     return Traits(
-        hidden + 8 * shape.top_k, hidden, ranks, nodes, moves, shape.top_k, 2 * heads * head * value_bytes, dense_seconds
+        hidden + 8 * shape.top_k,
+        hidden,
+        ranks,
+        nodes,
+        moves,
+        shape.top_k,
+        2 * heads * head * value_bytes,
+        dense_weights * seconds_per_weight,
     )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for each phase, and the predicted seconds per layer of every candidate; empty if not predicted."""
+
+    prefill: str
+    decode: str
+    prefill_seconds: dict[str, float]
+    decode_seconds: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """One name where both phases run alike."""
+        return self.decode if self.prefill == self.decode or self.decode == "coherent" else f"{self.prefill}/{self.decode}"
+
+    def describe(self) -> str:
+        """For people: the choice and the predicted times."""
+        if not self.decode_seconds:
+            return f"strategy: {self.name}, as asked"
+        phases = (("prefill", self.prefill, self.prefill_seconds), ("decode", self.decode, self.decode_seconds))
+        told = (
+            f"{phase} {chosen} ({', '.join(f'{n} {s * 1e3:.2g}' for n, s in sorted(times.items(), key=lambda i: i[1]))} ms)"
+            for phase, chosen, times in phases
+        )
+        return f"strategy: {'; '.join(told)} predicted per layer"
+
+
+def decide(traits: Traits, links: Links, group: Group, prefill_tokens: int, decode_tokens: int, coherent: bool) -> Choice:
+    """The fastest strategies by prediction. tokens: of one rank in one step; coherent: whether the family can."""
+
+    def times(names: Iterable[str], tokens: int) -> dict[str, float]:
+        args = (traits, links, group.size, group.ranks_per_node, tokens, group.free_bytes)
+        return {name: predict(name, *args) for name in names}
+
+    names = ["all_to_all", *(["hierarchical"] if 1 < group.nodes < group.size else []), "all_gather", "replicated"]
+    before = times(names, prefill_tokens)
+    after = times([*names, *(["coherent"] if coherent else [])], decode_tokens)
+    first, then = choose(before), choose(after)
+    if "replicated" in (first, then):  # it is another layout of the batch: both phases or none
+        both = before["replicated"] + after["replicated"]
+        rest = [{n: s for n, s in t.items() if n != "replicated"} for t in (before, after)]
+        first, then = choose(rest[0]), choose(rest[1])
+        if both < before[first] + after[then]:
+            first = then = "replicated"
+    return Choice(first, then, before, after)
 
 
 def choose(candidates: Mapping[str, float]) -> str:
@@ -145,12 +201,17 @@ def choose(candidates: Mapping[str, float]) -> str:
     return min(candidates, key=lambda name: candidates[name])
 
 
-def make_strategy(name: str | None, group: Group) -> Strategy:
-    """The strategy called `name`, or for None the one that fits the group. Raises InputError if it cannot run on it."""
-    chosen = name or ("local" if group.size == 1 else "hierarchical" if group.nodes > 1 else "all_to_all")
+def check_group(name: str | None, group: Group) -> None:
+    """Raises InputError unless strategy `name` can run on this group; None is left to be chosen."""
+    chosen = name or ("local" if group.size == 1 else "all_to_all")
     if chosen not in STRATEGIES:
         raise InputError(f"--strategy: found {chosen!r}, expected {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}")
     if (chosen == "local") != (group.size == 1):
         wanted = f"{', '.join(STRATEGIES[1:])}, or one process" if group.size > 1 else "local, or several processes (torchrun)"
         raise InputError(f"--strategy: found {chosen!r} on {group.size} process(es), expected {wanted}")
-    return Local(group) if chosen == "local" else MADE.get(chosen, AllToAll)(group)
+
+
+def make_strategy(name: str, group: Group) -> Strategy:
+    """The strategy called `name`; every rank must make it. Raises InputError if it cannot run on this group."""
+    check_group(name, group)
+    return Local(group) if name == "local" else MADE[name](group)

@@ -1,4 +1,4 @@
-"""The few collectives the strategies need, counted: rows and bytes as each rank sends them, waiting time, what is beside them."""
+"""The few collectives the strategies need, counted: rows and bytes as each rank sends them, and waiting time."""
 
 from __future__ import annotations
 
@@ -43,6 +43,20 @@ class Group:
         return cls()
 
     @property
+    def transport_name(self) -> str:
+        """`nccl`, `gloo`, `mpi`, or `none` for a group of one."""
+        return "none" if self.transport is None else self.transport.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors that are sent must lie."""
+        return torch.device("cpu") if self.transport is None else self.transport.device()
+
+    def raw_all_to_all(self, out: torch.Tensor, rows: torch.Tensor, receive: Sequence[int], send: Sequence[int]) -> None:
+        """An all-to-all that is not counted, for measuring."""
+        self._swap(out, rows, receive, send)
+
+    @property
     def nodes(self) -> int:
         """Machines the group spans."""
         return -(-self.size // self.ranks_per_node)
@@ -58,7 +72,7 @@ class Group:
     ) -> tuple[torch.Tensor, tuple[int, ...]]:
         """All-to-all of rows where the receiver does not know how many come: (rows by source, how many from each).
 
-        rows: `[sum(send), width]`, by destination. bound: the most rows that any rank sends to any other, known to all alike.
+        rows: `[sum(send), width]`, by destination. bound: the most rows that any rank sends to any other, at least 1, known to all alike.
         """
         if self.size == 1:
             return rows, tuple(send)
@@ -74,19 +88,16 @@ class Group:
         message = rows.new_zeros((self.size, block))
         counts = torch.tensor(send, dtype=torch.int64).view(torch.uint8).view(self.size, COUNT_BYTES)
         message[:, :COUNT_BYTES] = counts.to(rows.device)
-        body = message[:, COUNT_BYTES:].unflatten(1, (bound, width)) if bound else None
+        body = message[:, COUNT_BYTES:].view(self.size, bound, width)
         filled = torch.arange(bound, device=rows.device) < torch.tensor(send, device=rows.device)[:, None]
-        if body is not None:
-            body[filled] = rows
+        body[filled] = rows
         out = torch.empty_like(message)
         self._swap(out, message, [1] * self.size, [1] * self.size)
         for rank, count in self._others(send):
             self.traffic.sent(self.members[rank], count, width, block - count * width)
         receive = out[:, :COUNT_BYTES].contiguous().view(torch.int64)[:, 0].tolist()
-        if body is None:
-            return rows, tuple(receive)
         came = torch.arange(bound, device=rows.device) < torch.tensor(receive, device=rows.device)[:, None]
-        return out[:, COUNT_BYTES:].unflatten(1, (bound, width))[came], tuple(receive)
+        return out[:, COUNT_BYTES:].reshape(self.size, bound, width)[came], tuple(receive)
 
     def _counted(self, rows: torch.Tensor, send: Sequence[int]) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Counts first, then as many rows as there are."""
@@ -126,8 +137,13 @@ class Group:
         """All-to-all of rows whose numbers both sides know: `[sum(receive), width]`, by source."""
         return self.start_exchange(rows, send, receive, name)()
 
-    def gather_rows(self, rows: torch.Tensor, counts: Sequence[int], name: str = "dispatch") -> torch.Tensor:
-        """Every rank's rows on every rank, `[sum(counts), width]`, by rank. counts: rows of each rank, known to all alike."""
+    def gather_rows(
+        self, rows: torch.Tensor, counts: Sequence[int], name: str = "dispatch", beside: bool = False
+    ) -> torch.Tensor:
+        """Every rank's rows on every rank, `[sum(counts), width]`, by rank. counts: rows of each rank, known to all alike.
+
+        beside: these are not rows of tokens and are counted as overhead.
+        """
         if self.size == 1:
             return rows
         most, sent = max(counts), as_bytes(rows)
@@ -135,8 +151,9 @@ class Group:
         mine[: len(sent)] = sent
         with self.traffic.span(name):
             everything = self._transport().all_gather(mine)
+        told = 0 if beside else len(sent)
         for rank, _ in self._others(counts):
-            self.traffic.sent(self.members[rank], len(sent), sent.shape[1], (most - len(sent)) * sent.shape[1])
+            self.traffic.sent(self.members[rank], told, sent.shape[1], (most - told) * sent.shape[1])
         kept = [everything[r, :count] for r, count in enumerate(counts)]
         return from_bytes(torch.cat(kept), rows.dtype)
 
@@ -169,4 +186,3 @@ class Group:
     def _transport(self) -> Transport:
         assert self.transport is not None  # the callers have returned already if the group is of one
         return self.transport
-

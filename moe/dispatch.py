@@ -44,7 +44,7 @@ def looked_up(ids: torch.Tensor, destination: torch.Tensor, position: torch.Tens
 
 
 def plan_rows(target: torch.Tensor, where: torch.Tensor, weights: torch.Tensor, ranks: int) -> DispatchPlan:
-    """target: the rank of each slot, int64 `[T, K]`, -1 for none; where: what that rank is told of the slot; weights `[T, K]`."""
+    """target: the rank of each slot, int64 `[T, K]`, -1 for none; where: what that rank is told of it; weights `[T, K]`."""
     needed = needed_ranks(target, ranks)
     rank_of_row, token_of_row = needed.T.nonzero(as_tuple=True)
     mine = target[token_of_row] == rank_of_row[:, None]
@@ -73,7 +73,7 @@ def gateways(target: torch.Tensor, here: int, ranks: int, ranks_per_node: int) -
     in its node, cyclically, which spreads the rows over the node's ranks.
     """
     node, place = here // ranks_per_node, here % ranks_per_node
-    wanted = needed_ranks(target, ranks).view(len(target), -1, ranks_per_node)
+    wanted = needed_ranks(target, ranks).view(len(target), ranks // ranks_per_node, ranks_per_node)
     turned = wanted.roll(-place, dims=2).int().argmax(2)  # [T, nodes]
     first = (turned + place) % ranks_per_node
     node_of_slot = torch.where(target >= 0, target // ranks_per_node, node)

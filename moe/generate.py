@@ -67,10 +67,12 @@ class Executor(Protocol):
     """What runs the model for the sequences at hand: `Batch`, or another way with the same methods."""
 
     sequences: list[Running]
-    running: int
+
+    @property
+    def running(self) -> int: ...  # noqa: D102
 
     def room(self, size: int) -> int: ...  # noqa: D102
-    def prefill(self, newcomers: Sequence[Running], tokens: tuple[int, ...]) -> Scored: ...  # noqa: D102
+    def prefill(self, assigned: Sequence[Sequence[Running]]) -> Scored: ...  # noqa: D102
     def decode(self, tokens: tuple[int, ...]) -> Scored: ...  # noqa: D102
     def settle(self, chosen: list[tuple[Running, int]]) -> list[tuple[Running, int]]: ...  # noqa: D102
     def drop_finished(self) -> None: ...  # noqa: D102
@@ -96,33 +98,32 @@ class Generator:
         self, requests: Sequence[Request], batch_size: int, homes: Sequence[int] | None = None, shared: bool = False,
         between: Callable[[list[Running]], None] | None = None,
     ) -> list[Running]:  # fmt: skip
-        """Generate; every rank calls it with the same requests. Returns those that ended on this rank, as they ended.
+        """Generate; every rank calls it with the same requests. Returns those at home on this rank, as they ended.
 
         batch_size: sequences at once on a rank; shared: every rank runs all of them. between: called on every rank after
-        each step with the sequences that ended on it.
+        each step with the sequences at home there that ended in it.
         """
-        ranks = 1 if shared else self.group.size
-        me = 0 if shared else self.group.rank
-        queue, done = Queue(requests, ranks, homes), []
+        queue = Queue(requests, 1 if shared else self.group.size, homes)
+        done: list[Running] = []
         while True:
             said = self.group.agree([self.executor.room(batch_size), self.executor.running, int(self.enough())])
             running = tuple(r for _, r, _ in said)
             if any(stop for _, _, stop in said) or not (any(running) or len(queue)):
                 return done
-            assigned = queue.assign([room for room, _, _ in said[:ranks]])
+            taken = queue.assign([room for room, _, _ in said[: 1 if shared else None]])
             if any(running):
                 self._extend(self.executor.decode(running))
-            tokens = tuple(sum(len(r.token_ids) for r in taken) for taken in assigned)
-            if any(tokens):
-                newcomers = [Running(request) for request in assigned[me]]
-                self._extend(self.executor.prefill(newcomers, tokens * (self.group.size if shared else 1)))
+            if any(taken):
+                newcomers = [[Running(request, home) for request in own] for home, own in enumerate(taken)]
+                self._extend(self.executor.prefill(newcomers))
             ended = [s for s in self.executor.sequences if s.finish_reason is not None and not s.reported]
             for sequence in ended:
                 sequence.reported = True
-            done += ended
+            here = [s for s in ended if s.home == self.group.rank]
+            done += here
             self.executor.drop_finished()
             if between is not None:
-                between(ended)
+                between(here)
 
     def _extend(self, scored: Scored) -> None:
         """Prefill runs even for prompts that ask for no new token: recording wants their routing."""

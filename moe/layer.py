@@ -27,12 +27,13 @@ class StepContext:
 
     live: bool `[tokens]` or None: tokens that are padding or belong to finished sequences are not dispatched and get a
     zero output. tokens: how many each rank dispatches, or None: they are asked in every layer. strategy: how. Set by the
-    generation loop before each call.
+    generation loop before each call. routed: `[tokens, H]` or None: what the experts answer, where it is known already.
     """
 
     strategy: Strategy = field(default_factory=Local)
     live: torch.Tensor | None = None
     tokens: tuple[int, ...] | None = None
+    routed: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ def experts_forward(
     Ids outside the model's experts are slots without computation. On a model that coterie did not load, all experts are
     here and the kernels run as they are.
     """
-    experts = stacked(module)
     layer: ExpertLayer | None = getattr(module, "coterie_layer", None)
+    if layer is not None and layer.context.routed is not None:
+        return layer.context.routed
+    experts = stacked(module)
     if layer is None:
         layer = ExpertLayer(whole_map(experts.second.shape[0], experts.second.device))
     ids = top_k_index.masked_fill(top_k_index >= len(layer.map.destination), -1)

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from coterie.moe.batch import Request, Running
+from coterie.moe.choose import Choice
 from coterie.moe.collectives import Group
+from coterie.moe.dispatcher import Dispatcher, check_strategy
 from coterie.moe.families import ModelShape, inspect
-from coterie.moe.batch import Batch, Request, Running, SharedBatch
-from coterie.moe.choose import make_strategy
 from coterie.moe.generate import Generator, OnToken, Sampling
 from coterie.moe.layer import IMPLEMENTATION, attach
 from coterie.moe.load import load_share
 from coterie.moe.placement_map import check_plan, contiguous_plan, layer_maps
-from coterie.moe.strategy import Strategy
 from coterie.offload.checkpoint import Checkpoint
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError, first_line, positive
@@ -78,16 +78,18 @@ class Model:
     """One rank's share of a Mixture-of-Experts model. Made by `load`."""
 
     def __init__(
-        self, shape: ModelShape, transformers_model: Any, checkpoint: Checkpoint, plan: PlacementPlan, strategy: Strategy,
-        group: Group,
+        self, shape: ModelShape, transformers_model: Any, checkpoint: Checkpoint, plan: PlacementPlan, group: Group,
+        strategy: str | None,
     ) -> None:  # fmt: skip
         self.shape = shape
         self.transformers = transformers_model
         self.checkpoint = checkpoint
         self.plan = plan
-        self.strategy = strategy
         self.group = group
-        self.context = attach(transformers_model, _maps_on(plan, group.rank, self.device), strategy)
+        self.dispatcher = Dispatcher(shape, plan, group, strategy)
+        maps = _maps_on(plan, group.rank, self.device)
+        self.context = attach(transformers_model, maps, self.dispatcher.strategy(strategy))
+        self.choice: Choice | None = None
         self.tokenizer = _tokenizer(shape.folder)
 
     @property
@@ -130,8 +132,7 @@ class Model:
         rows = self.group.traffic.rows
         started = time.perf_counter()
         mine = self._run(requests, batch_size, sampling or Sampling(), watch)
-        gathered = self.group.gather(mine)
-        finished = gathered[0] if self.strategy.every_rank_has_all else [r for part in gathered for r in part]
+        finished = [r for part in self.group.gather(mine) for r in part]
         seconds = time.perf_counter() - started
         if streamer is not None:
             streamer.end()
@@ -143,14 +144,16 @@ class Model:
         self, requests: list[Request], batch_size: int, sampling: Sampling, on_token: OnToken | None,
         recorder: Recorder | None = None,
     ) -> list[Running]:  # fmt: skip
-        shared = self.strategy.every_rank_has_all
-        batch = (SharedBatch if shared else Batch)(self.transformers, self.context, recorder)
+        self.choice = self.dispatcher.choice(requests, batch_size, self.transformers)
+        batch = self.dispatcher.executor(self.transformers, self.context, self.choice, recorder)
+        shared = self.choice.decode == "replicated"
         enough = (lambda: False) if recorder is None else (lambda: recorder.full)
         generator = Generator(batch, self.group, self.transformers.generation_config, sampling, on_token, enough)
         try:
             return generator.run(requests, batch_size, shared=shared)
         finally:
             self.context.live = self.context.tokens = None  # the transformers model stays usable by itself
+            self.context.strategy = self.dispatcher.strategy(self.dispatcher.asked)
 
     def record(
         self, prompts: Sequence[Prompt | str], out: Path, max_new_tokens: int = 0, phase: str | None = None,
@@ -218,7 +221,7 @@ class Model:
             new_tokens=new,
             seconds=longest,
             tokens_per_second=new / longest,
-            strategy=self.strategy.name,
+            strategy="" if self.choice is None else self.choice.name,
             ranks=self.group.size,
             bytes_read=sum(g[0] for g in gathered),
             rows_sent=sum(g[1] for g in gathered),
@@ -240,15 +243,17 @@ def load(
     group = group or Group.current()
     shape, empty = inspect(str(model))
     if plan is None:
-        plan = contiguous_plan(shape, group.size)
+        plan = contiguous_plan(shape, group.size, group.nodes)
     check_plan(plan, shape, group.size)
+    group.ranks_per_node = plan.topology.ranks_per_node  # the plan says what its nodes are
     planned = plan.strategy if plan.strategy != "all_to_all" and group.size > 1 else None
-    chosen = make_strategy(strategy or planned, group)
+    asked = strategy or planned
+    check_strategy(asked, group, shape)
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = Checkpoint.open(shape.folder)
     experts = {layer: tuple(plan.experts_on(i, group.rank)) for i, layer in enumerate(shape.layer_ids)}
     loaded = load_share(shape, empty, checkpoint, experts, _dtype(dtype, shape.config, target), target, IMPLEMENTATION)
-    return Model(shape, loaded, checkpoint, plan, chosen, group)
+    return Model(shape, loaded, checkpoint, plan, group, asked)
 
 
 def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:

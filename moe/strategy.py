@@ -12,7 +12,16 @@ from typing import Any, Protocol
 import torch
 
 from coterie.moe.collectives import Group
-from coterie.moe.dispatch import DispatchPlan, combine_rows, gateways, looked_up, pack_rows, plan_dispatch, plan_rows, unpack_rows
+from coterie.moe.dispatch import (
+    DispatchPlan,
+    combine_rows,
+    gateways,
+    looked_up,
+    pack_rows,
+    plan_dispatch,
+    plan_rows,
+    unpack_rows,
+)
 from coterie.moe.placement_map import LayerMap
 
 
@@ -153,9 +162,15 @@ class AllToAll:
         return combine_rows(plan, self.group.exchange_known(y, receive, plan.counts)).to(y.dtype)
 
 
+class Coherent(AllToAll):
+    """`AllToAll` for prefill; tokens that are decoded stay with their experts (`moe/coherent.py`)."""
+
+    name = "coherent"
+
+
 @dataclass(frozen=True)
 class _TwoStages:
-    """between: rows to other nodes; inside: those that came and this rank's own, to ranks of the node; came: as in `exchange`."""
+    """between: rows to other nodes; inside: those that came and this rank's own, to the node's ranks; came: of `exchange`."""
 
     between: DispatchPlan
     came: tuple[int, ...]

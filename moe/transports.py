@@ -26,7 +26,7 @@ class Transport(Protocol):
     size: int
 
     def start_all_to_all(self, out: torch.Tensor, rows: torch.Tensor, receive: Sequence[int], send: Sequence[int]) -> Wait:
-        """Begin to send `rows` (uint8 `[sum(send), width]`, by destination) and to fill `out` (`[sum(receive), width]`, by source).
+        """Begin to send `rows` (uint8 `[sum(send), width]`, by destination) and to fill `out` (`[sum(receive), width]`).
 
         Neither may be touched before the returned function has been called and has returned.
         """

@@ -138,7 +138,7 @@ def assign(homes: Homes, trace: RoutingTrace) -> NDArray[np.int64]:
 
 
 def placed(homes: Homes, used: Array, lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The home rank of each sequence, int64 `[sequences]`; used: as `uses` returns it; lengths: tokens of each `[sequences]`."""
+    """The home rank of each sequence, int64 `[sequences]`; used: as `uses` returns it; lengths: tokens of each."""
     rows = np.array([c.rows for c in homes.classes]) + used @ _weights(homes).T
     return balanced(rows * lengths[:, None], lengths, homes.balance)
 

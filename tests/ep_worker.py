@@ -21,7 +21,7 @@ def main(job_file: Path, result_file: Path) -> None:
     with job() as group:
         for case in json.loads(job_file.read_text()):
             plan = coterie.read_plan(Path(case["plan"])) if case["plan"] else None
-            model = coterie.load(case["model"], plan, dtype="float32", group=group)
+            model = coterie.load(case["model"], plan, dtype="float32", strategy=case.get("strategy"), group=group)
             loaded = group.gather(model.checkpoint.counter.bytes)
             prompts = [coterie.Prompt(token_ids=tuple(p)) for p in case["prompts"]]
             before = group.traffic.bytes

@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_ranks import on_ranks
 
 from coterie.kernels.experts import StackedExperts, grouped_experts, reference_experts
+from coterie.moe.choose import check_group, make_strategy
 from coterie.moe.collectives import Group
 from coterie.moe.dispatch import combine_rows, pack_rows, plan_dispatch, row_bytes, unpack_rows
 from coterie.moe.placement_map import layer_maps
-from coterie.moe.choose import make_strategy
 from coterie.moe.strategy import Local
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.topology import Topology
@@ -116,13 +117,14 @@ def test_combining_is_bit_identical_whatever_the_order_of_tokens() -> None:
 
 
 def test_strategies_fit_the_group_or_say_what_would() -> None:
-    alone, four = Group(), Group(0, 4)
-    assert make_strategy(None, alone).name == "local" and make_strategy(None, four).name == "all_to_all"
+    alone, two = Group(), on_ranks(2, lambda group: group)[0]
     assert isinstance(make_strategy("local", alone), Local)
+    check_group(None, alone)
+    check_group(None, two)
     for name, group, message in (
         ("all_to_all", alone, r"found 'all_to_all' on 1 process.*expected local, or several"),
-        ("local", four, r"found 'local' on 4 process.*expected all_to_all"),
-        ("magic", four, "found 'magic', expected local or all_to_all"),
+        ("local", two, r"found 'local' on 2 process.*expected replicated"),
+        ("magic", two, "found 'magic', expected local, replicated, .* or coherent"),
     ):
         with pytest.raises(InputError, match=message):
             make_strategy(name, group)

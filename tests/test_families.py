@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from thread_ranks import on_ranks
 from tiny_models import COMMON, FAMILIES, make_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import coterie
 from coterie.moe.families import supported_families
+from coterie.moe.placement_map import contiguous_plan
 from coterie.routing.errors import InputError
 
 TOLERANCE = 1e-4  # of the largest logit, float32
@@ -194,13 +196,17 @@ def test_more_experts_per_token_than_there_are_is_refused(tmp_path: Path) -> Non
         coterie.load(tmp_path)
 
 
-def test_a_plan_for_another_strategy_is_not_run_silently(tmp_path: Path) -> None:
+def test_a_plan_for_a_strategy_is_run_by_it(tmp_path: Path) -> None:
     from dataclasses import replace
 
     model = coterie.load(make_model("mixtral", tmp_path))
-    with pytest.raises(InputError, match="strategy: the plan is for 'coherent', expected all_to_all"):
-        coterie.load(tmp_path, replace(model.plan, strategy="coherent"))
-    assert coterie.load(tmp_path, replace(model.plan, strategy="coherent"), strategy="local").strategy.name == "local"
+    planned = replace(model.plan, strategy="coherent")
+    assert coterie.load(tmp_path, planned).dispatcher.asked is None  # one process: every expert is here
+    two = replace(contiguous_plan(model.shape, 2), strategy="coherent")
+    assert on_ranks(2, lambda group: coterie.load(tmp_path, two, group=group).dispatcher.asked) == ["coherent"] * 2
+    jamba = make_model("jamba", tmp_path / "jamba")
+    with pytest.raises(InputError, match="found 'coherent' for model_type 'jamba', expected one of mixtral"):
+        on_ranks(2, lambda group: coterie.load(jamba, strategy="coherent", group=group))
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ def test_rows_sent_are_the_rows_the_plan_predicts(tmp_path: Path) -> None:
         "prompts": prompts,
         "new_tokens": 1,
         "batch_size": 2,
+        "strategy": "all_to_all",
     }
     result = run_cases(tmp_path, 4, [case])[0]
     predicted = report.remote_rows * trace.tokens * trace.layers

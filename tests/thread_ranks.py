@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: the strategies' own code, with a transport through memory, for tests of any number of ranks."""
+"""Ranks as threads of one process: the strategies' own code over a transport through memory, for any number of ranks."""
 
 from __future__ import annotations
 

@@ -1,0 +1,75 @@
+"""Which strategy runs which phase of a job: as asked, or chosen when the prompts are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from coterie.moe.batch import Batch, Request, SharedBatch
+from coterie.moe.choose import Choice, Links, check_group, decide, make_strategy, traits_of
+from coterie.moe.coherent import FAMILIES, CoherentBatch, check_family
+from coterie.moe.collectives import Group
+from coterie.moe.families import ModelShape
+from coterie.moe.generate import Executor
+from coterie.moe.layer import StepContext
+from coterie.moe.queue import PREFILL_TOKENS
+from coterie.moe.strategy import Strategy
+from coterie.placement.plan import PlacementPlan
+from coterie.routing.record import Recorder
+
+
+def check_strategy(asked: str | None, group: Group, shape: ModelShape) -> None:
+    """Raises InputError unless the group and the model's family can be run by the strategy asked for."""
+    check_group(asked, group)
+    if asked == "coherent":
+        check_family(shape.config)
+
+
+class Dispatcher:
+    """Makes strategies when they are needed: every rank must ask in the same order.
+
+    asked: a strategy's name, or None to choose. links: what was measured, or None until the first choice.
+    """
+
+    def __init__(self, shape: ModelShape, plan: PlacementPlan, group: Group, asked: str | None) -> None:
+        self.shape = shape
+        self.plan = plan
+        self.group = group
+        self.asked = asked
+        self.links: Links | None = None
+        self._made: dict[str, Strategy] = {}
+
+    def strategy(self, name: str | None) -> Strategy:
+        """The strategy object of that name; None: the one for calls outside `generate`."""
+        chosen = name or ("local" if self.group.size == 1 else "all_to_all")
+        if chosen not in self._made:
+            self._made[chosen] = make_strategy(chosen, self.group)
+        return self._made[chosen]
+
+    def choice(self, requests: Sequence[Request], batch_size: int, model: Any) -> Choice:
+        """For these prompts. What was not asked for is predicted from measured links."""
+        if self.asked is not None or self.group.size == 1:
+            name = self.strategy(self.asked).name
+            return Choice("all_to_all" if name == "coherent" else name, name, {}, {})
+        from coterie.moe.probe import dense_seconds_per_weight, free_bytes, measure
+
+        if self.links is None:
+            self.links = measure(self.group)
+            self.group.free_bytes = free_bytes(self.links, self.group)
+        weight = next(model.parameters())
+        traits = traits_of(
+            self.shape, self.plan, weight.element_size(), dense_seconds_per_weight(weight.device, weight.dtype, self.group)
+        )
+        rows = max(1, min(batch_size, -(-len(requests) // self.group.size)))
+        mean = sum(len(r.token_ids) for r in requests) / len(requests)
+        prompt_tokens = max(1, min(PREFILL_TOKENS, int(mean * rows)))
+        coherent = self.shape.config.model_type in FAMILIES
+        return decide(traits, self.links, self.group, prompt_tokens, rows, coherent)
+
+    def executor(self, model: Any, context: StepContext, choice: Choice, recorder: Recorder | None) -> Executor:
+        """What runs the model by this choice."""
+        prefill = self.strategy(choice.prefill)
+        if choice.decode == "coherent":
+            return CoherentBatch(model, context, self.group, prefill)
+        kind = SharedBatch if prefill.every_rank_has_all else Batch
+        return kind(model, context, recorder, prefill, self.strategy(choice.decode))

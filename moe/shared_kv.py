@@ -1,0 +1,176 @@
+"""Keys and values of all ranks' sequences, on every rank: what context-coherent decoding attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from coterie.moe.collectives import Group
+from coterie.moe.dispatch import as_bytes, from_bytes
+from coterie.routing.errors import InputError
+
+SLACK = 64  # positions allocated ahead
+
+
+class SharedKV:
+    """Per layer, keys and values `[sequences, heads, positions, head size]`, left-padded to the longest sequence.
+
+    A step's own are kept aside (`pending` of them on this rank, one per layer and sequence) until `spread` has brought those of
+    all ranks to every rank.
+    """
+
+    def __init__(self, layers: int, device: torch.device) -> None:
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self.layers = layers
+        self.length = 0
+        self.valid = torch.zeros((0, 0), dtype=torch.bool, device=device)  # [sequences, positions]
+        self._aside: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def pending(self) -> int:
+        """Rows of keys and values that this rank has made and no other has yet."""
+        return sum(len(at) for _, at, _, _ in self._aside)
+
+    def add(self, group: Group, cache: Any, mask: torch.Tensor, lengths: Sequence[Sequence[int]]) -> None:
+        """Take in newly prefilled sequences of all ranks. cache, mask: this rank's; lengths: prompt tokens, by rank."""
+        counts = [sum(taken) for taken in lengths]
+        shapes = _shapes(group, cache)
+        mine = _token_rows(cache, mask) if counts[group.rank] else None
+        if len(set(shapes)) > 1:
+            raise InputError(
+                f"--strategy: found 'coherent' with keys and values of {len(set(shapes))} shapes, expected one shape"
+            )
+        width = sum((k + v) * heads for heads, k, v in shapes)
+        dtype = torch.float32 if mine is None else mine.dtype
+        dtype = next(d for d in group.gather(None if mine is None else dtype) if d is not None)
+        rows = group.gather_rows(
+            torch.empty((0, width), dtype=dtype, device=self.valid.device) if mine is None else mine,
+            counts,
+            "keys and values",
+            beside=True,
+        )
+        flat = [n for taken in lengths for n in taken]
+        fresh = torch.tensor([[False] * (max(flat) - n) + [True] * n for n in flat], device=self.valid.device)
+        offset = 0
+        made: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for heads, key, value in shapes:
+            for kept, size in zip(made, (key, value), strict=True):
+                whole = rows.new_zeros((len(flat), fresh.shape[1], heads * size))
+                whole[fresh] = rows[:, offset : offset + heads * size]
+                kept.append(whole.view(*fresh.shape, heads, size).transpose(1, 2).contiguous())
+                offset += heads * size
+        self._join(made[0], made[1], fresh)
+
+    def _join(self, keys: list[torch.Tensor], values: list[torch.Tensor], fresh: torch.Tensor) -> None:
+        longest = max(self.length, fresh.shape[1])
+        if not self.keys:
+            self.keys, self.values = keys, values
+        else:
+            for store, new in ((self.keys, keys), (self.values, values)):
+                for i in range(self.layers):
+                    store[i] = torch.cat([_to_length(store[i][:, :, : self.length], longest), _to_length(new[i], longest)])
+        old = F.pad(self.valid, (longest - self.length, 0))
+        self.valid = torch.cat([old, F.pad(fresh, (longest - fresh.shape[1], 0))])
+        self.length = longest
+
+    def view(self, at: torch.Tensor) -> _View:
+        """What attention takes as its cache for the sequences `at`, int64 `[n]`."""
+        return _View(self, at)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask `[sequences, 1, 1, positions + 1]` for the next token; window: of sliding attention, in tokens."""
+        valid = F.pad(self.valid, (0, 1), value=True)
+        if window is not None:
+            places = valid.cumsum(1)
+            valid = valid & (places[:, -1:] - places < window)
+        return torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill(~valid, torch.finfo(dtype).min)[
+            :, None, None
+        ]
+
+    def spread(self, group: Group, counts: Sequence[int]) -> None:
+        """Bring the rows kept aside on each rank (`counts` of them) to every rank, as the next position of all sequences."""
+        if not any(counts):
+            return
+        sequences = len(self.valid)
+        rows = group.gather_rows(self._rows(sequences), counts, "keys and values", beside=True)
+        code = from_bytes(rows[:, :4], torch.int32).long()[:, 0]
+        self._grow()
+        heads, key, value = self.keys[0].shape[1], self.keys[0].shape[3], self.values[0].shape[3]
+        body = from_bytes(rows[:, 4:], self.keys[0].dtype)
+        for layer in range(self.layers):
+            here = (code // sequences == layer).nonzero()[:, 0]
+            at = code[here] % sequences
+            self.keys[layer][at, :, self.length] = body[here, : heads * key].reshape(-1, heads, key)
+            self.values[layer][at, :, self.length] = body[here, heads * key :].reshape(-1, heads, value)
+        self.valid = F.pad(self.valid, (0, 1), value=True)
+        self.length += 1
+        self._aside = []
+
+    def _rows(self, sequences: int) -> torch.Tensor:
+        """uint8: int32 layer x sequences + sequence, then keys, then values."""
+        parts = [
+            torch.cat(
+                [as_bytes((layer * sequences + at).to(torch.int32)[:, None]), as_bytes(k.flatten(1)), as_bytes(v.flatten(1))], 1
+            )
+            for layer, at, k, v in self._aside
+        ]
+        width = 4 + self.keys[0].shape[1] * (self.keys[0].shape[3] + self.values[0].shape[3]) * self.keys[0].element_size()
+        return torch.cat(parts) if parts else torch.empty((0, width), dtype=torch.uint8, device=self.valid.device)
+
+    def _grow(self) -> None:
+        for store in (self.keys, self.values):
+            for i, tensor in enumerate(store):
+                if tensor.shape[2] == self.length:
+                    store[i] = F.pad(tensor, (0, 0, 0, SLACK))
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep some sequences, without the padding common to them."""
+        self.valid = self.valid[rows]
+        first = int(self.valid.any(0).int().argmax()) if len(rows) else self.length
+        for store in (self.keys, self.values):
+            store[:] = [t[rows, :, first : self.length] for t in store] if len(rows) else []
+        self.valid = self.valid[:, first:]
+        self.length -= first
+
+
+class _View:
+    """The part of transformers' cache interface that attention uses, for one step of some sequences."""
+
+    def __init__(self, kv: SharedKV, at: torch.Tensor) -> None:
+        self.kv = kv
+        self.at = at
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        kv = self.kv
+        kv._aside.append((layer, self.at, keys[:, :, 0], values[:, :, 0]))
+        before = (kv.keys[layer][self.at, :, : kv.length], kv.values[layer][self.at, :, : kv.length])
+        return torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.kv.length
+
+
+def _shapes(group: Group, cache: Any) -> list[tuple[int, int, int]]:
+    """(heads, key size, value size) of each layer; a rank without sequences learns it from another."""
+    mine = None if cache is None else [(k.shape[1], k.shape[3], v.shape[3]) for k, v in _layers(cache)]
+    return next(s for s in group.gather(mine) if s is not None)
+
+
+def _layers(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _token_rows(cache: Any, mask: torch.Tensor) -> torch.Tensor:
+    """One row per prompt token, `[tokens, layers x heads x (key + value)]`."""
+    live = mask.bool()
+    return torch.cat([t.transpose(1, 2)[live].flatten(1) for pair in _layers(cache) for t in pair], 1)
+
+
+def _to_length(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    return F.pad(tensor, (0, 0, length - tensor.shape[2], 0))

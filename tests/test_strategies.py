@@ -1,0 +1,172 @@
+"""Every strategy on ranks that are threads of this process: the same sums as one rank, and as many rows as the sets say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_dispatch import random_experts, random_plan, random_routing, share_of
+from thread_ranks import on_ranks
+from tiny_models import ISSUE_FAMILIES, make_model
+
+import coterie
+from coterie.kernels.experts import grouped_experts, reference_experts
+from coterie.moe.choose import MADE
+from coterie.moe.coherent import next_anchor
+from coterie.moe.collectives import Group
+from coterie.moe.dispatch import needed_ranks, row_bytes
+from coterie.moe.placement_map import layer_maps
+from coterie.placement.plan import PlacementPlan
+from coterie.placement.topology import Topology
+
+HIDDEN, TOP_K, EXPERTS = 8, 3, 9
+
+
+def on_nodes(plan: PlacementPlan, nodes: int) -> PlacementPlan:
+    return PlacementPlan(plan.physical_to_logical, plan.num_experts, plan.layer_ids, Topology(nodes, plan.ranks // nodes))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), shape=st.sampled_from([(1, 2), (1, 3), (2, 2), (2, 4), (4, 1), (3, 2)]), copies=st.booleans(),
+    name=st.sampled_from(["replicated", "all_gather", "all_to_all", "hierarchical"]), free=st.sampled_from([0, 1 << 16]),
+)  # fmt: skip
+def test_every_strategy_sums_what_one_rank_would_and_counts_its_rows(seed, shape, copies, name, free) -> None:
+    nodes, width = shape
+    ranks = nodes * width
+    rng = np.random.default_rng(seed)
+    plan = on_nodes(random_plan(rng, EXPERTS, ranks, copies), nodes)
+    weights = random_experts(rng, EXPERTS)
+    counts = rng.integers(0, 7, ranks) if name != "replicated" else np.full(ranks, rng.integers(0, 7))
+    if not counts.any():
+        counts[:] = 1
+    x = [torch.from_numpy(rng.standard_normal((n, HIDDEN)).astype(np.float32)) for n in counts]
+    routing = [random_routing(rng, n, EXPERTS, TOP_K) for n in counts]
+    if name == "replicated":
+        x, routing = [x[0]] * ranks, [routing[0]] * ranks
+    maps = [layer_maps(plan, r)[0] for r in range(ranks)]
+
+    def work(group: Group):
+        group.free_bytes = free
+        r, strategy = group.rank, MADE[name](group)
+        sent = strategy.dispatch(x[r], *routing[r], maps[r], tuple(map(int, counts)))
+        y = grouped_experts(share_of(weights, maps[r].local), sent.rows, sent.ids, sent.weights)
+        return strategy.combine(y, sent), group.traffic
+
+    results = on_ranks(ranks, work, width)
+    for r, (out, _) in enumerate(results):
+        torch.testing.assert_close(out, reference_experts(weights, x[r], *routing[r]), rtol=1e-5, atol=1e-5)
+    rows, leaving = expected_rows(name, [t for t, _ in routing], maps, ranks, width, free, counts)
+    assert sum(t.rows for _, t in results) == rows
+    out_bytes, back = row_bytes(HIDDEN, TOP_K, torch.float32), HIDDEN * 4
+    if name != "replicated":
+        assert sum(t.bytes for _, t in results) == rows // 2 * (out_bytes + back)
+    over = sum(n for r, (_, t) in enumerate(results) for to, n in t.bytes_to.items() if to // width != r // width)
+    if free == 0 and name in ("all_to_all", "hierarchical"):  # else padding is in it
+        counts_sent = ranks * (ranks - width) * 8
+        assert over == leaving // 2 * (out_bytes + back) + counts_sent
+
+
+def expected_rows(name, ids, maps, ranks, width, free, counts) -> tuple[int, int]:
+    """(rows, rows that leave a node), dispatch and combine together, from the sets of ranks that tokens need."""
+    tokens = int(sum(counts))
+    if name == "all_gather":
+        return 2 * (ranks - 1) * tokens, 0
+    if name == "replicated":
+        n = int(counts[0])
+        small = (ranks - 1) * n * HIDDEN * 4 <= free
+        return (ranks * (ranks - 1) * n if small else 2 * (ranks - 1) * n), 0
+    remote = leaving = 0
+    for r, routed in enumerate(ids):
+        target = torch.where(routed >= 0, maps[r].destination[routed.clamp(min=0)], -1)
+        for row in needed_ranks(target, ranks):
+            found = set(row.nonzero()[:, 0].tolist())
+            remote += len(found - {r})
+            others = {f // width for f in found} - {r // width}
+            leaving += len(others) if name == "hierarchical" else sum(f // width != r // width for f in found)
+    return 2 * remote, 2 * leaving
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("name", list(MADE))
+def test_every_strategy_writes_transformers_text(tmp_path: Path, name: str, ranks: int) -> None:
+    from test_processes import expected_texts, tokens
+
+    prompts = [tokens(n, n) for n in (5, 1, 60, 9, 17)]
+    for family in ISSUE_FAMILIES if ranks == 4 else ("qwen3_moe",):
+        folder = make_model(family, tmp_path / family)
+        expected = expected_texts(folder, prompts, 7)[0]
+
+        def work(group: Group, folder: Path = folder):
+            model = coterie.load(folder, strategy=name, dtype="float32", group=group)
+            limits = [7, 3, 7, 5, 7]
+            asked = [coterie.Prompt(token_ids=tuple(p), max_new_tokens=n) for p, n in zip(prompts, limits, strict=True)]
+            return [list(o.token_ids) for o in model.generate(asked, 7, batch_size=2)[0]]
+
+        for texts in on_ranks(ranks, work, 2 if ranks % 2 == 0 else ranks):
+            assert texts == [e[:n] for e, n in zip(expected, (7, 3, 7, 5, 7), strict=True)], family
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), ranks=st.integers(1, 5), tokens=st.integers(1, 12), here=st.integers(0, 4))
+def test_the_next_anchor_is_the_planners(seed, ranks, tokens, here) -> None:
+    from coterie.placement.cost import _next_anchor
+    from coterie.placement.cost import needed_ranks as planned_ranks
+    from coterie.routing.trace import RoutingTrace
+
+    rng = np.random.default_rng(seed)
+    here %= ranks
+    ids, weights = random_routing(rng, tokens, EXPERTS, TOP_K)
+    weights = weights.half().float()
+    target = torch.where(ids >= 0, torch.from_numpy(rng.integers(0, ranks, EXPERTS))[ids.clamp(min=0)], -1)
+    anchor = next_anchor(target, weights * (ids >= 0), here, ranks)
+    zeros = np.zeros(tokens, dtype=np.int32)
+    as_trace = ids.numpy().astype(np.int16)[:, None]
+    trace = RoutingTrace(as_trace, zeros, zeros, "m", EXPERTS, (0,), "", "decode", weights.half().numpy()[:, None])
+    used = target.numpy()
+    expected = _next_anchor(trace, 0, used, planned_ranks(used, ranks), np.full(tokens, here))
+    assert anchor.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_coherent_rows_are_those_of_the_sets_and_anchors(tmp_path: Path, top_k: int) -> None:
+    """Prefill: two for each remote rank. Decode: each of R but the anchor, and back from each of R but the next one."""
+    from test_processes import tokens, uneven_plan
+
+    folder = make_model("olmoe", tmp_path / "m", num_experts_per_tok=top_k)
+    plan = uneven_plan(folder, 4, tmp_path / "p.json")
+    prompts = [coterie.Prompt(token_ids=tuple(tokens(n, n))) for n in (5, 1, 12, 9)]
+    coterie.load(folder, dtype="float32").record(prompts, tmp_path / "t.safetensors", max_new_tokens=8)
+    trace = coterie.read_trace(tmp_path / "t.safetensors")
+
+    def work(group: Group):
+        return coterie.load(folder, plan, strategy="coherent", dtype="float32", group=group).generate(prompts, 8)[1].rows_sent
+
+    assert on_ranks(4, work) == [coherent_rows_of(trace, plan, [len(p.token_ids) for p in prompts])] * 4
+
+
+def coherent_rows_of(trace, plan: PlacementPlan, lengths: list[int]) -> int:
+    maps = [[m.routes for m in layer_maps(plan, r)] for r in range(plan.ranks)]
+    rows = 0
+    order = np.lexsort((trace.positions, trace.sequence_ids))
+    anchor: dict[int, int] = {}
+    for t in order:
+        sequence, decoding = int(trace.sequence_ids[t]), trace.positions[t] >= lengths[trace.sequence_ids[t]]
+        at = anchor.get(sequence, sequence % plan.ranks)
+        for layer in range(trace.layers):
+            used = [int(maps[0][layer][at, e]) for e in trace.expert_ids[t, layer]]
+            sets = set(used)
+            if not decoding:
+                rows += 2 * len(sets - {at})
+                continue
+            mass = {r: sum(float(w) for u, w in zip(used, trace.router_weights[t, layer], strict=True) if u == r) for r in sets}
+            following = at if at in sets else min(sets, key=lambda r: (-mass[r], r))
+            rows += len(sets - {at}) + len(sets - {following})
+            at = following
+        if decoding:
+            anchor[sequence] = at
+    return rows
