@@ -19,6 +19,7 @@ from coterie.launch.bench import Row
 from coterie.launch.cluster_cases import CHOSEN, CONTIGUOUS, HOMED, PEERS, PLANNED, Case
 from coterie.launch.cluster_driver import Workers, workers
 from coterie.launch.netns import Network, check_available, network
+from coterie.launch.quiet import quiet_transformers
 from coterie.routing.errors import InputError
 
 OURS = (CHOSEN, HOMED, PLANNED, CONTIGUOUS)
@@ -50,42 +51,46 @@ class Work:
 
 @dataclass(frozen=True)
 class Layout:
-    """nodes x ranks_per_node; rates: of the links, in bits per second."""
+    """nodes x ranks_per_node; rates: of the links, in bits per second; works: names in `WORKS`."""
 
     nodes: int
     ranks_per_node: int
     rates: tuple[float, ...]
+    works: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.nodes}x{self.ranks_per_node}"
 
 
+SMALL = {"per_rank": 2, "decode": 3}  # of a quick run
 WORKS = {
-    "embedded": Work(lambda folder, options: cases.embedded(folder), Bars(0.50, 1.8)),
-    "synthetic": Work(lambda folder, options: cases.synthetic(folder), Bars(0.28, 2.8)),
+    "embedded": Work(lambda folder, options: cases.embedded(folder, **(SMALL if options.quick else {})), Bars(0.50, 1.8)),
+    "synthetic": Work(lambda folder, options: cases.synthetic(folder, **(SMALL if options.quick else {})), Bars(0.28, 2.8)),
     "recorded": Work(lambda folder, options: cases.recorded(folder, options.traces), Bars()),
 }
-FULL = (Layout(2, 2, tuple(RATES)), Layout(4, 1, tuple(RATES)))
-QUICK = (Layout(2, 2, (1e8, 1e9)),)
-PLAN_SECONDS, QUICK_PLAN_SECONDS = 15.0, 5.0
+FULL = (Layout(2, 2, tuple(RATES), tuple(WORKS)), Layout(4, 1, tuple(RATES), ("embedded", "synthetic")))
+QUICK = (Layout(2, 2, (1e8, 1e9), ("embedded", "synthetic")),)
+PLAN_SECONDS, QUICK_PLAN_SECONDS = 15.0, 3.0
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """All cells, or with `quick` those that take under three minutes together. Raises InputError where there is no root."""
     check_available()
-    names = ("embedded", "synthetic") if options.quick else tuple(WORKS)
+    quiet_transformers()
+    layouts = QUICK if options.quick else FULL
     with tempfile.TemporaryDirectory(prefix="coterie-cluster-") as name:
         root = Path(name)
-        made = {}
-        for work in names:
+        made: dict[str, Case] = {}
+        for work in dict.fromkeys(name for layout in layouts for name in layout.works):
             (root / work).mkdir()
             try:
                 made[work] = WORKS[work].make(root / work, options)
                 made[work].save(root / work)
             except InputError as error:
                 yield Row(work, "all", "", None, why=str(error))
-        for layout in QUICK if options.quick else FULL:
-            yield from _layout(layout, made, root, QUICK_PLAN_SECONDS if options.quick else PLAN_SECONDS)
+        for layout in layouts:
+            known = {work: made[work] for work in layout.works if work in made}
+            yield from _layout(layout, known, root, QUICK_PLAN_SECONDS if options.quick else PLAN_SECONDS)
 
 
 def _layout(layout: Layout, made: dict[str, Case], root: Path, plan_seconds: float) -> Iterator[Row]:

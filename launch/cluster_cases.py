@@ -19,7 +19,7 @@ from coterie.routing.errors import InputError
 from coterie.routing.trace import RoutingTrace, read_trace
 
 RANKS = 4
-LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, VOCABULARY = 8, 64, 512, 128, 512
+LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, VOCABULARY = 8, 64, 256, 64, 512
 GROUPS, NOISE, PURITY = 8, 0.2, 0.7  # of the synthetic routing, see `company`
 SEEN_SEQUENCES = 96
 PLANNED_BETWEEN = Link(125e6, 1e-4)  # plans are made for 1 Gbit/s between nodes, whatever the cell's rate
@@ -59,7 +59,7 @@ class Case:
         save_file({"token_ids": np.ascontiguousarray(self.token_ids), **replayed}, folder / "case.safetensors")
 
 
-def embedded(folder: Path, per_rank: int = 8, prefill: int = 96, decode: int = 8) -> Case:
+def embedded(folder: Path, per_rank: int = 8, prefill: int = 96, decode: int = 6) -> Case:
     """The embedded model on held-out text, by its own routers; planned from its calibration text."""
     from coterie.moe.families import EMBEDDED, EMBEDDED_FOLDER
 
@@ -80,15 +80,14 @@ def _texts(file: Path) -> list[coterie.Prompt]:
     return [coterie.Prompt(text=json.loads(line)["prompt"]) for line in file.read_text().splitlines()]
 
 
-def synthetic(folder: Path, per_rank: int = 4, prefill: int = 32, decode: int = 8) -> Case:
-    """The random top-8 model with replayed synthetic routing; half of the sequences kinds are planned from, others run."""
+def synthetic(folder: Path, per_rank: int = 4, prefill: int = 32, decode: int = 6) -> Case:
+    """The random top-8 model with replayed synthetic routing; other sequences are planned from than run."""
     sequences, positions = RANKS * per_rank, prefill + decode
     ids = company(SEEN_SEQUENCES + sequences, positions, top_k=8)
-    name = f"random 8x64 top-8, synthetic routing (aligned, noise {NOISE}, purity {PURITY})"
-    return _replayed(name, folder, ids[:SEEN_SEQUENCES], ids[SEEN_SEQUENCES:], prefill)
+    return _replayed("random 8x64 top-8, synthetic routing", folder, ids[:SEEN_SEQUENCES], ids[SEEN_SEQUENCES:], prefill)
 
 
-def recorded(folder: Path, traces: Path, per_rank: int = 4, prefill: int = 32, decode: int = 8) -> Case:
+def recorded(folder: Path, traces: Path, per_rank: int = 4, prefill: int = 32, decode: int = 6) -> Case:
     """The random model with top-6 and the routing of DeepSeek-V2-Lite's first layers on two domains. InputError without it."""
     found = []
     for domain in ("intent", "law"):
@@ -99,7 +98,7 @@ def recorded(folder: Path, traces: Path, per_rank: int = 4, prefill: int = 32, d
     half = RANKS * per_rank // 2
     seen = np.concatenate([part[half:] for part in found])
     run = np.concatenate([part[:half] for part in found])[np.random.default_rng(0).permutation(2 * half)]
-    return _replayed("random 8x64 top-6, routing of deepseek-v2-lite, two domains", folder, seen, run, prefill)
+    return _replayed("random 8x64 top-6, deepseek-v2-lite routing", folder, seen, run, prefill)
 
 
 def _sequences(trace: RoutingTrace, positions: int) -> NDArray[np.int64]:
@@ -160,7 +159,7 @@ def save_random_model(folder: Path, top_k: int) -> None:
     config = Qwen3MoeConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, moe_intermediate_size=INTERMEDIATE, intermediate_size=INTERMEDIATE,
         num_hidden_layers=LAYERS, num_experts=EXPERTS, num_experts_per_tok=top_k, norm_topk_prob=True,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(config).save_pretrained(folder)

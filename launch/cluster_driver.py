@@ -109,11 +109,12 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def _environment(network: Network, rank: int, size: int, local_rank: int) -> dict[str, str]:
     """As torchrun would set it."""
+    nodes, local_size = network.nodes, size // len(network.nodes)
     root = str(Path(coterie.__file__).resolve().parent.parent)
     paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     return {
         **os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "RANK": str(rank), "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(size // len(network.nodes)), "MASTER_ADDR": network.nodes[0].address,
+        "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_size), "MASTER_ADDR": nodes[0].address,
         "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": DEVICE, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
     }  # fmt: skip

@@ -6,6 +6,7 @@ A side routes by its own router or, where routing is replayed, by a trace; never
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -142,8 +143,8 @@ def _start_deepspeed() -> None:
     Its `init_distributed` would compile an extension for shared memory first, for minutes, which serves single nodes only.
     """
     try:
-        import deepspeed.comm.comm as communication
-        import deepspeed.comm.torch as backend
+        communication = importlib.import_module("deepspeed.comm.comm")
+        backend = importlib.import_module("deepspeed.comm.torch")  # the package's attribute `torch` is torch itself
     except ImportError as error:
         raise InputError("deepspeed is not installed: pip install -c constraints.txt deepspeed") from error
     if communication.cdb is None:

@@ -3,7 +3,7 @@
 python -m coterie.launch.cluster_worker, with torchrun's environment. Commands are lines of JSON on standard input, the same
 for every rank; rank 0 answers each with a line on standard output:
 {"do": "load", "case": FOLDER, "model": MODEL, "sides": [...]}  loads all sides of a case, those of the last one are dropped
-{"do": "cell", "prefill": L, "decode": N, "repeats": R}         measures all sides, taking turns; first without counting
+{"do": "cell", "prefill": L, "decode": N, "repeats": R}         measures all sides, taking turns
 {"do": "transfer", "bytes": B}                                  what the links really carry
 """
 
@@ -27,6 +27,8 @@ from coterie.launch.netns import SENT
 from coterie.launch.quiet import quiet_transformers
 from coterie.moe.collectives import Group
 from coterie.routing.errors import InputError
+
+WARM_UP = (2, 1)  # positions of prefill and decode steps that each side runs first, without counting
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,12 @@ class Worker:
                 self._load(side)
         sides = [side for side in self.sides if side.name in self.loaded]
         turns: dict[str, list[Turn]] = {side.name: [] for side in sides}
-        for repeat in range(repeats + 1):
+        for side in sides:
+            self._turn(side, *WARM_UP)
+        for repeat in range(repeats):
             for side in sides[repeat % len(sides) :] + sides[: repeat % len(sides)]:
                 turns[side.name].append(self._turn(side, prefill, decode))
-        found = {name: self._summary(those[1:]) for name, those in turns.items()}
+        found = {name: self._summary(those) for name, those in turns.items()}
         logits = {side.name: self._gathered(side, turns[side.name][-1].logits) for side in sides}
         first = logits[sides[0].name]
         for name, values in logits.items():

@@ -121,9 +121,7 @@ def _remove(namespace: str) -> None:
 
 def _run(*command: str) -> str:
     """Standard output of a command; raises CoterieError with its error. Out of reach of the terminal's ctrl-C."""
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=COMMAND_SECONDS, start_new_session=True, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, start_new_session=True, check=False)
     if done.returncode:
         raise CoterieError(f"{' '.join(command)}: exit code {done.returncode} ({first_line(CoterieError(done.stderr))})")
     return done.stdout.strip()
