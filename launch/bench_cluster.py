@@ -7,7 +7,9 @@ the same processes, taking turns: prefill of a batch, then decode steps with giv
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -84,7 +86,8 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         for work in dict.fromkeys(name for layout in layouts for name in layout.works):
             (root / work).mkdir()
             try:
-                made[work] = WORKS[work].make(root / work, options)
+                with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed, where installed, logs to standard output
+                    made[work] = WORKS[work].make(root / work, options)
                 made[work].save(root / work)
             except InputError as error:
                 yield Row(work, "all", "", None, why=str(error))
@@ -137,7 +140,8 @@ def _sent_rows(name: str, bars: Bars, cell: dict[str, Any]) -> Iterator[Row]:
         peers = {peer: _sent(cell, peer, phase) for peer in PEERS}
         for side in OURS:
             limit = bars.sent if side == HOMED and phase == "prefill" else None
-            bar = limit * peers[EP] if limit and peers[EP] else None
+            theirs = peers[EP]
+            bar = limit * theirs if limit is not None and theirs is not None else None
             value = _sent(cell, side, phase)
             yield Row(name, f"sent between nodes, {phase}: {side}", "MB", value, bar, peers, why=_why(cell, side, *PEERS))
         over = _over(_sent(cell, HOMED, phase), peers[EP])

@@ -108,7 +108,8 @@ def _sequences(trace: RoutingTrace, positions: int) -> NDArray[np.int64]:
         tokens = np.flatnonzero(trace.sequence_ids == number)
         if len(tokens) >= positions:
             found.append(trace.expert_ids[tokens[np.argsort(trace.positions[tokens])][:positions], :LAYERS])
-    return np.stack(found)[np.random.default_rng(0).permutation(len(found))].astype(np.int64)
+    stacked = np.stack(found).astype(np.int64)
+    return stacked[np.random.default_rng(0).permutation(len(found))]
 
 
 def company(sequences: int, positions: int, top_k: int, seed: int = 0) -> NDArray[np.int64]:

@@ -177,7 +177,8 @@ class DeepSpeedBlock(nn.Module):
         _, weights, ids = self.router(hidden_states.flatten(0, 1))
         ids = self.replay.layer(self.number, ids)
         self.gate.tell(ids, weights)
-        return self.layer(hidden_states, None)
+        out: torch.Tensor = self.layer(hidden_states, None)
+        return out
 
 
 class _PickedGate(nn.Module):

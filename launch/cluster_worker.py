@@ -84,7 +84,7 @@ class Worker:
         for repeat in range(repeats):
             for side in sides[repeat % len(sides) :] + sides[: repeat % len(sides)]:
                 turns[side.name].append(self._turn(side, prefill, decode))
-        found = {name: self._summary(those) for name, those in turns.items()}
+        found: dict[str, dict[str, Any]] = {name: self._summary(those) for name, those in turns.items()}
         logits = {side.name: self._gathered(side, turns[side.name][-1].logits) for side in sides}
         first = logits[sides[0].name]
         for name, values in logits.items():
@@ -103,7 +103,8 @@ class Worker:
         def step(first: int, length: int) -> torch.Tensor:
             self.replay.at(mine, first, length)
             out = model(input_ids=ids[:, first : first + length], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            return out.logits[:, -1]
+            last: torch.Tensor = out.logits[:, -1]
+            return last
 
         with self._measured() as prefilling:
             logits = [step(0, prefill)]
@@ -116,7 +117,7 @@ class Worker:
     def _measured(self) -> _Measured:
         return _Measured(self.counts_bytes)
 
-    def _summary(self, turns: list[Turn]) -> dict[str, list[float]]:
+    def _summary(self, turns: list[Turn]) -> dict[str, Any]:
         """Over ranks: the slowest one's seconds, the sum of the nodes' bytes."""
         mine = torch.tensor(
             [[t.prefill_seconds, t.decode_seconds, t.prefill_bytes, t.decode_bytes] for t in turns], dtype=torch.float64
