@@ -126,7 +126,10 @@ def _links(layout: Layout, links: Network, running: Workers) -> Iterator[Row]:
 
 
 def case_rows(case: Case, layout: Layout, bars: Bars, cells: dict[float, dict[str, Any]]) -> Iterator[Row]:
-    """All rows of a case on a layout, from what the workers found at each rate."""
+    """All rows of a case on a layout, from what the workers found at each rate.
+
+    The place for what a chooser predicts beside what was measured: `cells[rate]["sides"][CHOSEN]`, where `strategy` is.
+    """
     name = f"{case.name}, {layout}"
     yield from _sent_rows(name, bars, cells[max(cells)])
     for rate, cell in cells.items():

@@ -129,7 +129,8 @@ def company(sequences: int, positions: int, top_k: int, seed: int = 0) -> NDArra
     pools = [rng.permutation(np.flatnonzero(group == g)) for g in range(GROUPS)]
     nth = np.array([(wanted == g).cumsum() - 1 for g in range(GROUPS)])[wanted, np.arange(count)]
     tokens = np.array([pools[g][n] for g, n in zip(wanted, nth, strict=True)])
-    return trace.expert_ids[tokens].reshape(sequences, positions, LAYERS, top_k).astype(np.int64)
+    picked: NDArray[np.int64] = trace.expert_ids[tokens].astype(np.int64)
+    return picked.reshape(sequences, positions, LAYERS, top_k)
 
 
 def _replayed(name: str, folder: Path, seen: NDArray[np.int64], run: NDArray[np.int64], prefill: int) -> Case:

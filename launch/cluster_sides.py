@@ -143,8 +143,8 @@ def _start_deepspeed() -> None:
     Its `init_distributed` would compile an extension for shared memory first, for minutes, which serves single nodes only.
     """
     try:
-        communication = importlib.import_module("deepspeed.comm.comm")
-        backend = importlib.import_module("deepspeed.comm.torch")  # the package's attribute `torch` is torch itself
+        communication: Any = importlib.import_module("deepspeed.comm.comm")
+        backend: Any = importlib.import_module("deepspeed.comm.torch")  # the package's attribute `torch` is torch itself
     except ImportError as error:
         raise InputError("deepspeed is not installed: pip install -c constraints.txt deepspeed") from error
     if communication.cdb is None:
