@@ -24,7 +24,7 @@ from coterie.placement.deadline import Deadline
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.planner import baseline_plan
 from coterie.placement.problem import hops_problem
-from coterie.routing.affinity import measure
+from coterie.routing.affinity import transition_counts
 from coterie.routing.synth import make
 
 FOLDER = Path(__file__).parent / "img"
@@ -253,7 +253,7 @@ def gap(ranks: int = 4, layers: int = 6) -> Figure:
     values, proven, cheap, before = [], [], [], []
     for noise in noises:
         seen, _ = recorded("geometric", layers, 4, noise=noise)
-        problem = hops_problem([measure(seen)], [1.0], ranks, EXPERTS // ranks, ())
+        problem = hops_problem([transition_counts(seen)], [1.0], ranks, EXPERTS // ranks, ())
         values.append(planned(seen, ranks, "hops").objective.value or 0.0)
         proven.append(problem.scale * chain_bound(problem, Deadline(PATIENCE)))
         cheap.append(problem.scale * lower_bound(problem))

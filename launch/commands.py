@@ -84,7 +84,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             tokens = routing.tokens if isinstance(routing, RoutingTrace) else None
             results[name] = {"plans": plans, "tokens": tokens, "layers": len(routing.layer_ids)}
             if not options.json:
-                print(f"{name}\n{_comparison(plans)}")
+                print(f"{name}\n{comparison(plans)}")
     return next(iter(results.values())) if len(results) == 1 else {"scenarios": results}
 
 
@@ -94,9 +94,10 @@ def _scenarios(path: Path, routing: RoutingTrace | LoadStatistics) -> list[tuple
     return [(f"{path}:{name}", routing, i) for i, name in enumerate(routing.scenarios)]
 
 
-def _comparison(plans: dict[str, dict[str, float | None]]) -> str:
-    fields = list(next(iter(plans.values())))
-    return table(["plan", *fields], [[name, *values.values()] for name, values in plans.items()])
+def comparison(plans: dict[str, dict[str, float | None]], known_only: bool = False) -> str:
+    """What `planner.compare` returns as a table, a plan a line; known_only: without the fields that no plan has."""
+    fields = [f for f in next(iter(plans.values())) if not known_only or any(p[f] is not None for p in plans.values())]
+    return table(["plan", *fields], [[name, *(values[f] for f in fields)] for name, values in plans.items()])
 
 
 def show(options: argparse.Namespace) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from coterie.launch.commands import say
+from coterie.launch.commands import comparison, say
 from coterie.launch.distributed import launched_rank, launched_size
-from coterie.launch.tables import table
 from coterie.placement.plan import read_plan, save_plan
 from coterie.placement.topology import parse_topology
 from coterie.routing.errors import InputError, positive
@@ -44,7 +43,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any] | None:
         return None
     save_plan(made, options.out)
     if not options.json:
-        print(_comparisons(made, routings, request))
+        print(_comparisons(made, routings))
     o = made.objective
     bound = "" if o.gap is None else f", bound {o.lower_bound:.4f}, gap {o.gap:.2%}"
     say(f"{options.out}: {o.name} {o.value:.4f}{bound}, in {made.seconds:.1f} s")
@@ -111,7 +110,7 @@ def _shown(request: PlanRequest) -> Iterator[Progress]:
         yield progress
 
 
-def _comparisons(made: PlacementPlan, routings: list[RoutingTrace | LoadStatistics], request: PlanRequest) -> str:
+def _comparisons(made: PlacementPlan, routings: list[RoutingTrace | LoadStatistics]) -> str:
     from coterie.placement.planner import compare
 
     blocks = []
@@ -119,10 +118,9 @@ def _comparisons(made: PlacementPlan, routings: list[RoutingTrace | LoadStatisti
         count = 1 if isinstance(routing, RoutingTrace) else len(routing.scenarios)
         for scenario in range(count):
             plans = compare(replace(made, model=routing.model), routing, scenario)
-            fields = [f for f in next(iter(plans.values())) if any(p[f] is not None for p in plans.values())]
-            rows = [[name, *(values[f] for f in fields)] for name, values in plans.items()]
             name = routing.scenario if isinstance(routing, RoutingTrace) else routing.scenarios[scenario]
-            blocks.append((f"{name}\n" if name and (count > 1 or len(routings) > 1) else "") + table(["plan", *fields], rows))
+            title = f"{name}\n" if name and (count > 1 or len(routings) > 1) else ""
+            blocks.append(title + comparison(plans, known_only=True))
     return "\n\n".join(blocks)
 
 

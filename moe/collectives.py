@@ -1,77 +1,172 @@
-"""The few collectives the strategies need, counted. The one place that talks to torch.distributed."""
+"""The few collectives the strategies need, counted: rows and bytes as each rank sends them, waiting time, what is beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from coterie.moe.dispatch import as_bytes, from_bytes
+from coterie.moe.traffic import Traffic
+from coterie.moe.transports import TorchTransport, Transport
 
-@dataclass
-class Traffic:
-    """What this rank sent. rows: to other ranks, dispatch and combine together; bytes: of those rows, headers included."""
-
-    rows: int = 0
-    bytes: int = 0
+FREE_BYTES = 1 << 16  # padding that costs less than an exchange of counts, until the links have been measured
+COUNT_BYTES = 8
 
 
 class Group:
-    """All ranks of the job. A group of one needs no torch.distributed and communicates with nobody."""
+    """Some ranks of the job. A group of one needs no transport and communicates with nobody.
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank = rank
-        self.size = size
-        self.traffic = Traffic()
+    ranks_per_node: consecutive ranks that share a machine. members: their ranks in the whole job. free_bytes: messages up to
+    this size per rank are sent padded, without exchanging counts first; the same on all ranks.
+    """
+
+    def __init__(
+        self, transport: Transport | None = None, ranks_per_node: int | None = None, traffic: Traffic | None = None,
+        members: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        self.transport = transport
+        self.rank = 0 if transport is None else transport.rank
+        self.size = 1 if transport is None else transport.size
+        self.ranks_per_node = ranks_per_node or self.size
+        self.traffic = traffic or Traffic()
+        self.members = tuple(range(self.size) if members is None else members)
+        self.free_bytes = FREE_BYTES
 
     @classmethod
-    def current(cls) -> Group:
+    def current(cls, ranks_per_node: int | None = None) -> Group:
         """The group of the running torch.distributed job, or a group of one."""
-        if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            return cls(TorchTransport(), ranks_per_node)
         return cls()
 
-    def exchange_counts(self, counts: Sequence[int], device: torch.device) -> list[int]:
-        """How many rows each rank will send to this one, from how many this one sends to each."""
-        mine = torch.tensor(counts, dtype=torch.int64, device=device)
-        theirs = torch.empty_like(mine)
-        dist.all_to_all_single(theirs, mine)
-        return [int(n) for n in theirs.tolist()]
+    @property
+    def nodes(self) -> int:
+        """Machines the group spans."""
+        return -(-self.size // self.ranks_per_node)
 
-    def exchange_rows(self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
-        """All-to-all of rows `[sum(send), width]`, sorted by destination; returns `[sum(receive), width]` by source."""
+    def subgroup(self, groups: Sequence[Sequence[int]]) -> Group:
+        """The group of the ranks in that one of `groups` that this rank is in; every rank must call it with the same groups."""
+        mine = next(ranks for ranks in groups if self.rank in ranks)
+        transport = None if self.transport is None else self.transport.subgroup(groups)
+        return Group(transport, min(self.ranks_per_node, len(mine)), self.traffic, [self.members[r] for r in mine])
+
+    def exchange(
+        self, rows: torch.Tensor, send: Sequence[int], bound: int, name: str = "dispatch"
+    ) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """All-to-all of rows where the receiver does not know how many come: (rows by source, how many from each).
+
+        rows: `[sum(send), width]`, by destination. bound: the most rows that any rank sends to any other, known to all alike.
+        """
+        if self.size == 1:
+            return rows, tuple(send)
+        sent = as_bytes(rows)
+        padded = (self.size - 1) * bound * sent.shape[1] <= self.free_bytes
+        with self.traffic.span(name):
+            out, receive = self._padded(sent, send, bound) if padded else self._counted(sent, send)
+        return from_bytes(out, rows.dtype), receive
+
+    def _padded(self, rows: torch.Tensor, send: Sequence[int], bound: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """One collective: blocks of `bound` rows, each behind its number of rows."""
+        width, block = rows.shape[1], COUNT_BYTES + bound * rows.shape[1]
+        message = rows.new_zeros((self.size, block))
+        counts = torch.tensor(send, dtype=torch.int64).view(torch.uint8).view(self.size, COUNT_BYTES)
+        message[:, :COUNT_BYTES] = counts.to(rows.device)
+        body = message[:, COUNT_BYTES:].unflatten(1, (bound, width)) if bound else None
+        filled = torch.arange(bound, device=rows.device) < torch.tensor(send, device=rows.device)[:, None]
+        if body is not None:
+            body[filled] = rows
+        out = torch.empty_like(message)
+        self._swap(out, message, [1] * self.size, [1] * self.size)
+        for rank, count in self._others(send):
+            self.traffic.sent(self.members[rank], count, width, block - count * width)
+        receive = out[:, :COUNT_BYTES].contiguous().view(torch.int64)[:, 0].tolist()
+        if body is None:
+            return rows, tuple(receive)
+        came = torch.arange(bound, device=rows.device) < torch.tensor(receive, device=rows.device)[:, None]
+        return out[:, COUNT_BYTES:].unflatten(1, (bound, width))[came], tuple(receive)
+
+    def _counted(self, rows: torch.Tensor, send: Sequence[int]) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Counts first, then as many rows as there are."""
+        ones = [1] * self.size
+        mine = torch.tensor(send, dtype=torch.int64, device=rows.device).view(-1, 1)
+        theirs = torch.empty_like(mine)
+        self._swap(as_bytes(theirs), as_bytes(mine), ones, ones)
+        receive = tuple(theirs[:, 0].tolist())
         out = rows.new_empty((sum(receive), rows.shape[1]))
-        dist.all_to_all_single(out, rows.contiguous(), list(receive), list(send))
-        away = sum(send) - send[self.rank]
-        self.traffic.rows += away
-        self.traffic.bytes += away * rows.shape[1] * rows.element_size()
-        return out
+        self._swap(out, rows, receive, send)
+        for rank, count in self._others(send):
+            self.traffic.sent(self.members[rank], count, rows.shape[1], COUNT_BYTES)
+        return out, receive
+
+    def start_exchange(
+        self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], name: str = "combine"
+    ) -> Callable[[], torch.Tensor]:
+        """Begin an all-to-all whose numbers of rows both sides know; the result, called once, waits and returns the rows."""
+        if self.size == 1:
+            return lambda: rows
+        sent = as_bytes(rows)
+        out = sent.new_empty((sum(receive), sent.shape[1]))
+        for rank, count in self._others(send):
+            self.traffic.sent(self.members[rank], count, sent.shape[1])
+        wait = self._transport().start_all_to_all(out, sent, receive, send)
+
+        def finish() -> torch.Tensor:
+            with self.traffic.span(name):
+                wait()
+            return from_bytes(out, rows.dtype)
+
+        return finish
+
+    def exchange_known(
+        self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], name: str = "combine"
+    ) -> torch.Tensor:
+        """All-to-all of rows whose numbers both sides know: `[sum(receive), width]`, by source."""
+        return self.start_exchange(rows, send, receive, name)()
+
+    def gather_rows(self, rows: torch.Tensor, counts: Sequence[int], name: str = "dispatch") -> torch.Tensor:
+        """Every rank's rows on every rank, `[sum(counts), width]`, by rank. counts: rows of each rank, known to all alike."""
+        if self.size == 1:
+            return rows
+        most, sent = max(counts), as_bytes(rows)
+        mine = sent.new_zeros((most, sent.shape[1]))
+        mine[: len(sent)] = sent
+        with self.traffic.span(name):
+            everything = self._transport().all_gather(mine)
+        for rank, _ in self._others(counts):
+            self.traffic.sent(self.members[rank], len(sent), sent.shape[1], (most - len(sent)) * sent.shape[1])
+        kept = [everything[r, :count] for r, count in enumerate(counts)]
+        return from_bytes(torch.cat(kept), rows.dtype)
+
+    def agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
+        """What each rank says, by rank: equally many integers from each. One small collective."""
+        if self.size == 1:
+            return [tuple(values)]
+        mine = torch.tensor(values, dtype=torch.int64, device=self._transport().device())
+        with self.traffic.span("agree"):
+            said = self._transport().all_gather(mine)
+        for rank in range(self.size):
+            if rank != self.rank:
+                self.traffic.sent(self.members[rank], 0, 0, 8 * len(values))
+        return [tuple(row) for row in said.tolist()]
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so. Every rank must ask."""
-        if self.size == 1:
-            return flag
-        value = torch.tensor([int(flag)], device=self._device())
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
-
-    def maximum(self, value: int) -> int:
-        """The largest value that any rank gives."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor([value], device=self._device())
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return int(tensor.item())
+        return any(said for (said,) in self.agree([int(flag)]))
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank, by rank."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        return [value] if self.size == 1 else self._transport().gather_objects(value)
 
-    def _device(self) -> torch.device:
-        return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    def _swap(self, out: torch.Tensor, rows: torch.Tensor, receive: Sequence[int], send: Sequence[int]) -> None:
+        self._transport().start_all_to_all(out, rows, receive, send)()
+
+    def _others(self, counts: Sequence[int]) -> list[tuple[int, int]]:
+        return [(rank, count) for rank, count in enumerate(counts) if rank != self.rank]
+
+    def _transport(self) -> Transport:
+        assert self.transport is not None  # the callers have returned already if the group is of one
+        return self.transport
+

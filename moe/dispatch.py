@@ -34,62 +34,84 @@ def plan_dispatch(
     ids: torch.Tensor, weights: torch.Tensor, destination: torch.Tensor, position: torch.Tensor, ranks: int
 ) -> DispatchPlan:
     """ids: int `[T, K]`, logical experts, -1 for none; weights `[T, K]`; destination, position: int64 `[E]` (`LayerMap`)."""
-    used = ids >= 0
-    target = torch.where(used, destination[ids.clamp(min=0)], -1)
-    where = torch.where(used, position[ids.clamp(min=0)], -1)
-    needed = (target[:, :, None] == torch.arange(ranks, device=ids.device)).any(1)  # [T, ranks]
+    return plan_rows(*looked_up(ids, destination, position), weights, ranks)
+
+
+def looked_up(ids: torch.Tensor, destination: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rank, position there) of each slot, int64 `[T, K]`, -1 for unused slots."""
+    used, known = ids >= 0, ids.clamp(min=0).long()
+    return torch.where(used, destination[known], -1), torch.where(used, position[known], -1)
+
+
+def plan_rows(target: torch.Tensor, where: torch.Tensor, weights: torch.Tensor, ranks: int) -> DispatchPlan:
+    """target: the rank of each slot, int64 `[T, K]`, -1 for none; where: what that rank is told of the slot; weights `[T, K]`."""
+    needed = needed_ranks(target, ranks)
     rank_of_row, token_of_row = needed.T.nonzero(as_tuple=True)
     mine = target[token_of_row] == rank_of_row[:, None]
     nth = needed.cumsum(1) - 1
-    width = max(1, int(needed.sum(1).max())) if len(ids) else 1
+    width = max(1, int(needed.sum(1).max())) if len(target) else 1
     return DispatchPlan(
         token_of_row=token_of_row,
         counts=tuple(needed.sum(0).tolist()),
         ids=torch.where(mine, where[token_of_row], -1),
         weights=torch.where(mine, weights[token_of_row].float(), 0.0),
         place=token_of_row * width + nth[token_of_row, rank_of_row],
-        tokens=len(ids),
+        tokens=len(target),
         width=width,
     )
 
 
+def needed_ranks(target: torch.Tensor, ranks: int) -> torch.Tensor:
+    """bool `[T, ranks]`: the ranks that host a slot of the token; target as in `plan_rows`."""
+    return (target[:, :, None] == torch.arange(ranks, device=target.device)).any(1)
+
+
+def gateways(target: torch.Tensor, here: int, ranks: int, ranks_per_node: int) -> torch.Tensor:
+    """The rank to which a node's slots of a token are sent together: int64 `[T, K]` by slot, -1 for slots of this node.
+
+    It is one of those that host an expert of the token, so that no row is sent twice: the first at or after `here`'s place
+    in its node, cyclically, which spreads the rows over the node's ranks.
+    """
+    node, place = here // ranks_per_node, here % ranks_per_node
+    wanted = needed_ranks(target, ranks).view(len(target), -1, ranks_per_node)
+    turned = wanted.roll(-place, dims=2).int().argmax(2)  # [T, nodes]
+    first = (turned + place) % ranks_per_node
+    node_of_slot = torch.where(target >= 0, target // ranks_per_node, node)
+    chosen = node_of_slot * ranks_per_node + first.gather(1, node_of_slot)
+    return torch.where(node_of_slot == node, -1, chosen)
+
+
 def combine_rows(plan: DispatchPlan, partial: torch.Tensor) -> torch.Tensor:
-    """Sum each token's partial results in the order of ranks, in fp32. partial: `[rows, H]` as sent; returns `[T, H]`."""
+    """Sum each token's partial results in the order of ranks. partial: `[rows, H]` as sent; returns float32 `[T, H]`."""
     parts = torch.zeros(plan.tokens * plan.width, partial.shape[1], dtype=torch.float32, device=partial.device)
     parts[plan.place] = partial.float()
-    return parts.view(plan.tokens, plan.width, partial.shape[1]).sum(1).to(partial.dtype)
+    return parts.view(plan.tokens, plan.width, partial.shape[1]).sum(1)
 
 
 def pack_rows(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """One message of bytes per row, uint8 `[rows, row_bytes]`: fp32 weights, int32 positions, then the hidden state.
-
-    Bytes go through every backend, whatever dtypes it knows.
-    """
-    rows = len(x)
-    parts = (weights.float(), ids.to(torch.int32), x)
-    return torch.cat([p.contiguous().view(torch.uint8).view(rows, -1) if rows else _no_bytes(p) for p in parts], dim=1)
-
-
-def _no_bytes(part: torch.Tensor) -> torch.Tensor:
-    return torch.empty((0, part.shape[1] * part.element_size()), dtype=torch.uint8, device=part.device)
+    """One message of bytes per row, uint8 `[rows, row_bytes]`: fp32 weights, int32 positions, then the hidden state."""
+    return torch.cat([as_bytes(part) for part in (weights.float(), ids.to(torch.int32), x)], dim=1)
 
 
 def unpack_rows(message: torch.Tensor, slots: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x `[rows, H]` in dtype, ids int64 `[rows, slots]`, weights float32 `[rows, slots]`) from `pack_rows`' bytes."""
     weights, ids, x = torch.split(message, [4 * slots, 4 * slots, message.shape[1] - 8 * slots], dim=1)
+    return from_bytes(x, dtype), from_bytes(ids, torch.int32).long(), from_bytes(weights, torch.float32)
+
+
+def as_bytes(rows: torch.Tensor) -> torch.Tensor:
+    """uint8 `[rows, bytes of a row]`, the same memory where it is contiguous: what every backend takes."""
+    if not len(rows):
+        return torch.empty((0, rows.shape[1] * rows.element_size()), dtype=torch.uint8, device=rows.device)
+    return rows.contiguous().view(torch.uint8).view(len(rows), -1)
+
+
+def from_bytes(message: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`as_bytes` undone: rows `[rows, width]` of `dtype`."""
+    width = message.shape[1] // dtype.itemsize
     if not len(message):
-        hidden = x.shape[1] // dtype.itemsize
-        empty = message.new_empty
-        return (
-            empty((0, hidden), dtype=dtype),
-            empty((0, slots), dtype=torch.int64),
-            empty((0, slots), dtype=torch.float32),
-        )
-    return (
-        x.contiguous().view(dtype),
-        ids.contiguous().view(torch.int32).long(),
-        weights.contiguous().view(torch.float32),
-    )
+        return torch.empty((0, width), dtype=dtype, device=message.device)
+    return message.contiguous().view(dtype).view(len(message), width)
 
 
 def row_bytes(hidden: int, slots: int, dtype: torch.dtype) -> int:

@@ -1,15 +1,16 @@
 """Generation over data-parallel ranks that stay in step: every rank runs every step, with zero tokens if it has none.
 
-Static batches for now: each rank takes its prompts in batches, left-padded; finished rows stay in the batch but their
-tokens are no longer dispatched. A step ends when all ranks agree on whether anyone still has something to do.
+Batches are continuous: a sequence that ends makes room for the next prompt. Each step begins with one small collective in
+which the ranks tell how much room they have and how many sequences they run; the rest every rank can work out by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
+import numpy as np
 import torch
 from transformers import (
     GenerationConfig,
@@ -21,10 +22,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from coterie.moe.batch import Request, Running, Scored
 from coterie.moe.collectives import Group
-from coterie.moe.layer import StepContext
+from coterie.moe.queue import Queue
 from coterie.routing.errors import InputError
-from coterie.routing.record import Recorder
 
 # Fields of a checkpoint's generation_config.json that are carried out, concern sampling (which the caller sets), or change no
 # text. Any other that differs from its default is refused.
@@ -58,134 +59,96 @@ class Sampling:
             raise InputError("--top-k, --top-p: have no effect on greedy text, expected --temperature above 0 beside them")
 
 
-@dataclass(frozen=True)
-class Request:
-    """One prompt. index: its place among all prompts, which is also its sequence id; token_ids: at least one."""
-
-    index: int
-    token_ids: tuple[int, ...]
-    max_new_tokens: int
-
-
-@dataclass
-class Running:
-    """A request being generated. finish_reason: `stop` (end token) or `length`, None while running."""
-
-    request: Request
-    new_tokens: list[int]
-    finish_reason: str | None = None
-    generator: torch.Generator | None = None
-
-
 OnToken = Callable[[int, int], None]  # (prompt index, token id), in order within a prompt
+OnFinished = Callable[[list[Running]], None]
+
+
+class Executor(Protocol):
+    """What runs the model for the sequences at hand: `Batch`, or another way with the same methods."""
+
+    sequences: list[Running]
+    running: int
+
+    def room(self, size: int) -> int: ...  # noqa: D102
+    def prefill(self, newcomers: Sequence[Running], tokens: tuple[int, ...]) -> Scored: ...  # noqa: D102
+    def decode(self, tokens: tuple[int, ...]) -> Scored: ...  # noqa: D102
+    def settle(self, chosen: list[tuple[Running, int]]) -> list[tuple[Running, int]]: ...  # noqa: D102
+    def drop_finished(self) -> None: ...  # noqa: D102
 
 
 class Generator:
     """Runs requests through a loaded model, in step with the other ranks."""
 
     def __init__(
-        self, model: Any, group: Group, context: StepContext, sampling: Sampling, recorder: Recorder | None = None,
-        on_token: OnToken | None = None,
+        self, executor: Executor, group: Group, config: GenerationConfig, sampling: Sampling, on_token: OnToken | None = None,
+        enough: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
-        self.model = model
+        self.executor = executor
         self.group = group
-        self.context = context
         self.sampling = sampling
-        self.recorder = recorder
         self.on_token = on_token
-        self.end_tokens = _end_tokens(model.generation_config)
-        self.processors = _processors(model.generation_config, sampling)
-        self.device = next(model.parameters()).device
+        self.enough = enough
+        self.end_tokens = _end_tokens(config)
+        self.processors = _processors(config, sampling)
 
     @torch.inference_mode()
-    def run(self, requests: Sequence[Request], batch_size: int) -> list[Running]:
-        """Generate this rank's share; other ranks must call it too, whatever they have. Results in the order given."""
-        done: list[Running] = []
-        batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
-        try:
-            for number in range(self.group.maximum(len(batches))):
-                sequences = [self._open(r) for r in (batches[number] if number < len(batches) else [])]
-                self._generate(sequences)
-                done += sequences
-        finally:
-            self.context.live = None  # the transformers model stays usable by itself
-        return done
+    def run(
+        self, requests: Sequence[Request], batch_size: int, homes: Sequence[int] | None = None, shared: bool = False,
+        between: Callable[[list[Running]], None] | None = None,
+    ) -> list[Running]:  # fmt: skip
+        """Generate; every rank calls it with the same requests. Returns those that ended on this rank, as they ended.
 
-    def _open(self, request: Request) -> Running:
-        generator = None
-        if self.sampling.temperature > 0:
-            generator = torch.Generator().manual_seed(self.sampling.seed * 1_000_003 + request.index)
-        finished = "length" if request.max_new_tokens == 0 else None
-        return Running(request, [], finished, generator)
-
-    def _generate(self, sequences: list[Running]) -> None:
-        ids, mask = _pad([s.request.token_ids for s in sequences], self.device)
-        cache = None  # the model makes the kind it needs
-        # Prefill runs even for prompts that ask for no new token: recording wants their routing.
-        live = torch.tensor([True] * len(sequences) or [False], device=self.device)
+        batch_size: sequences at once on a rank; shared: every rank runs all of them. between: called on every rank after
+        each step with the sequences that ended on it.
+        """
+        ranks = 1 if shared else self.group.size
+        me = 0 if shared else self.group.rank
+        queue, done = Queue(requests, ranks, homes), []
         while True:
-            logits, cache = self._forward(ids, mask, cache, live, [s.request.index for s in sequences] or [0])
-            for row, sequence in enumerate(sequences):
-                if sequence.finish_reason is None:
-                    self._extend(sequence, logits[row])
-            running = [s.finish_reason is None for s in sequences]
-            if not self.group.any(any(running) and not self._enough()):
-                return
-            live = torch.tensor(running or [False], device=self.device)
-            ids = torch.tensor([[s.new_tokens[-1] if s.new_tokens else 0] for s in sequences] or [[0]], device=self.device)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            said = self.group.agree([self.executor.room(batch_size), self.executor.running, int(self.enough())])
+            running = tuple(r for _, r, _ in said)
+            if any(stop for _, _, stop in said) or not (any(running) or len(queue)):
+                return done
+            assigned = queue.assign([room for room, _, _ in said[:ranks]])
+            if any(running):
+                self._extend(self.executor.decode(running))
+            tokens = tuple(sum(len(r.token_ids) for r in taken) for taken in assigned)
+            if any(tokens):
+                newcomers = [Running(request) for request in assigned[me]]
+                self._extend(self.executor.prefill(newcomers, tokens * (self.group.size if shared else 1)))
+            ended = [s for s in self.executor.sequences if s.finish_reason is not None and not s.reported]
+            for sequence in ended:
+                sequence.reported = True
+            done += ended
+            self.executor.drop_finished()
+            if between is not None:
+                between(ended)
 
-    def _enough(self) -> bool:
-        return self.recorder is not None and self.recorder.full
+    def _extend(self, scored: Scored) -> None:
+        """Prefill runs even for prompts that ask for no new token: recording wants their routing."""
+        chosen = [(s, self._choose(s, logits)) for s, logits in scored if s.request.max_new_tokens > 0]
+        for sequence, _ in scored:
+            if sequence.request.max_new_tokens == 0:
+                sequence.finish_reason = "length"
+        for sequence, token in self.executor.settle(chosen):
+            sequence.new_tokens.append(token)
+            if token in self.end_tokens:
+                sequence.finish_reason = "stop"
+            elif len(sequence.new_tokens) >= sequence.request.max_new_tokens:
+                sequence.finish_reason = "length"
+            if self.on_token is not None:
+                self.on_token(sequence.request.index, token)
 
-    def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, live: torch.Tensor, sequence_ids: list[int]
-    ) -> tuple[torch.Tensor, Any]:
-        """Logits `[rows, vocabulary]` of each row's last position, and the cache with this step in it."""
-        length = ids.shape[1]
-        self.context.live = (live[:, None] & mask[:, -length:].bool()).reshape(-1)
-        if self.recorder is not None:
-            self.recorder.sequences, self.recorder.live = sequence_ids, live
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1].float(), out.past_key_values
-
-    def _extend(self, sequence: Running, logits: torch.Tensor) -> None:
+    def _choose(self, sequence: Running, logits: torch.Tensor) -> int:
+        """The next token. A draw depends on the seed, the prompt and the position, not on rank or batch."""
         seen = torch.tensor([[*sequence.request.token_ids, *sequence.new_tokens]], device=logits.device)
         scores = self.processors(seen, logits[None])[0]
-        if sequence.generator is None:
-            token = int(scores.argmax())
-        else:
-            token = int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=sequence.generator))
-        sequence.new_tokens.append(token)
-        if token in self.end_tokens:
-            sequence.finish_reason = "stop"
-        elif len(sequence.new_tokens) >= sequence.request.max_new_tokens:
-            sequence.finish_reason = "length"
-        if self.on_token is not None:
-            self.on_token(sequence.request.index, token)
-
-
-def share(requests: Sequence[Request], group: Group) -> list[Request]:
-    """This rank's prompts: prompt i lives on rank i modulo the number of ranks, as the planner assumes."""
-    return [r for r in requests if r.index % group.size == group.rank]
-
-
-def _pad(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left-padded ids and mask, int64 `[rows, longest]`; a rank without prompts gets one token, which is not live."""
-    if not prompts:
-        return torch.zeros((1, 1), dtype=torch.int64, device=device), torch.ones((1, 1), dtype=torch.int64, device=device)
-    longest = max(map(len, prompts))
-    ids = [[0] * (longest - len(p)) + list(p) for p in prompts]
-    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+        if self.sampling.temperature == 0:
+            return int(scores.argmax())
+        place = (self.sampling.seed, sequence.request.index, len(sequence.new_tokens))
+        seed = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
+        generator = torch.Generator().manual_seed(seed >> 1)
+        return int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=generator))
 
 
 def _end_tokens(config: GenerationConfig) -> frozenset[int]:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from coterie.kernels.experts import StackedExperts, grouped_experts
-from coterie.moe.placement_map import LayerMap
+from coterie.moe.placement_map import LayerMap, whole_map
 from coterie.moe.strategy import Local, Strategy
 from coterie.routing.record import expert_modules
 
@@ -26,10 +26,13 @@ class StepContext:
     """What the experts interface does not show of the tokens in the current call.
 
     live: bool `[tokens]` or None: tokens that are padding or belong to finished sequences are not dispatched and get a
-    zero output. Set by the generation loop before each call.
+    zero output. tokens: how many each rank dispatches, or None: they are asked in every layer. strategy: how. Set by the
+    generation loop before each call.
     """
 
+    strategy: Strategy = field(default_factory=Local)
     live: torch.Tensor | None = None
+    tokens: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,15 @@ class ExpertLayer:
     """One experts module's place in the job; stands on the module as `coterie_layer`."""
 
     map: LayerMap
-    strategy: Strategy
     context: StepContext = field(default_factory=StepContext)
+    index: int = 0
 
 
 def attach(model: nn.Module, maps: list[LayerMap], strategy: Strategy) -> StepContext:
     """Tell every experts module of `model` its layer map (in layer order) and the strategy; returns their shared context."""
-    context = StepContext()
-    for layer_map, (_, module) in zip(maps, expert_modules(model).values(), strict=True):
-        module.coterie_layer = ExpertLayer(layer_map, strategy, context)  # type: ignore[assignment]
+    context = StepContext(strategy)
+    for index, (layer_map, (_, module)) in enumerate(zip(maps, expert_modules(model).values(), strict=True)):
+        module.coterie_layer = ExpertLayer(layer_map, context, index)  # type: ignore[assignment]
     return context
 
 
@@ -74,7 +77,7 @@ def experts_forward(
     experts = stacked(module)
     layer: ExpertLayer | None = getattr(module, "coterie_layer", None)
     if layer is None:
-        layer = ExpertLayer(_everything(experts), Local())
+        layer = ExpertLayer(whole_map(experts.second.shape[0], experts.second.device))
     ids = top_k_index.masked_fill(top_k_index >= len(layer.map.destination), -1)
     if layer.context.live is None:
         return _run(layer, experts, hidden_states, ids, top_k_weights)
@@ -87,16 +90,20 @@ def experts_forward(
 def _run(
     layer: ExpertLayer, experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    dispatched = layer.strategy.dispatch(x, ids, weights, layer.map)
-    y = grouped_experts(experts, dispatched.rows, dispatched.ids, dispatched.weights)
-    return layer.strategy.combine(y, dispatched)
-
-
-def _everything(experts: StackedExperts) -> LayerMap:
-    count, device = experts.second.shape[0], experts.second.device
-    return LayerMap(
-        tuple(range(count)), torch.zeros(count, dtype=torch.int64, device=device), torch.arange(count, device=device)
-    )
+    strategy = layer.context.strategy
+    traffic = strategy.group.traffic
+    tokens = layer.context.tokens
+    if tokens is None:
+        tokens = tuple(n for (n,) in strategy.group.agree([len(x)]))
+    if not any(tokens):
+        return torch.zeros_like(x)
+    traffic.layer = layer.index
+    dispatched = strategy.dispatch(x, ids, weights, layer.map, tokens)
+    with traffic.span("experts"):
+        y = grouped_experts(experts, dispatched.rows, dispatched.ids, dispatched.weights)
+    out = strategy.combine(y, dispatched)
+    traffic.layer = -1
+    return out
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -15,11 +15,13 @@ from transformers import AutoTokenizer
 
 from coterie.moe.collectives import Group
 from coterie.moe.families import ModelShape, inspect
-from coterie.moe.generate import Generator, OnToken, Request, Running, Sampling, share
+from coterie.moe.batch import Batch, Request, Running, SharedBatch
+from coterie.moe.choose import make_strategy
+from coterie.moe.generate import Generator, OnToken, Sampling
 from coterie.moe.layer import IMPLEMENTATION, attach
 from coterie.moe.load import load_share
 from coterie.moe.placement_map import check_plan, contiguous_plan, layer_maps
-from coterie.moe.strategy import Strategy, make_strategy
+from coterie.moe.strategy import Strategy
 from coterie.offload.checkpoint import Checkpoint
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError, first_line, positive
@@ -125,17 +127,30 @@ class Model:
         positive("--batch-size", batch_size)
         requests = self._requests(asked, max_new_tokens)
         watch = _streaming(streamer, on_token)
-        generator = Generator(self.transformers, self.group, self.context, sampling or Sampling(), on_token=watch)
         rows = self.group.traffic.rows
         started = time.perf_counter()
-        mine = generator.run(share(requests, self.group), batch_size)
-        finished = [r for part in self.group.gather(mine_without_generators(mine)) for r in part]
+        mine = self._run(requests, batch_size, sampling or Sampling(), watch)
+        gathered = self.group.gather(mine)
+        finished = gathered[0] if self.strategy.every_rank_has_all else [r for part in gathered for r in part]
         seconds = time.perf_counter() - started
         if streamer is not None:
             streamer.end()
         ordered = sorted(finished, key=lambda r: r.request.index)
         outputs = [self._output(asked[r.request.index], r) for r in ordered]
         return outputs, self._statistics(ordered, seconds, self.group.traffic.rows - rows)
+
+    def _run(
+        self, requests: list[Request], batch_size: int, sampling: Sampling, on_token: OnToken | None,
+        recorder: Recorder | None = None,
+    ) -> list[Running]:  # fmt: skip
+        shared = self.strategy.every_rank_has_all
+        batch = (SharedBatch if shared else Batch)(self.transformers, self.context, recorder)
+        enough = (lambda: False) if recorder is None else (lambda: recorder.full)
+        generator = Generator(batch, self.group, self.transformers.generation_config, sampling, on_token, enough)
+        try:
+            return generator.run(requests, batch_size, shared=shared)
+        finally:
+            self.context.live = self.context.tokens = None  # the transformers model stays usable by itself
 
     def record(
         self, prompts: Sequence[Prompt | str], out: Path, max_new_tokens: int = 0, phase: str | None = None,
@@ -172,9 +187,8 @@ class Model:
         try:
             with recorder.attached():
                 for first in range(0, len(requests), batch_size):
-                    generator = Generator(self.transformers, self.group, self.context, Sampling(), recorder)
                     before = writer.tokens
-                    generator.run(requests[first : first + batch_size], batch_size)
+                    self._run(requests[first : first + batch_size], batch_size, Sampling(), None, recorder)
                     if on_tokens is not None:
                         on_tokens(writer.tokens - before)
                     if recorder.full:
@@ -228,11 +242,8 @@ def load(
     if plan is None:
         plan = contiguous_plan(shape, group.size)
     check_plan(plan, shape, group.size)
-    if plan.strategy != "all_to_all" and strategy is None:
-        raise InputError(
-            f"strategy: the plan is for {plan.strategy!r}, expected all_to_all; --strategy runs it with another one"
-        )
-    chosen = make_strategy(strategy, group)
+    planned = plan.strategy if plan.strategy != "all_to_all" and group.size > 1 else None
+    chosen = make_strategy(strategy or planned, group)
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = Checkpoint.open(shape.folder)
     experts = {layer: tuple(plan.experts_on(i, group.rank)) for i, layer in enumerate(shape.layer_ids)}
@@ -251,7 +262,7 @@ def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
 
 def _maps_on(plan: PlacementPlan, rank: int, device: torch.device) -> list[Any]:
     maps = layer_maps(plan, rank)
-    return [type(m)(m.local, m.destination.to(device), m.position.to(device)) for m in maps]
+    return [m.to(device) for m in maps]
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -276,11 +287,6 @@ def _streaming(streamer: Any, on_token: OnToken | None) -> OnToken | None:
             on_token(index, token)
 
     return put
-
-
-def mine_without_generators(sequences: list[Running]) -> list[Running]:
-    """The same, fit to be sent to other ranks: random generators stay here."""
-    return [Running(s.request, s.new_tokens, s.finish_reason) for s in sequences]
 
 
 def peak_memory(device: torch.device) -> int:

@@ -22,22 +22,29 @@ class LayerMap:
     local: ascending ids of the experts this rank holds, in the order in which its weights are stacked.
     destination: int64 `[E]`, the rank to which this rank sends a token for each expert.
     position: int64 `[E]`, where the expert is in that rank's stack.
+    routes: int64 `[ranks, E]`, `destination` of every rank; here: int64 `[E]`, places in this rank's stack, -1 if not held.
     """
 
     local: tuple[int, ...]
     destination: torch.Tensor
     position: torch.Tensor
+    routes: torch.Tensor
+    here: torch.Tensor
+
+    def to(self, device: torch.device) -> LayerMap:
+        """The same with its tensors on `device`."""
+        return LayerMap(self.local, *(t.to(device) for t in (self.destination, self.position, self.routes, self.here)))
 
 
-def contiguous_plan(shape: ModelShape, ranks: int) -> PlacementPlan:
-    """Experts in order over the ranks of one node: what is used without a plan."""
+def contiguous_plan(shape: ModelShape, ranks: int, nodes: int = 1) -> PlacementPlan:
+    """Experts in order over the ranks: what is used without a plan."""
     if ranks > shape.num_experts:
         raise InputError(
             f"ranks: found {ranks} processes, expected at most {shape.num_experts}: the model has that many experts"
         )
     assignment = contiguous(np.zeros((len(shape.layer_ids), shape.num_experts)), ranks)
     slots = slots_from_assignment(assignment, ranks, -(-shape.num_experts // ranks))
-    return PlacementPlan(slots, shape.num_experts, shape.layer_ids, Topology(1, ranks), model=shape.name)
+    return PlacementPlan(slots, shape.num_experts, shape.layer_ids, Topology(nodes, ranks // nodes), model=shape.name)
 
 
 def check_plan(plan: PlacementPlan, shape: ModelShape, ranks: int) -> None:
@@ -56,12 +63,20 @@ def check_plan(plan: PlacementPlan, shape: ModelShape, ranks: int) -> None:
 
 def layer_maps(plan: PlacementPlan, rank: int) -> list[LayerMap]:
     """The plan's layers as `rank` sees them."""
-    holds = plan.holds()
-    maps = []
-    for layer in range(len(plan.layer_ids)):
-        destination = destinations(holds[layer], plan.topology)[rank].astype(np.int64)
-        order = np.cumsum(holds[layer], axis=0) - 1  # [E, ranks]: position among the ascending experts of each rank
-        position = order[np.arange(plan.num_experts), destination]
-        local = tuple(plan.experts_on(layer, rank))
-        maps.append(LayerMap(local, torch.from_numpy(destination), torch.from_numpy(position.astype(np.int64))))
-    return maps
+    return [layer_map(plan, layer, rank) for layer in range(len(plan.layer_ids))]
+
+
+def layer_map(plan: PlacementPlan, layer: int, rank: int) -> LayerMap:
+    """One of the plan's layers, by its place among them, as `rank` sees it."""
+    holds = plan.holds()[layer]
+    routes = destinations(holds, plan.topology).astype(np.int64)
+    order = np.where(holds, np.cumsum(holds, axis=0) - 1, -1)  # [E, ranks]: place among the ascending experts of each rank
+    position = order[np.arange(plan.num_experts), routes[rank]]
+    tensors = (torch.from_numpy(a.astype(np.int64)) for a in (routes[rank], position, routes, order[:, rank]))
+    return LayerMap(tuple(plan.experts_on(layer, rank)), *tensors)
+
+
+def whole_map(count: int, device: torch.device) -> LayerMap:
+    """All of `count` experts on one rank."""
+    zeros, order = torch.zeros(count, dtype=torch.int64, device=device), torch.arange(count, device=device)
+    return LayerMap(tuple(range(count)), zeros, order, zeros[None], order)

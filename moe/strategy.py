@@ -12,9 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from coterie.moe.collectives import Group
-from coterie.moe.dispatch import DispatchPlan, combine_rows, pack_rows, plan_dispatch, unpack_rows
+from coterie.moe.dispatch import DispatchPlan, combine_rows, gateways, looked_up, pack_rows, plan_dispatch, plan_rows, unpack_rows
 from coterie.moe.placement_map import LayerMap
-from coterie.routing.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -27,16 +26,23 @@ class Dispatched:
     rows: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
-    state: Any
+    state: Any = None
 
 
 class Strategy(Protocol):
-    """The contract. Every rank calls both methods for every layer of every step, with zero tokens if it has none."""
+    """The contract. Every rank calls both methods for every layer of every step, with zero tokens if it has none.
+
+    every_rank_has_all: each rank is given the tokens of all, instead of its own.
+    """
 
     name: str
+    group: Group
+    every_rank_has_all: bool
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: LayerMap) -> Dispatched:
-        """x `[T, H]`; ids int `[T, K]`, logical experts, -1 for none; weights `[T, K]`."""
+    def dispatch(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: LayerMap, tokens: tuple[int, ...]
+    ) -> Dispatched:
+        """x `[T, H]`; ids int `[T, K]`, logical experts, -1 for none; weights `[T, K]`; tokens: T of every rank, not all 0."""
         ...
 
     def combine(self, y: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
@@ -48,52 +54,161 @@ class Local:
     """Every expert is on this rank."""
 
     name = "local"
+    every_rank_has_all = False
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: LayerMap) -> Dispatched:
+    def __init__(self, group: Group | None = None) -> None:
+        self.group = group or Group()
+
+    def dispatch(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: LayerMap, tokens: tuple[int, ...]
+    ) -> Dispatched:
         """Nothing moves; logical ids become positions in the stack."""
-        positions = torch.where(ids >= 0, layer.position[ids.clamp(min=0)], -1)
-        return Dispatched(x, positions, weights, None)
+        return Dispatched(x, torch.where(ids >= 0, layer.here[ids.clamp(min=0)], -1), weights)
 
     def combine(self, y: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """The rows are home already."""
         return y
 
 
-class AllToAll:
-    """One row per token and destination rank, weighted partial sums reduced there, one row back."""
+class Replicated:
+    """Every rank has every token and computes its own experts' part; the parts are summed by reduce-scatter and all-gather.
 
-    name = "all_to_all"
+    For batches so small that latency rules: nothing is dispatched. Tensor-parallel engines run their experts this way.
+    """
+
+    name = "replicated"
+    every_rank_has_all = True
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
-    def dispatch(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: LayerMap) -> Dispatched:
-        """Exchanges counts, then rows with their slots packed in."""
+    def dispatch(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: LayerMap, tokens: tuple[int, ...]
+    ) -> Dispatched:
+        """Nothing moves; of several copies of an expert another one computes for every token in turn."""
+        source = torch.arange(len(x), device=x.device) % self.group.size
+        return Dispatched(x, _computed_here(ids, source, layer, self.group.rank), weights)
+
+    def combine(self, y: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        """Each rank sums a share of the tokens in the order of ranks; small batches are summed whole on every rank."""
+        ranks, (tokens, hidden) = self.group.size, y.shape
+        if (ranks - 1) * y.numel() * y.element_size() <= self.group.free_bytes:
+            parts = self.group.gather_rows(y, [tokens] * ranks, "combine")
+            return parts.view(ranks, tokens, hidden).float().sum(0).to(y.dtype)
+        share = [tokens * (r + 1) // ranks - tokens * r // ranks for r in range(ranks)]
+        parts = self.group.exchange_known(y, share, [share[self.group.rank]] * ranks)
+        return self.group.gather_rows(parts.view(ranks, -1, hidden).float().sum(0).to(y.dtype), share, "combine")
+
+
+class AllGather:
+    """Every rank gets every token with its routing, and sends each token's home a partial sum (gather and reduce-scatter).
+
+    Two collectives whose sizes all ranks know, for batches in which most tokens need most ranks anyway.
+    """
+
+    name = "all_gather"
+    every_rank_has_all = False
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def dispatch(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: LayerMap, tokens: tuple[int, ...]
+    ) -> Dispatched:
+        """Gathers rows with their logical ids, and keeps the slots that are computed here."""
+        message = self.group.gather_rows(pack_rows(x, ids, weights), tokens)
+        rows, row_ids, row_weights = unpack_rows(message, ids.shape[1], x.dtype)
+        source = torch.repeat_interleave(torch.tensor(tokens)).to(x.device)
+        return Dispatched(rows, _computed_here(row_ids, source, layer, self.group.rank), row_weights, tokens)
+
+    def combine(self, y: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        """One partial sum of each rank for each token, summed in the order of ranks."""
+        tokens = dispatched.state
+        mine = tokens[self.group.rank]
+        parts = self.group.exchange_known(y, tokens, [mine] * self.group.size)
+        return parts.view(self.group.size, mine, y.shape[1]).float().sum(0).to(y.dtype)
+
+
+class AllToAll:
+    """One row per token and destination rank, weighted partial sums reduced there, one row back."""
+
+    name = "all_to_all"
+    every_rank_has_all = False
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def dispatch(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: LayerMap, tokens: tuple[int, ...]
+    ) -> Dispatched:
+        """Exchanges rows with their slots packed in."""
         plan = plan_dispatch(ids, weights, layer.destination, layer.position, self.group.size)
-        receive = self.group.exchange_counts(plan.counts, x.device)
         message = pack_rows(x[plan.token_of_row], plan.ids, plan.weights)
-        rows, row_ids, row_weights = unpack_rows(self.group.exchange_rows(message, plan.counts, receive), ids.shape[1], x.dtype)
-        return Dispatched(rows, row_ids, row_weights, (plan, receive))
+        came, receive = self.group.exchange(message, plan.counts, max(tokens))
+        return Dispatched(*unpack_rows(came, ids.shape[1], x.dtype), (plan, receive))
 
     def combine(self, y: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """The same exchange backwards, then the sum in the order of ranks."""
-        plan, receive = _state(dispatched)
-        return combine_rows(plan, self.group.exchange_rows(y, receive, plan.counts))
+        plan, receive = dispatched.state
+        return combine_rows(plan, self.group.exchange_known(y, receive, plan.counts)).to(y.dtype)
 
 
-def _state(dispatched: Dispatched) -> tuple[DispatchPlan, list[int]]:
-    return dispatched.state  # type: ignore[no-any-return]
+@dataclass(frozen=True)
+class _TwoStages:
+    """between: rows to other nodes; inside: those that came and this rank's own, to ranks of the node; came: as in `exchange`."""
+
+    between: DispatchPlan
+    came: tuple[int, ...]
+    inside: DispatchPlan
+    came_inside: tuple[int, ...]
 
 
-STRATEGIES = ("local", "all_to_all")
+class Hierarchical:
+    """One row per token and remote node, forwarded there to the other ranks that need it; one row back per node.
+
+    As in DeepEP's internode kernels. The rank that takes a node's row is one that needs it anyway, so the number of rows is
+    that of `AllToAll`, and only those between nodes become fewer.
+    """
+
+    name = "hierarchical"
+    every_rank_has_all = False
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        width = group.ranks_per_node
+        self.node = group.subgroup([list(range(i, i + width)) for i in range(0, group.size, width)])
+
+    def dispatch(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: LayerMap, tokens: tuple[int, ...]
+    ) -> Dispatched:
+        """Between nodes first; a slot travels as its rank in the node times the number of experts, plus its position."""
+        slots, experts, size = ids.shape[1], len(layer.destination), self.node.size
+        target, position = looked_up(ids, layer.destination, layer.position)
+        code = torch.where(ids >= 0, target % size * experts + position, -1)
+        gateway = gateways(target, self.group.rank, self.group.size, size)
+        between = plan_rows(gateway, code, weights, self.group.size)
+        message = pack_rows(x[between.token_of_row], between.ids, between.weights)
+        arrived, came = self.group.exchange(message, between.counts, max(tokens), "dispatch between nodes")
+        rows, codes, row_weights = unpack_rows(arrived, slots, x.dtype)
+        own = torch.where(gateway < 0, code, -1)
+        x, codes, row_weights = torch.cat([x, rows]), torch.cat([own, codes]), torch.cat([weights.float(), row_weights])
+        where = torch.where(codes >= 0, codes % experts, -1)
+        inside = plan_rows(torch.where(codes >= 0, codes // experts, -1), where, row_weights, size)
+        message = pack_rows(x[inside.token_of_row], inside.ids, inside.weights)
+        arrived, came_inside = self.node.exchange(message, inside.counts, sum(tokens))
+        return Dispatched(*unpack_rows(arrived, slots, x.dtype), _TwoStages(between, came, inside, came_inside))
+
+    def combine(self, y: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        """Inside the node first, then between nodes: sums in the order of ranks, this node's before the others'."""
+        stages: _TwoStages = dispatched.state
+        tokens = stages.between.tokens
+        inside = combine_rows(stages.inside, self.node.exchange_known(y, stages.came_inside, stages.inside.counts))
+        back = inside[tokens:].to(y.dtype)
+        between = self.group.exchange_known(back, stages.came, stages.between.counts, "combine between nodes")
+        return (inside[:tokens] + combine_rows(stages.between, between)).to(y.dtype)
 
 
-def make_strategy(name: str | None, group: Group) -> Strategy:
-    """The strategy called `name`, or for None the one that fits the group. Raises InputError if it cannot run on it."""
-    chosen = name or ("local" if group.size == 1 else "all_to_all")
-    if chosen not in STRATEGIES:
-        raise InputError(f"--strategy: found {chosen!r}, expected {' or '.join(STRATEGIES)}")
-    if (chosen == "local") != (group.size == 1):
-        wanted = "all_to_all, or one process" if group.size > 1 else "local, or several processes (torchrun)"
-        raise InputError(f"--strategy: found {chosen!r} on {group.size} process(es), expected {wanted}")
-    return Local() if chosen == "local" else AllToAll(group)
+def _computed_here(ids: torch.Tensor, source: torch.Tensor, layer: LayerMap, rank: int) -> torch.Tensor:
+    """Positions in this rank's stack, -1 where another rank computes: int64 `[T, K]`; source: rank of each token `[T]`."""
+    known = ids.clamp(min=0)
+    return torch.where((ids >= 0) & (layer.routes[source[:, None], known] == rank), layer.here[known], -1)

@@ -13,7 +13,7 @@ import numpy as np
 
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.planner import PlanRequest, baseline_plan, plan
-from coterie.placement.scenarios import DEFINITIONS, gathered, summarised
+from coterie.placement.scenarios import DEFINITIONS, Scenario, gathered, summarised
 from coterie.routing.errors import InputError
 from coterie.routing.trace import LoadStatistics, RoutingTrace
 
@@ -37,7 +37,9 @@ def predict(
 ) -> Prediction:
     """What to expect of `made`; plans once more, on half of the sequences, for at most `seconds`."""
     gain = _unseen_gain(routings, request, seconds)
-    notes = [*_by_strategy(request), *_by_gain(made, routings, request, gain), *_by_load(made, routings, request)]
+    base = baseline_plan("contiguous", routings[0], request.topology, request.strategy)
+    judged = gathered(routings)
+    notes = [*_by_strategy(request), *_by_gain(made, base, judged, request, gain), *_by_load(made, judged, request)]
     return Prediction(gain, tuple(notes))
 
 
@@ -89,38 +91,35 @@ def _by_strategy(request: PlanRequest) -> list[str]:
 
 
 def _by_gain(
-    made: PlacementPlan, routings: Sequence[RoutingTrace | LoadStatistics], request: PlanRequest, gain: float | None
+    made: PlacementPlan, base: PlacementPlan, judged: Sequence[Scenario], request: PlanRequest, gain: float | None
 ) -> list[str]:
     name = request.objective_name
-    judged = gathered(routings)
-    base = baseline_plan("contiguous", routings[0], request.topology, request.strategy)
     before, after = summarised(base, judged, name, request.robust), made.objective.value
     assert after is not None
     seen = 1 - after / before if before > 0 else 0.0
     notes = []
     if (seen if gain is None else gain) < WORTH:
         unseen = "" if gain is None else f", {gain:.1%} on text it did not see"
-        notes.append(f"this plan will not pay: it lowers {name} by {seen:.1%} here{unseen}; {_why(made, routings)}")
-    tokens = sum(r.tokens for r in routings if isinstance(r, RoutingTrace))
+        notes.append(f"this plan will not pay: it lowers {name} by {seen:.1%} here{unseen}; {_why(made, judged)}")
+    tokens = sum(s.trace.tokens for s in judged if s.trace is not None)
     if gain is not None and tokens < SMALL_SAMPLE:
         notes.append(f"{tokens} tokens are few to plan from: expect less than predicted, and record more")
     return notes
 
 
-def _why(made: PlacementPlan, routings: Sequence[RoutingTrace | LoadStatistics]) -> str:
+def _why(made: PlacementPlan, judged: Sequence[Scenario]) -> str:
     experts, ranks = made.num_experts, made.ranks
     if experts / ranks < 3:
         return (
             f"{experts} experts on {ranks} ranks leave an expert next to no company: fewer ranks would give a plan more to do"
         )
-    if isinstance(routings[0], LoadStatistics):
+    if judged[0].trace is None:
         return "the load is even enough as it is"
     return "routing is too flat: which experts follow or accompany each other is close to chance"
 
 
-def _by_load(made: PlacementPlan, routings: Sequence[RoutingTrace | LoadStatistics], request: PlanRequest) -> list[str]:
-    load = summarised(made, gathered(routings), "load", "worst")
-    if request.objective_name == "load" or load <= CROWDED:
+def _by_load(made: PlacementPlan, judged: Sequence[Scenario], request: PlanRequest) -> list[str]:
+    if request.objective_name == "load" or (load := summarised(made, judged, "load", "worst")) <= CROWDED:
         return []
     field = DEFINITIONS[request.objective_name][0]
     return [f"the busiest rank carries {load:.2f} times the mean: --max-load 1.1 trades some {field} for balance"]

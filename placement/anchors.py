@@ -15,7 +15,7 @@ import numpy as np
 from coterie.placement import bounds, copies, local, solve
 from coterie.placement.baselines import Assignment
 from coterie.placement.cost import anchors, coherent_rows
-from coterie.placement.problem import Limit, Problem, dispatch_problem
+from coterie.placement.problem import Problem, dispatch_problem
 from coterie.placement.scenarios import Scenario
 from coterie.placement.solve import Solution, Task
 from coterie.placement.topology import Topology
@@ -29,7 +29,7 @@ def alternate(task: Task) -> Solution:
     """Starts from a plan for dispatch and one for hops, whichever pays fewer rows as evaluated."""
     scenarios, weights, topology = task.scenarios, task.weights, task.request.topology
     halves = [solve.replaced(task, task.deadline.share(share), prove=False) for share in (0.2, 0.35)]
-    plain = task.slots if any(limit.memory for limit in task.limits) else -(-scenarios[0].load.shape[1] // task.ranks)
+    plain = task.slots if task.short_of_memory else -(-scenarios[0].load.shape[1] // task.ranks)
     starts = [s(replace(half, slots=plain)) for s, half in zip((solve.hops, solve.dispatch), halves, strict=True)]
     begun = [s.holds.argmax(2) for s in starts]
     searching = task.deadline.share(0.8) if task.prove else task.deadline
@@ -56,9 +56,7 @@ def alternate(task: Task) -> Solution:
         task.progress(lowest, None, made)
     holds = copies.held(best, task.ranks)
     if task.copied:
-        transitions = sum(
-            w * s.affinity.transitions / s.trace.tokens for w, s in zip(weights, scenarios, strict=True) if s.trace
-        )
+        transitions = sum(w * s.transitions / s.trace.tokens for w, s in zip(weights, scenarios, strict=True) if s.trace)
         filled = solve.within_caps(task, holds, copies.for_hops(np.asarray(transitions), holds, task.open_slots))
         holds = min((holds, filled), key=lambda h: mean_rows(h, scenarios, weights, topology))
     bound = lower_bound(task)
@@ -69,8 +67,8 @@ def alternate(task: Task) -> Solution:
 
 def _by_patterns(task: Task, found: Assignment) -> float:
     """Rows per token and layer: 2 (r - 1), r bounded from below by the semidefinite bound on shared ranks."""
-    whole = dispatch_problem(task.affinities(), task.weights, task.ranks, task.slots, task.limits, known_homes=False)
-    limits = tuple(Limit(limit.weights[1:], limit.caps[1:]) for limit in whole.limits)
+    whole = dispatch_problem(task.patterns(), task.weights, task.ranks, task.slots, task.limits, known_homes=False)
+    limits = tuple(replace(limit, weights=limit.weights[1:], caps=limit.caps[1:]) for limit in whole.limits)
     layers = max(whole.layers - 1, 1)
     paid = replace(whole, layers=layers, members=whole.members[1:], prices=whole.prices[1:], limits=limits)
     if whole.layers == 1 or task.ranks == 1:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from coterie.placement.chain import Report
 from coterie.placement.deadline import Deadline
+from coterie.placement.plan import holders
 
 Array = NDArray[np.float64]
 Slots = NDArray[np.int64]
@@ -68,19 +69,11 @@ def search(
 def value(slots: Slots, loads: Array, worst: bool) -> float:
     """Busiest over mean, averaged over layers, then the worst or the mean of the scenarios; arguments as in `search`."""
     relative = relative_loads(loads, slots.shape[1])
-    holds = holders(slots, loads.shape[2]).astype(np.float64)
+    holds = holders(slots, loads.shape[2], slots.shape[1]).astype(np.float64)
     share = holds / np.maximum(holds.sum(2, keepdims=True), 1)
     peaks = [np.einsum("le,ler->lr", load, share).max(1) for load in relative]
     by_scenario = [float(np.maximum(peak, 1).mean()) for peak in peaks]  # 1 where nothing is loaded
     return max(by_scenario) if worst else float(np.mean(by_scenario))
-
-
-def holders(slots: Slots, experts: int) -> NDArray[np.bool_]:
-    """bool `[L, E, ranks]` from slots `[L, ranks, slots]`."""
-    layers, ranks, _ = slots.shape
-    held = np.zeros((layers, experts + 1, ranks), dtype=bool)
-    held[np.arange(layers)[:, None, None], slots, np.arange(ranks)[None, :, None]] = True
-    return held[:, :experts]
 
 
 def relative_loads(loads: Array, ranks: int) -> Array:

@@ -20,7 +20,7 @@ from coterie.placement import semidefinite
 from coterie.placement.baselines import Assignment
 from coterie.placement.cost import expert_seconds, latency
 from coterie.placement.deadline import Deadline
-from coterie.placement.problem import Problem, one_hot
+from coterie.placement.problem import Problem
 from coterie.placement.scenarios import Scenario
 from coterie.placement.topology import Topology
 
@@ -139,7 +139,7 @@ def patterns_bound(problem: Problem, found: Assignment, deadline: Deadline) -> f
         members = padded.members[layer].astype(np.float64)
         # With known homes a token pays for every rank but its own: the price is that of the dearest rank, less the home rows.
         price = problem.prices[layer][:, 0] if uniform else problem.prices[layer].max(1)
-        intercept, slope, apart = _lines(padded, layer, found[layer])
+        intercept, slope, apart = _lines(problem, layer, found[layer])
         most += float((price * (apart - intercept)).sum())
         if not uniform:
             most -= _home_rows(members, price[:, None] - problem.prices[layer], problem.slots)
@@ -154,9 +154,7 @@ def patterns_bound(problem: Problem, found: Assignment, deadline: Deadline) -> f
 def _lines(problem: Problem, layer: int, found: NDArray[np.int64]) -> tuple[Array, Array, Array]:
     """Of the envelope line active in `found`: intercept and slope; and each pattern's number of experts. All `[patterns]`."""
     members = problem.members[layer]
-    padded = np.zeros(problem.experts, dtype=np.int64)
-    padded[: len(found)] = found
-    held = members[:, : len(found)].astype(np.float32) @ one_hot(found, problem.ranks).astype(np.float32)
+    held = problem.held(layer, found)
     together = (held * (held - 1) / 2).sum(1)
     size = members.sum(1)
     intercept, slope = np.zeros(len(members)), np.zeros(len(members))

@@ -16,7 +16,7 @@ from coterie.placement.baselines import Assignment
 from coterie.placement.cost import destinations
 from coterie.placement.problem import one_hot
 from coterie.placement.topology import Topology
-from coterie.routing.affinity import Affinity
+from coterie.routing.affinity import Patterns
 
 Array = NDArray[np.float64]
 Holds = NDArray[np.bool_]  # [L, E, ranks]
@@ -66,19 +66,20 @@ def _hop_gains(transitions: Array, holds: Holds, layer: int) -> Array:
 
 
 def for_rows(
-    scenarios: Sequence[Affinity], weights: Sequence[float], holds: Holds, slots: int | Slots, topology: Topology, cost: Cost
-) -> Holds:
+    scenarios: Sequence[tuple[Patterns, ...]], weights: Sequence[float], holds: Holds, slots: int | Slots, topology: Topology,
+    cost: Cost,
+) -> Holds:  # fmt: skip
     """Fill free slots of every layer with the copies that lower `cost` most, every home equally likely; stop where none does.
 
+    scenarios: the patterns of each, by layer.
     Candidates are the copies that save most rows at their own rank, and copies of the heaviest experts of the busiest rank
     on the lightest; each is judged by the whole layer, since other ranks may change the copy that they use.
     """
     filled = holds.copy()
     open_slots = np.broadcast_to(slots, (len(holds), topology.ranks))
-    for layer in range(len(holds)):
-        parts = [s.patterns[layer] for s in scenarios]
+    for layer, parts in enumerate(zip(*scenarios, strict=True)):
         members = np.concatenate([p.experts for p in parts]).astype(np.float32)
-        rows = np.concatenate([p.weight * w / s.tokens for p, w, s in zip(parts, weights, scenarios, strict=True)])
+        rows = np.concatenate([p.weight * w / p.tokens for p, w in zip(parts, weights, strict=True)])
         _fill_layer(_Traffic(members, rows, topology), filled[layer], open_slots[layer], partial(cost, layer))
     return filled
 

@@ -134,8 +134,13 @@ def assign(homes: Homes, trace: RoutingTrace) -> NDArray[np.int64]:
     The rows that the classes expect are minimised over the whole trace, under the balance limit (`balanced`).
     """
     _, sequence, lengths = np.unique(trace.sequence_ids, return_inverse=True, return_counts=True)
-    rows = np.array([c.rows for c in homes.classes]) + uses(trace, homes.tokens, homes.experts) @ _weights(homes).T
-    return balanced(rows * lengths[:, None], lengths, homes.balance)[sequence]
+    return placed(homes, uses(trace, homes.tokens, homes.experts), lengths)[sequence]
+
+
+def placed(homes: Homes, used: Array, lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The home rank of each sequence, int64 `[sequences]`; used: as `uses` returns it; lengths: tokens of each `[sequences]`."""
+    rows = np.array([c.rows for c in homes.classes]) + used @ _weights(homes).T
+    return balanced(rows * lengths[:, None], lengths, homes.balance)
 
 
 def _weights(homes: Homes) -> Array:

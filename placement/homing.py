@@ -23,7 +23,6 @@ from coterie.placement.problem import Problem, dispatch_problem
 from coterie.placement.scenarios import DEFINITIONS, ROBUST
 from coterie.placement.solve import Solution, Task
 from coterie.placement.topology import Topology
-from coterie.routing.affinity import patterns
 from coterie.routing.errors import InputError, require
 from coterie.routing.trace import RoutingTrace
 
@@ -173,12 +172,8 @@ def _moved(task: Task, here: _State, seed: int, deadline: Deadline) -> tuple[Ass
 
 def _homed(task: Task, at: Sequence[NDArray[np.int64]]) -> Problem:
     """The dispatch problem in which tokens have these homes."""
-    affinities = []
-    for scenario, homes in zip(task.scenarios, at, strict=True):
-        assert scenario.trace is not None
-        sets = (patterns(scenario.trace, layer, homes, task.ranks) for layer in range(scenario.trace.layers))
-        affinities.append(replace(scenario.affinity, patterns=tuple(sets)))
-    return dispatch_problem(affinities, task.weights, task.ranks, task.slots, task.limits, known_homes=True)
+    homed = [s.patterns_by_home(task.ranks, homes) for s, homes in zip(task.scenarios, at, strict=True)]
+    return dispatch_problem(homed, task.weights, task.ranks, task.slots, task.limits, known_homes=True)
 
 
 def homes_bound(task: Task, holds: NDArray[np.bool_], deadline: Deadline) -> float:
@@ -189,7 +184,7 @@ def homes_bound(task: Task, holds: NDArray[np.bool_], deadline: Deadline) -> flo
     """
     if task.ranks == 1:
         return 0.0
-    free = dispatch_problem(task.affinities(), task.weights, task.ranks, task.slots, task.limits, known_homes=False)
+    free = dispatch_problem(task.patterns(), task.weights, task.ranks, task.slots, task.limits, known_homes=False)
     whole = replace(free, prices=tuple(prices * (task.ranks / (task.ranks - 1)) for prices in free.prices))
     at_home = sum(float(p[m.any(1), 0].sum()) for m, p in zip(whole.members, whole.prices, strict=True))
     counted = bounds.rows_with_copies(free)

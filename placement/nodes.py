@@ -26,7 +26,7 @@ def grouped(holds: NDArray[np.bool_], scenarios: Sequence[Scenario], request: Pl
         return holds
     traffic = np.zeros((t.ranks, t.ranks))
     for scenario in scenarios:
-        pairs = scenario.affinity.transitions / max(scenario.affinity.transitions.sum(), 1)
+        pairs = scenario.transitions / max(scenario.transitions.sum(), 1)
         held = holds.astype(np.float64) / holds.sum(2, keepdims=True)
         traffic += np.einsum("leg,lef,lfh->gh", held[:-1], pairs, held[1:], optimize=True)
     order = node_order(traffic + traffic.T, t.ranks_per_node)

@@ -101,12 +101,13 @@ class PlacementPlan:
         return holders(self.physical_to_logical, self.num_experts, self.ranks)
 
 
-def holders(physical_to_logical: NDArray[np.int32], num_experts: int, ranks: int) -> NDArray[np.bool_]:
-    """bool `[layers, E, ranks]` from a slot map `[layers, ranks * slots]`."""
-    layers, slots = physical_to_logical.shape
+def holders(physical_to_logical: NDArray[np.integer], num_experts: int, ranks: int) -> NDArray[np.bool_]:
+    """bool `[layers, E, ranks]` from a slot map `[layers, ranks * slots]` or `[layers, ranks, slots]`."""
+    flat = physical_to_logical.reshape(len(physical_to_logical), -1)
+    layers, slots = flat.shape
     held = np.zeros((layers, num_experts + 1, ranks), dtype=bool)  # the last row takes the empty slots
     rank_of_slot = np.arange(slots) // (slots // ranks)
-    held[np.arange(layers)[:, None], physical_to_logical, rank_of_slot[None, :]] = True
+    held[np.arange(layers)[:, None], flat, rank_of_slot[None, :]] = True
     return held[:, :num_experts]
 
 

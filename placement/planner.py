@@ -28,6 +28,7 @@ from coterie.placement.plan import (
     STRATEGIES,
     Objective,
     PlacementPlan,
+    holders,
     slots_from_assignment,
     slots_from_holders,
 )
@@ -226,7 +227,7 @@ def _worst(task: Task) -> Solution:
     for turn in range(WORST_ROUNDS):
         share = task.deadline.share(1 / (WORST_ROUNDS - turn))
         found = _agreed(_solver(task.request)(replace(task, weights=tuple(weights), deadline=share)), task.world)
-        values = np.array([_value_of(found, s, task) for s in task.scenarios])
+        values = np.array([replace(task, scenarios=(s,)).evaluated(found.holds) for s in task.scenarios])
         made += found.iterations
         bound = found.lower_bound if bound is None else max(bound, found.lower_bound or 0.0)
         if values.max() < least:
@@ -237,31 +238,20 @@ def _worst(task: Task) -> Solution:
     return Solution(best.holds, bound, made)
 
 
-def _value_of(solution: Solution, scenario: Scenario, task: Task) -> float:
-    shape = PlacementPlan(
-        slots_from_holders(solution.holds, task.slots), scenario.load.shape[1], tuple(range(len(scenario.load))),
-        task.request.topology, strategy=task.request.strategy,
-    )  # fmt: skip
-    renamed = (
-        scenario if scenario.trace is None else replace(scenario, trace=replace(scenario.trace, layer_ids=shape.layer_ids))
-    )
-    return summarised(replace(shape, model=""), [renamed], task.request.objective_name, "mean")
-
-
 def _peer(scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int, deadline: Deadline) -> Solution:
     """Another's method, on the mean over scenarios, each divided by its size."""
-    load = sum(s.load / max(s.load.sum(), 1) for s in scenarios) * scenarios[0].load.sum()
+    load = _mixed_load(scenarios)
 
     def transitions() -> NDArray[np.float64]:
         _require_tokens(scenarios, f"--method {request.method}")
-        return np.asarray(sum(s.affinity.transitions / max(s.affinity.transitions.sum(), 1) for s in scenarios))
+        return np.asarray(sum(s.transitions / max(s.transitions.sum(), 1) for s in scenarios))
 
     experts, ranks = scenarios[0].load.shape[1], request.topology.ranks
     if request.method == "packed" and ranks * slots > experts and request.slots_per_rank is not None:
-        greedy, _ = balance.search(np.asarray(load)[None], ranks, slots, request.seed, 0, deadline, worst=False)
-        holds = balance.holders(greedy, experts)  # replication and packing without any search: EPLB's
+        greedy, _ = balance.search(load[None], ranks, slots, request.seed, 0, deadline, worst=False)
+        holds = holders(greedy, experts, ranks)  # replication and packing without any search: EPLB's
     else:
-        holds = copies.held(PEERS[request.method](np.asarray(load), transitions, request, deadline), ranks)
+        holds = copies.held(PEERS[request.method](load, transitions, request, deadline), ranks)
     _check_memory(holds, request, slots)
     return Solution(holds, None)
 
@@ -284,13 +274,16 @@ def _limits(scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int) -
     limits: tuple[Limit, ...] = ()
     ranks, objective = request.topology.ranks, request.objective_name
     if objective != "load" and (request.max_load is not None or _capped_by_default(scenarios, request)):
-        loads = [s.load for s in scenarios]
-        if request.robust == "mean":
-            loads = [np.asarray(sum(load / max(load.sum(), 1) for load in loads)) * float(loads[0].sum())]
+        loads = [_mixed_load(scenarios)] if request.robust == "mean" else [s.load for s in scenarios]
         limits = load_limits(loads, ranks, slots, request.max_load)
     layers, experts = scenarios[0].load.shape
     memory = memory_limit(request.topology, layers, experts, slots)
     return limits if memory is None else (*limits, memory)
+
+
+def _mixed_load(scenarios: Sequence[Scenario]) -> NDArray[np.float64]:
+    """The scenarios' loads, each divided by its size, in token counts of the first, float64 `[L, E]`."""
+    return np.asarray(sum(s.load / max(s.load.sum(), 1) for s in scenarios)) * float(scenarios[0].load.sum())
 
 
 def _capped_by_default(scenarios: tuple[Scenario, ...], request: PlanRequest) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.placement.baselines import Assignment
-from coterie.routing.affinity import Affinity, Patterns
+from coterie.routing.affinity import Patterns
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,22 @@ class Problem:
 
     def layer_cost(self, layer: int, ranks_of: NDArray[np.int64]) -> float:
         """The dispatch cost of one layer; ranks_of `[E]`."""
-        hosts = self.members[layer].astype(np.float32) @ one_hot(ranks_of, self.ranks).astype(np.float32) > 0
-        return float((self.prices[layer] * hosts).sum())
+        return float((self.prices[layer] * (self.held(layer, ranks_of) > 0)).sum())
+
+    def held(self, layer: int, ranks_of: NDArray[np.int64]) -> NDArray[np.float32]:
+        """How many of each pattern's experts every rank hosts, float32 `[patterns, ranks]`; ranks_of `[E]`."""
+        return self.members[layer].astype(np.float32) @ one_hot(ranks_of, self.ranks).astype(np.float32)
 
     def feasible(self, assignment: Assignment) -> bool:
         """Whether every rank keeps to its slots and to every limit."""
-        hosts = one_hot(assignment, self.ranks)
-        if hosts.sum(1).max() > self.slots:
+        if one_hot(assignment, self.ranks).sum(1).max() > self.slots:
             return False
-        return all((carried(limit, assignment, self.ranks) <= limit.caps * (1 + 1e-9)).all() for limit in self.limits)
+        return all(self.keeps(layer, ranks_of) for layer, ranks_of in enumerate(assignment))
+
+    def keeps(self, layer: int, ranks_of: NDArray[np.int64]) -> bool:
+        """Whether every rank keeps to every limit in one layer; ranks_of `[E]`."""
+        held = ((limit, held_by(ranks_of, limit.weights[layer], self.ranks)) for limit in self.limits)
+        return all((weight <= limit.caps[layer] * (1 + 1e-9)).all() for limit, weight in held)
 
     def padded(self) -> Problem:
         """The same with an expert without traffic or weight for every empty slot: a move into one is a swap too."""
@@ -108,40 +115,42 @@ def one_hot(assignment: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:
 
 
 def hops_problem(
-    scenarios: Sequence[Affinity], weights: Sequence[float], ranks: int, slots: int, limits: tuple[Limit, ...]
+    scenarios: Sequence[NDArray[np.float64]], weights: Sequence[float], ranks: int, slots: int, limits: tuple[Limit, ...]
 ) -> Problem:
-    """Consecutive-layer pairs on different ranks (ExFlow), each scenario's share times its weight."""
+    """Consecutive-layer pairs on different ranks (ExFlow), each scenario's share times its weight.
+
+    scenarios: the transitions of each, float64 `[L-1, E, E]`.
+    """
     single = len(scenarios) == 1
-    totals = [float(s.transitions.sum()) or 1.0 for s in scenarios]
-    transitions = scenarios[0].transitions
+    totals = [float(counts.sum()) or 1.0 for counts in scenarios]
+    mixed = scenarios[0]
     if not single:
-        parts = zip(scenarios, weights, totals, strict=True)
-        transitions = np.asarray(sum(w / total * s.transitions for s, w, total in parts))
-    layers, experts = scenarios[0].load.shape
-    return Problem(
-        layers, experts, ranks, slots, 1 / totals[0] if single else 1.0, limits, transitions=transitions, integral=single
-    )
+        mixed = np.asarray(sum(w / total * c for c, w, total in zip(scenarios, weights, totals, strict=True)))
+    layers, experts = len(mixed) + 1, mixed.shape[1]
+    scale = 1 / totals[0] if single else 1.0
+    return Problem(layers, experts, ranks, slots, scale, limits, transitions=mixed, integral=single)
 
 
 def dispatch_problem(
-    scenarios: Sequence[Affinity], weights: Sequence[float], ranks: int, slots: int, limits: tuple[Limit, ...],
+    scenarios: Sequence[tuple[Patterns, ...]], weights: Sequence[float], ranks: int, slots: int, limits: tuple[Limit, ...],
     known_homes: bool,
 ) -> Problem:  # fmt: skip
     """Distinct destination ranks per token, home left out: every home equally likely, or the homes of the traces.
 
-    With known homes the patterns must carry `by_home`. Several scenarios' rows count by weight over tokens.
+    scenarios: the patterns of each, by layer; with known homes they must carry `by_home`.
+    Several scenarios' rows count by weight over tokens.
     """
     single = len(scenarios) == 1
     members, prices = [], []
-    for layer in range(len(scenarios[0].patterns)):
-        parts = [s.patterns[layer] for s in scenarios]
+    for parts in zip(*scenarios, strict=True):
         rows = [priced(p, ranks, known_homes) for p in parts]
         if not single:
-            rows = [r * (w / s.tokens) for r, w, s in zip(rows, weights, scenarios, strict=True)]
+            rows = [r * (w / p.tokens) for r, w, p in zip(rows, weights, parts, strict=True)]
         members.append(np.concatenate([p.experts for p in parts]))
         prices.append(np.concatenate(rows))
-    layers, experts = scenarios[0].load.shape
-    scale = 1 / layers / (scenarios[0].tokens if single else 1)
+    first = scenarios[0][0]
+    layers, experts = len(members), first.num_experts
+    scale = 1 / layers / (first.tokens if single else 1)
     return Problem(
         layers, experts, ranks, slots, scale, limits, members=tuple(members), prices=tuple(prices),
         integral=single and known_homes,

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from coterie.placement import solve
-from coterie.placement.capacity import memory_limit
 from coterie.placement.moving import Given
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.scenarios import Scenario
@@ -80,8 +79,7 @@ def replan(task: Task, previous: NDArray[np.bool_], max_moves: int) -> Solution:
 def _given(task: Task, old: NDArray[np.bool_]) -> list[Given]:
     """What the layers are told; limits other than memory are load, which copies share."""
     layers, experts = task.scenarios[0].load.shape
-    memory = memory_limit(task.request.topology, layers, experts, task.slots)
-    shared = np.array([memory is None or n < len(task.limits) - 1 for n in range(len(task.limits))], dtype=bool)
+    shared = np.array([not limit.memory for limit in task.limits], dtype=bool)
     weights = np.array([limit.weights for limit in task.limits]).reshape(-1, layers, experts)
     caps = np.array([limit.caps for limit in task.limits]).reshape(-1, layers, task.ranks)
     return [Given(old[n], task.slots, weights[:, n], caps[:, n], shared) for n in range(layers)]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from coterie.placement.cost import CostReport, evaluate, evaluate_load, homes_of
 from coterie.placement.plan import PlacementPlan
-from coterie.routing.affinity import Affinity, expert_load, measure
+from coterie.routing.affinity import Patterns, expert_load, pattern_counts, transition_counts
 from coterie.routing.errors import InputError
 from coterie.routing.trace import LoadStatistics, RoutingTrace
 
@@ -44,10 +44,21 @@ class Scenario:
     index: int = 0
 
     @cached_property
-    def affinity(self) -> Affinity:
-        """Transitions and patterns, measured when first asked for; needs a trace."""
+    def transitions(self) -> NDArray[np.float64]:
+        """See `Affinity`, `[L-1, E, E]`; counted when first asked for, as `patterns` are: few objectives need both."""
         assert self.trace is not None
-        return measure(self.trace)
+        return transition_counts(self.trace)
+
+    @cached_property
+    def patterns(self) -> tuple[Patterns, ...]:
+        """Of every layer."""
+        assert self.trace is not None
+        return pattern_counts(self.trace)
+
+    def patterns_by_home(self, ranks: int, homes: NDArray[np.int64] | None = None) -> tuple[Patterns, ...]:
+        """The same split by the tokens' home ranks, `[tokens]`; None: those that they have without a plan of homes."""
+        assert self.trace is not None
+        return pattern_counts(self.trace, homes_of(self.trace, ranks) if homes is None else homes, ranks)
 
     def parts(self) -> list[NDArray[np.float64]]:
         """The load `[L, E]` of parts of the trace, whole sequences if there are enough; none of load statistics."""
@@ -60,11 +71,6 @@ class Scenario:
         else:
             part = np.arange(self.trace.tokens) * count // self.trace.tokens
         return [expert_load(self.trace.select(part == number)) for number in range(count)]
-
-    def homed(self, ranks: int) -> Affinity:
-        """The same with patterns split by the home rank that tokens have without a plan of homes."""
-        assert self.trace is not None
-        return measure(self.trace, homes_of(self.trace, ranks), ranks)
 
     def report(self, plan: PlacementPlan) -> CostReport:
         """What the plan does to it."""

@@ -20,11 +20,12 @@ from coterie.placement.capacity import open_slots
 from coterie.placement.cost import destinations
 from coterie.placement.deadline import Deadline
 from coterie.placement.homes import Homes
-from coterie.placement.plan import PlacementPlan, slots_from_holders
-from coterie.placement.problem import Limit, Problem, dispatch_problem, held_by, hops_problem, one_hot
+from coterie.placement.plan import PlacementPlan, holders, slots_from_holders
+from coterie.placement.problem import Limit, Problem, dispatch_problem, held_by, hops_problem
 from coterie.placement.scenarios import Scenario, summarised
 from coterie.placement.spread import Child, World
 from coterie.placement.timing import LayerTime
+from coterie.routing.affinity import Patterns
 from coterie.routing.errors import CoterieError, InputError
 
 if TYPE_CHECKING:
@@ -67,6 +68,11 @@ class Task:
         return bool(self.ranks * self.slots > self.scenarios[0].load.shape[1])
 
     @property
+    def short_of_memory(self) -> bool:
+        """Whether memory limits what ranks hold."""
+        return any(limit.memory for limit in self.limits)
+
+    @property
     def open_slots(self) -> NDArray[np.int64]:
         """The slots of every rank that memory lets be used, `[L, ranks]`."""
         layers, experts = self.scenarios[0].load.shape
@@ -82,9 +88,13 @@ class Task:
         shape = PlacementPlan(slots, first.load.shape[1], layers, topology, strategy=self.request.strategy)
         return summarised(shape, self.scenarios, self.request.objective_name, self.request.robust)
 
-    def affinities(self, homed: bool = False) -> list[Any]:
-        """Of every scenario."""
-        return [s.homed(self.ranks) if homed else s.affinity for s in self.scenarios]
+    def transitions(self) -> list[Array]:
+        """Of every scenario, `[L-1, E, E]`."""
+        return [s.transitions for s in self.scenarios]
+
+    def patterns(self, by_home: bool = False) -> list[tuple[Patterns, ...]]:
+        """Of every scenario, by layer; `by_home`: also split by the homes of the traces."""
+        return [s.patterns_by_home(self.ranks) if by_home else s.patterns for s in self.scenarios]
 
 
 @dataclass(frozen=True)
@@ -137,8 +147,7 @@ def _answer(child: Child) -> Any:
 
 def hops(task: Task) -> Solution:
     """ExFlow's objective: dynamic programming where it fits, else annealed chains, an ILP where it fits, and a certificate."""
-    affinities = task.affinities()
-    problem = hops_problem(affinities, task.weights, task.ranks, task.slots, task.limits)
+    problem = hops_problem(task.transitions(), task.weights, task.ranks, task.slots, task.limits)
     if exact.fits(problem):
         solved = task.world.gather(exact.solve(problem, task.deadline.share(EXACT_SHARE)))
         if (optimum := next((s for s in solved if s is not None), None)) is not None:
@@ -250,7 +259,7 @@ def dispatch(task: Task) -> Solution:
     if task.copied:
         allowed = _allowed_share(task)
         rows = lambda layer, sent, pairs: _rows_within(sent, pairs, float(allowed[layer]))  # noqa: E731
-        holds = copies.for_rows(task.affinities(), task.weights, holds, task.open_slots, task.request.topology, rows)
+        holds = copies.for_rows(task.patterns(), task.weights, holds, task.open_slots, task.request.topology, rows)
     return Solution(holds, _whole(target, bound) * target.scale, made)
 
 
@@ -264,12 +273,12 @@ def _allowed_share(task: Task) -> Array:
 
 def within_caps(task: Task, plain: NDArray[np.bool_], filled: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """`filled`, but `plain` in every layer in which the copies, as the dispatcher uses them, break a load cap."""
-    kept, ranks = filled.copy(), np.arange(task.ranks)
+    kept = filled.copy()
     for layer, holds in enumerate(filled):
         table = destinations(holds, task.request.topology)  # [home, E]
         for limit in task.limits:
             weights = np.broadcast_to(limit.weights[layer] / task.ranks, table.shape)
-            held = np.bincount(table.ravel(), weights.ravel(), minlength=len(ranks))
+            held = np.bincount(table.ravel(), weights.ravel(), minlength=task.ranks)
             if not limit.memory and (held > limit.caps[layer] * (1 + 1e-9)).any():
                 kept[layer] = plain[layer]
     return kept
@@ -282,7 +291,7 @@ def _rows_within(sent: Array, pairs: Array, allowed: float) -> float:
 
 def _homes_matter(task: Task) -> bool:
     """Whether patterns by home fit in memory: `[patterns, ranks]` in float64, for every layer."""
-    size = sum(len(p.weight) * task.ranks * 8 for a in task.affinities() for p in a.patterns)
+    size = sum(len(p.weight) * task.ranks * 8 for patterns in task.patterns() for p in patterns)
     return size < 2e9
 
 
@@ -292,7 +301,7 @@ def replaced(task: Task, deadline: Deadline, prove: bool = True) -> Task:
 
 
 def _dispatch(task: Task, known_homes: bool) -> Problem:
-    return dispatch_problem(task.affinities(known_homes), task.weights, task.ranks, task.slots, task.limits, known_homes)
+    return dispatch_problem(task.patterns(known_homes), task.weights, task.ranks, task.slots, task.limits, known_homes)
 
 
 def _local(
@@ -312,14 +321,8 @@ def _local(
 
 
 def _layer_costs(problem: Problem, assignment: Assignment) -> list[float]:
-    broken = [0.0 if _keeps(problem, assignment, layer) else np.inf for layer in range(problem.layers)]
-    return [problem.layer_cost(layer, assignment[layer]) + broken[layer] for layer in range(problem.layers)]
-
-
-def _keeps(problem: Problem, assignment: Assignment, layer: int) -> bool:
-    row = assignment[layer]
-    held = (np.bincount(row, weights=limit.weights[layer], minlength=problem.ranks) for limit in problem.limits)
-    return all((h <= limit.caps[layer] * (1 + 1e-9)).all() for h, limit in zip(held, problem.limits, strict=True))
+    """Of every layer; infinite beyond a limit."""
+    return [problem.layer_cost(n, row) if problem.keeps(n, row) else np.inf for n, row in enumerate(assignment)]
 
 
 def at_home(problem: Problem, assignment: Assignment) -> Assignment:
@@ -328,7 +331,7 @@ def at_home(problem: Problem, assignment: Assignment) -> Assignment:
         return assignment
     named = assignment.copy()
     for layer in range(problem.layers):
-        hosts = problem.members[layer].astype(np.float32) @ one_hot(assignment[layer], problem.ranks).astype(np.float32) > 0
+        hosts = problem.held(layer, assignment[layer]) > 0
         cost: Array = hosts.T.astype(np.float64) @ problem.prices[layer]  # [group, rank]
         _, order = linear_sum_assignment(cost)
         named[layer] = order[assignment[layer]]
@@ -350,11 +353,9 @@ class TimeScore:
         """Seconds of every layer of a placement; infinite beyond a limit."""
         seconds = []
         for layer, row in enumerate(assignment):
-            hosts = problem.members[layer].astype(np.float32) @ one_hot(row, problem.ranks).astype(np.float32) > 0
-            rows = (problem.prices[layer] * hosts).sum(0)
+            rows = (problem.prices[layer] * (problem.held(layer, row) > 0)).sum(0)
             load = held_by(row, self.time.weight[layer], problem.ranks)
-            kept = _keeps(problem, assignment, layer)
-            seconds.append(float(self(layer, rows[None], load[None])[0]) if kept else np.inf)
+            seconds.append(float(self(layer, rows[None], load[None])[0]) if problem.keeps(layer, row) else np.inf)
         return seconds
 
 
@@ -374,7 +375,7 @@ def time(task: Task) -> Solution:
     holds = copies.held(best, task.ranks)
     if task.copied:
         holds = copies.for_rows(
-            task.affinities(), task.weights, holds, task.open_slots, task.request.topology, score.time.of_copies
+            task.patterns(), task.weights, holds, task.open_slots, task.request.topology, score.time.of_copies
         )
         holds = within_caps(task, copies.held(best, task.ranks), holds)
     return Solution(holds, bounds.time_bound(task.request.topology, task.scenarios, task.slots), first + second)
@@ -395,18 +396,18 @@ def load(task: Task) -> Solution:
         "iterations": task.request.iterations,
         "worst": worst,
     }
-    if any(limit.memory for limit in task.limits):
+    if task.short_of_memory:
         arguments["room"] = task.open_slots
     spread = _Spread(task, "coterie.placement.balance:search", arguments)
     report = lambda value, made: task.progress(value, None, made)  # noqa: E731
     found = spread.run(balance.search, task.deadline, max(0, task.request.workers - 1), report=report)
-    candidates = [balance.holders(slots, loads.shape[2]) for slots, _ in found]
+    candidates = [holders(slots, loads.shape[2], task.ranks) for slots, _ in found]
     if (
         task.copied and "room" not in arguments and task.scenarios[0].trace is not None
     ):  # the dispatcher's copies do not take quite equal shares
         plain = {**arguments, "slots": -(-loads.shape[2] // task.ranks), "iterations": PLAIN}
         slots, _ = balance.search(**plain, seed=task.request.seed, deadline=Deadline(0.1 * task.request.time_limit))
-        candidates.append(balance.holders(slots, loads.shape[2]))
+        candidates.append(holders(slots, loads.shape[2], task.ranks))
     holds = min(candidates, key=task.evaluated)
     _check_even(task, holds)
     bound = bounds.load_bound(loads, task.ranks, task.slots, worst)

@@ -69,16 +69,11 @@ class Child:
 
     def result(self) -> Any:
         """What the call returned, waited for until its deadline and a little longer. Raises CoterieError if it failed."""
-        while self._reader.is_alive():
-            if self.deadline.stop.is_set():
-                self.stop()
+        while self._reader.is_alive() and not self.deadline.passed():
             self._reader.join(0.2)
-            if self.deadline.left() <= 0 and not self.deadline.stop.is_set():
-                self._reader.join(GRACE)
-                break
-            if self.deadline.stop.is_set():
-                self._reader.join(GRACE)
-                break
+        if self._reader.is_alive() and self.deadline.stop.is_set():
+            self.stop()
+        self._reader.join(GRACE)
         if self._process.poll() is None and not self._answer:
             self._process.kill()
         self._process.wait()

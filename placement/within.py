@@ -108,7 +108,7 @@ class Search:
 
 def _hops(s: Search) -> NDArray[np.bool_]:
     task = s.task
-    transitions = np.asarray(hops_problem(task.affinities(), task.weights, task.ranks, task.slots, ()).transitions)
+    transitions = np.asarray(hops_problem(task.transitions(), task.weights, task.ranks, task.slots, ()).transitions)
     everyone = np.zeros(s.old.shape, np.float32)
     counts = transitions.astype(np.float32)
     board = s.board([Chain(n, counts, everyone, g) for n, g in enumerate(s.given)], linked=True)
@@ -246,7 +246,7 @@ def _rows(s: Search, problem: Problem, load: Array | None = None, score: TimeSco
 
 def _priced(s: Search) -> Problem:
     t, exact = s.task, s.task.request.exact
-    return dispatch_problem(t.affinities(exact), t.weights, t.ranks, t.slots, (), exact)
+    return dispatch_problem(t.patterns(exact), t.weights, t.ranks, t.slots, (), exact)
 
 
 def _dispatch(s: Search) -> NDArray[np.bool_]:

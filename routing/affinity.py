@@ -41,6 +41,11 @@ class Patterns:
         padded[np.arange(len(self.ids))[:, None], self.ids] = True  # -1 falls into the column that is cut off
         return padded[:, : self.num_experts]
 
+    @property
+    def tokens(self) -> float:
+        """How many in all; every token uses one set, if only the empty one."""
+        return float(self.weight.sum())
+
 
 @dataclass(frozen=True)
 class Affinity:
@@ -56,8 +61,7 @@ class Affinity:
 
 def measure(trace: RoutingTrace, homes: NDArray[np.integer] | None = None, ranks: int = 0) -> Affinity:
     """All three statistics of a trace; with homes and ranks, patterns are also counted by home (see `patterns`)."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        sets = tuple(pool.map(partial(patterns, trace, homes=homes, ranks=ranks), range(trace.layers)))
+    sets = pattern_counts(trace, homes, ranks)
     return Affinity(load=expert_load(trace), transitions=transition_counts(trace), patterns=sets, tokens=trace.tokens)
 
 
@@ -97,6 +101,12 @@ def _blocks(tokens: int, width: int) -> Iterator[slice]:
     """Slices of the tokens, such that tokens times `width` in each is about BLOCK."""
     step = max(1, BLOCK // width)
     return (slice(start, start + step) for start in range(0, tokens, step))
+
+
+def pattern_counts(trace: RoutingTrace, homes: NDArray[np.integer] | None = None, ranks: int = 0) -> tuple[Patterns, ...]:
+    """The `patterns` of every layer."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return tuple(pool.map(partial(patterns, trace, homes=homes, ranks=ranks), range(trace.layers)))
 
 
 def patterns(trace: RoutingTrace, layer: int, homes: NDArray[np.integer] | None = None, ranks: int = 0) -> Patterns:

@@ -84,9 +84,9 @@ def problems(
     affinity = measure(trace, homes_of(trace, ranks), ranks)
     caps = () if max_load == 100.0 else load_limits([affinity.load], ranks, slots, max_load)
     return {
-        "hops": hops_problem([affinity], [1.0], ranks, slots, caps),
-        "homes unknown": dispatch_problem([affinity], [1.0], ranks, slots, caps, known_homes=False),
-        "homes known": dispatch_problem([affinity], [1.0], ranks, slots, caps, known_homes=True),
+        "hops": hops_problem([affinity.transitions], [1.0], ranks, slots, caps),
+        "homes unknown": dispatch_problem([affinity.patterns], [1.0], ranks, slots, caps, known_homes=False),
+        "homes known": dispatch_problem([affinity.patterns], [1.0], ranks, slots, caps, known_homes=True),
     }
 
 

@@ -12,7 +12,8 @@ from coterie.kernels.experts import StackedExperts, grouped_experts, reference_e
 from coterie.moe.collectives import Group
 from coterie.moe.dispatch import combine_rows, pack_rows, plan_dispatch, row_bytes, unpack_rows
 from coterie.moe.placement_map import layer_maps
-from coterie.moe.strategy import Local, make_strategy
+from coterie.moe.choose import make_strategy
+from coterie.moe.strategy import Local
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.topology import Topology
 from coterie.routing.errors import InputError

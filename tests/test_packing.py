@@ -16,7 +16,7 @@ from coterie.placement import balance, copies, limits
 from coterie.placement.capacity import memory_limit, whole_experts
 from coterie.placement.cost import evaluate, evaluate_load, hops
 from coterie.placement.deadline import Deadline
-from coterie.placement.plan import slots_from_holders
+from coterie.placement.plan import holders, slots_from_holders
 from coterie.placement.problem import Limit, Problem, one_hot
 from coterie.placement.topology import Topology
 from coterie.routing.affinity import measure
@@ -81,7 +81,7 @@ def test_the_value_of_a_balance_is_what_load_statistics_are_evaluated_to(seed, w
     loads = loads_of(seed, 2, 2, 6)
     found, made = balance.search(loads, 3, 3, seed, 3, Deadline(LATER), worst)
     statistics = LoadStatistics(loads.astype(np.int64), "m", (0, 1), ("a", "b"))
-    plan = plan_of(balance.holders(found, 6), make_trace(tokens=4, layers=2, experts=6), Topology(1, 3), 3)
+    plan = plan_of(holders(found, 6, 3), make_trace(tokens=4, layers=2, experts=6), Topology(1, 3), 3)
     values = [evaluate_load(plan, statistics, s).load for s in range(2)]
     assert balance.value(found, loads, worst) == pytest.approx(max(values) if worst else np.mean(values))
     assert made <= 3
@@ -230,7 +230,7 @@ def test_copies_never_add_rows_where_homes_are_equally_likely(seed, topology, to
     trace = every_home(make_trace(tokens=40, layers=2, experts=6, top_k=top_k, seed=seed), ranks)
     before = copies.held(base_of(seed, 2, 6, ranks), ranks)
     cost = lambda layer, sent, pairs: float(sent.sum())  # noqa: E731
-    filled = copies.for_rows([measure(trace)], [1.0], before, slots, topology, cost)
+    filled = copies.for_rows([measure(trace).patterns], [1.0], before, slots, topology, cost)
     check_copies(before, filled, slots)
     now, then = (evaluate(plan_of(h, trace, topology, slots), trace) for h in (filled, before))
     assert now.dispatch <= then.dispatch + 1e-9
@@ -270,7 +270,7 @@ def test_copies_keep_to_the_room_of_every_rank() -> None:
     rows = lambda layer, sent, pairs: float(sent.sum())  # noqa: E731
     for filled in (
         copies.for_hops(found.transitions, before, room),
-        copies.for_rows([found], [1.0], before, room, Topology(1, 2), rows),
+        copies.for_rows([found.patterns], [1.0], before, room, Topology(1, 2), rows),
     ):
         assert (filled.sum(1) <= room).all() and filled.sum() > before.sum()
 
@@ -281,5 +281,5 @@ def test_the_hottest_expert_is_copied_first() -> None:
     trace = every_home(replace(trace, expert_ids=ids, router_weights=None), 2)
     before = copies.held(np.array([[0, 0, 1, 1]]), 2)
     rows = lambda layer, sent, pairs: float(sent.sum())  # noqa: E731
-    filled = copies.for_rows([measure(trace)], [1.0], before, 3, Topology(1, 2), rows)
+    filled = copies.for_rows([measure(trace).patterns], [1.0], before, 3, Topology(1, 2), rows)
     assert np.argwhere(filled & ~before).tolist()[0][1:] == [0, 1]

@@ -251,7 +251,7 @@ def test_the_time_score_is_the_evaluated_time_where_homes_are_equally_likely(see
     seen = replace(make_trace(tokens=30, layers=2, experts=8, seed=seed), phase=phase)
     trace = every_home(seen, 4)
     scenarios = gathered([trace])
-    problem = dispatch_problem([s.affinity for s in scenarios], [1.0], 4, 2, (), known_homes=False)
+    problem = dispatch_problem([s.patterns for s in scenarios], [1.0], 4, 2, (), known_homes=False)
     model = LayerTime(topology, scenarios, [1.0])
     score = TimeScore(model, problem.scale * problem.layers)
     here = anywhere(problem, rng)

@@ -1,0 +1,170 @@
+"""The sequences that one rank is generating, and their keys and values: continuous batching over transformers' own cache.
+
+Rows are left-padded to the longest. Newcomers are prefilled by themselves and then join; finished sequences leave, and
+padding that no row needs any more goes with them. Models with state other than keys and values (Mamba, convolutions) run a
+batch to its end before the next begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from coterie.moe.layer import StepContext
+from coterie.routing.record import Recorder
+
+ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt. index: its place among all prompts, which is also its sequence id; token_ids: at least one."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    max_new_tokens: int
+
+
+@dataclass
+class Running:
+    """A request being generated. finish_reason: `stop` (end token) or `length`, None while running.
+
+    reported: whether its end has been told to whoever asked.
+    """
+
+    request: Request
+    new_tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    reported: bool = False
+
+
+Scored = list[tuple[Running, torch.Tensor]]  # sequences with the logits `[vocabulary]` of their next token
+
+
+def keeps_only_attention(config: Any) -> bool:
+    """Whether a model's whole state is keys and values."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    return set(kinds) <= ATTENTION
+
+
+class Batch:
+    """This rank's running sequences. Every rank calls `prefill` and `decode` together, whether or not it has any."""
+
+    def __init__(self, model: Any, context: StepContext, recorder: Recorder | None = None) -> None:
+        self.model = model
+        self.context = context
+        self.recorder = recorder
+        self.device = next(model.parameters()).device
+        self.joinable = keeps_only_attention(model.config)
+        self.sequences: list[Running] = []
+        self.mask = torch.zeros((0, 0), dtype=torch.int64, device=self.device)
+        self.cache: Any = None
+
+    def room(self, size: int) -> int:
+        """How many newcomers may be prefilled now, of `size` at most that run together."""
+        return size - len(self.sequences) if self.joinable or not self.sequences else 0
+
+    @property
+    def running(self) -> int:
+        """Sequences that `decode` will extend."""
+        return sum(s.finish_reason is None for s in self.sequences)
+
+    def prefill(self, newcomers: Sequence[Running], tokens: tuple[int, ...]) -> Scored:
+        """Run the newcomers' prompts and take those into the batch. tokens: prompt tokens of every rank."""
+        ids, mask = padded([s.request.token_ids for s in newcomers], self.device)
+        live = torch.full((len(ids),), bool(newcomers), device=self.device)
+        cache = DynamicCache() if self.joinable else None
+        logits, cache = self._forward(ids, mask, cache, live, tokens, newcomers)
+        if newcomers:
+            self.mask, self.cache = joined(self.mask, self.cache, mask, cache) if self.sequences else (mask, cache)
+            self.sequences += newcomers
+        return list(zip(newcomers, logits, strict=False))
+
+    def decode(self, tokens: tuple[int, ...]) -> Scored:
+        """One more token of every running sequence. tokens: running sequences of every rank."""
+        last = [[s.new_tokens[-1] if s.new_tokens else 0] for s in self.sequences]
+        live = torch.tensor([s.finish_reason is None for s in self.sequences] or [False], device=self.device)
+        if last:
+            ids = torch.tensor(last, device=self.device)
+            self.mask = F.pad(self.mask, (0, 1), value=1)
+            logits, self.cache = self._forward(ids, self.mask, self.cache, live, tokens, self.sequences)
+        else:
+            logits, _ = self._forward(*padded([], self.device), None, live, tokens, [])
+        return [(s, row) for s, row in zip(self.sequences, logits, strict=False) if s.finish_reason is None]
+
+    def settle(self, chosen: list[tuple[Running, int]]) -> list[tuple[Running, int]]:
+        """The tokens by which this rank's sequences grow, from those that it chose: the same ones."""
+        return chosen
+
+    def drop_finished(self) -> None:
+        """Forget finished sequences; where they cannot leave alone, when all are finished."""
+        kept = [row for row, s in enumerate(self.sequences) if s.finish_reason is None]
+        if len(kept) == len(self.sequences) or (kept and not self.joinable):
+            return
+        self.sequences = [self.sequences[row] for row in kept]
+        if kept:
+            self.mask, self.cache = selected(self.mask, self.cache, torch.tensor(kept, device=self.device))
+        else:
+            self.mask, self.cache = self.mask[:0, :0], None
+
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, live: torch.Tensor, tokens: tuple[int, ...],
+        sequences: Sequence[Running],
+    ) -> tuple[torch.Tensor, Any]:  # fmt: skip
+        """Logits `[rows, vocabulary]` of each row's last position, and the cache with this step in it."""
+        length = ids.shape[1]
+        self.context.live = (live[:, None] & mask[:, -length:].bool()).reshape(-1)
+        self.context.tokens = tokens
+        if self.recorder is not None:
+            self.recorder.sequences, self.recorder.live = [s.request.index for s in sequences] or [0], live
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
+        out = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return out.logits[:, -1].float(), out.past_key_values
+
+
+class SharedBatch(Batch):
+    """The same sequences on every rank: all take the tokens that rank 0 chose, so that they cannot drift apart."""
+
+    def settle(self, chosen: list[tuple[Running, int]]) -> list[tuple[Running, int]]:
+        """As rank 0 chose."""
+        said = self.context.strategy.group.agree([token for _, token in chosen])[0] if chosen else ()
+        return [(sequence, token) for (sequence, _), token in zip(chosen, said, strict=True)]
+
+
+def padded(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded ids and mask, int64 `[rows, longest]`; a rank without prompts gets one token, which is not live."""
+    if not prompts:
+        return torch.zeros((1, 1), dtype=torch.int64, device=device), torch.ones((1, 1), dtype=torch.int64, device=device)
+    longest = max(map(len, prompts))
+    ids = [[0] * (longest - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def joined(mask: torch.Tensor, cache: Any, new_mask: torch.Tensor, new_cache: Any) -> tuple[torch.Tensor, Any]:
+    """Two left-padded batches as one, with the first one's rows first."""
+    longest = max(mask.shape[1], new_mask.shape[1])
+    whole = torch.cat([F.pad(m, (longest - m.shape[1], 0)) for m in (mask, new_mask)])
+    made = DynamicCache()
+    for index, (old, new) in enumerate(zip(cache.layers, new_cache.layers, strict=True)):
+        both = [[F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in (la.keys, la.values)] for la in (old, new)]
+        made.update(torch.cat([both[0][0], both[1][0]]), torch.cat([both[0][1], both[1][1]]), index)
+    return whole, made
+
+
+def selected(mask: torch.Tensor, cache: Any, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Some rows of a left-padded batch, without the padding that is common to them."""
+    kept = mask[rows]
+    first = int(kept.bool().any(0).int().argmax())
+    made = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        made.update(layer.keys[rows, :, first:], layer.values[rows, :, first:], index)
+    return kept[:, first:], made

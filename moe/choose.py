@@ -1,0 +1,156 @@
+"""Which strategy: measured links, the model's sizes and the plan's statistics in, predicted times and a choice out.
+
+Predicted is what differs between strategies: the seconds that one layer of one step spends on communication, after the linear
+model of Hockney (1994), seconds = latency + bytes / bandwidth, for each collective; and, for `replicated`, the dense part of the
+layer that every rank then computes for all tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from coterie.moe.collectives import Group
+from coterie.moe.families import ModelShape
+from coterie.moe.strategy import AllGather, AllToAll, Hierarchical, Local, Replicated, Strategy
+from coterie.placement.plan import PlacementPlan
+from coterie.placement.topology import Link
+from coterie.routing.errors import InputError
+
+MADE = {"replicated": Replicated, "all_gather": AllGather, "all_to_all": AllToAll, "hierarchical": Hierarchical}
+STRATEGIES = ("local", *MADE, "coherent")
+PREFILL = ("all_to_all", "hierarchical", "all_gather")
+
+
+@dataclass(frozen=True)
+class Links:
+    """What a rank gets from one all-to-all: within its node, and between nodes (bytes per second of a whole node)."""
+
+    within: Link
+    between: Link
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a model under a plan asks of the links, per token and layer.
+
+    row_bytes, back_bytes: of a dispatched row and of a returned one. ranks, nodes: remote ones that host its experts, on
+    average. moves: rows of the coherent strategy, both exchanges; kv_bytes: of one token's keys and values in one layer.
+    dense_seconds: of one token's dense part of a layer.
+    """
+
+    row_bytes: float
+    back_bytes: float
+    ranks: float
+    nodes: float
+    moves: float
+    top_k: int
+    kv_bytes: float = 0.0
+    dense_seconds: float = 0.0
+
+
+def predict(name: str, traits: Traits, links: Links, ranks: int, ranks_per_node: int, tokens: int, free_bytes: int) -> float:
+    """Seconds per layer for `tokens` on every rank; what strategy `name` adds to computing the experts."""
+    t = _Times(links, ranks, ranks_per_node, tokens, free_bytes)
+    out, back, m, n = traits.row_bytes, traits.back_bytes, traits.ranks, traits.nodes
+    between = t.between_share(m)
+    if name == "all_to_all":
+        return t.counted(m, between, out, tokens) + t.known(m, between, back)
+    if name == "hierarchical":
+        inside = max(m - n, 0.0)
+        first, second = t.counted(n, n, out, tokens), t.counted(inside, 0.0, out, tokens * ranks)
+        return first + second + t.known(n, n, back) + t.known(inside, 0.0, back)
+    if name == "all_gather":
+        return t.known(ranks - 1, t.elsewhere, out) + t.known(ranks - 1, t.elsewhere, back)
+    if name == "replicated":
+        share = t.known(ranks - 1, t.elsewhere, back)
+        small = (ranks - 1) * tokens * ranks * back <= free_bytes
+        dense = (ranks - 1) * tokens * traits.dense_seconds
+        return dense + (t.known((ranks - 1) * ranks, t.elsewhere * ranks, back) if small else 2 * share)
+    if name == "coherent":
+        half = traits.moves / 2 if traits.top_k > 1 else traits.moves
+        one = t.counted(half, t.between_share(half), out, tokens * ranks)
+        kv = t.known(ranks - 1, t.elsewhere, traits.kv_bytes) - t.known(0, 0, 0)
+        return one * (2 if traits.top_k > 1 else 1) + kv
+    raise InputError(f"--strategy: found {name!r}, expected one of {', '.join(STRATEGIES)}")
+
+
+@dataclass(frozen=True)
+class _Times:
+    links: Links
+    ranks: int
+    ranks_per_node: int
+    tokens: int
+    free_bytes: int
+
+    @property
+    def elsewhere(self) -> float:
+        return float(self.ranks - self.ranks_per_node)
+
+    def between_share(self, rows: float) -> float:
+        return rows * self.elsewhere / max(self.ranks - 1, 1)
+
+    def known(self, rows: float, between: float, row_bytes: float) -> float:
+        """One collective in which a token sends `rows` rows, `between` of them to other nodes."""
+        latency = self.links.between.latency_seconds if self.ranks > self.ranks_per_node else self.links.within.latency_seconds
+        inside = self.tokens * (rows - between) * row_bytes / self.links.within.bytes_per_second
+        outside = self.tokens * self.ranks_per_node * between * row_bytes / self.links.between.bytes_per_second
+        return latency + max(inside, outside)
+
+    def counted(self, rows: float, between: float, row_bytes: float, bound: int) -> float:
+        """The same, with counts before it or, if they are small, padded messages."""
+        if (self.ranks - 1) * bound * row_bytes <= self.free_bytes:
+            rows, between = (self.ranks - 1) * bound / self.tokens, self.elsewhere * bound / self.tokens
+            return self.known(rows, between, row_bytes)
+        return self.known(rows, between, row_bytes) + self.known(0.0, 0.0, 0.0)
+
+
+def expected_remote(plan: PlacementPlan, top_k: int, parts: int) -> float:
+    """Remote ranks (or nodes: `parts` groups of consecutive ranks) per token if its experts were drawn evenly."""
+    holds = plan.holds()
+    layers, experts, ranks = holds.shape
+    grouped = holds.reshape(layers, experts, parts, ranks // parts).any(3).sum(1)  # [layers, parts] experts held
+    missed = [[_misses(experts, int(held), top_k) for held in row] for row in grouped]
+    touched = sum(sum(1 - p for p in row) for row in missed) / layers
+    return touched * (parts - 1) / parts
+
+
+def _misses(experts: int, held: int, top_k: int) -> float:
+    """The chance that none of `top_k` different experts is among `held` of `experts`."""
+    return math.comb(experts - held, top_k) / math.comb(experts, top_k)
+
+
+def traits_of(shape: ModelShape, plan: PlacementPlan, value_bytes: int, dense_seconds: float = 0.0) -> Traits:
+    """From the model's configuration and the plan: its planned value where that says it, else evenly drawn experts."""
+    text = shape.config.get_text_config()
+    ranks = expected_remote(plan, shape.top_k, plan.ranks)
+    nodes = expected_remote(plan, shape.top_k, plan.topology.nodes)
+    moves = 2 * ranks
+    if plan.objective.name == "dispatch" and plan.objective.value is not None:
+        nodes *= min(1.0, plan.objective.value / ranks) if ranks else 1.0
+        ranks = plan.objective.value
+    if plan.objective.name in ("coherent", "hops") and plan.objective.value is not None:
+        moves = plan.objective.value * (1.0 if plan.objective.name == "coherent" or shape.top_k == 1 else 2 * shape.top_k)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    hidden = text.hidden_size * value_bytes
+    return Traits(
+        hidden + 8 * shape.top_k, hidden, ranks, nodes, moves, shape.top_k, 2 * heads * head * value_bytes, dense_seconds
+    )
+
+
+def choose(candidates: Mapping[str, float]) -> str:
+    """The fastest by its predicted seconds; of equals the first."""
+    return min(candidates, key=lambda name: candidates[name])
+
+
+def make_strategy(name: str | None, group: Group) -> Strategy:
+    """The strategy called `name`, or for None the one that fits the group. Raises InputError if it cannot run on it."""
+    chosen = name or ("local" if group.size == 1 else "hierarchical" if group.nodes > 1 else "all_to_all")
+    if chosen not in STRATEGIES:
+        raise InputError(f"--strategy: found {chosen!r}, expected {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}")
+    if (chosen == "local") != (group.size == 1):
+        wanted = f"{', '.join(STRATEGIES[1:])}, or one process" if group.size > 1 else "local, or several processes (torchrun)"
+        raise InputError(f"--strategy: found {chosen!r} on {group.size} process(es), expected {wanted}")
+    return Local(group) if chosen == "local" else MADE.get(chosen, AllToAll)(group)
