@@ -45,11 +45,11 @@ class Side:
 
 @dataclass
 class Loaded:
-    """A side in this process. strategy: by which ours runs; traffic: its counters, bytes of rows sent to other ranks."""
+    """A side in this process. strategy: by which ours runs; prepare: told the number of this rank's tokens before each call."""
 
     model: Any
     strategy: str | None = None
-    traffic: Any = None
+    prepare: Callable[[int], None] = lambda tokens: None
 
 
 @dataclass
@@ -91,11 +91,17 @@ def load_side(side: Side, model: str, replay: Replay, group: Group) -> Loaded:
 
 def _coterie(side: Side, model: str, replay: Replay, group: Group) -> Loaded:
     plan = coterie.read_plan(Path(side.plan)) if side.plan else None
-    own = type(group)(group.rank, group.size)  # counters of its own
+    own = Group(group.transport, group.ranks_per_node)  # counters of its own
     made = coterie.load(model, plan, dtype="float32", strategy=side.strategy, device="cpu", group=own)
-    made.context.live = None
+    context = made.context
+    context.live = None
+
+    def agree(tokens: int) -> None:
+        """As our generation loop does once in every step; then no layer has to ask."""
+        context.tokens = tuple(count for (count,) in own.agree([tokens]))
+
     replay.attach(made.transformers)
-    return Loaded(made.transformers, made.strategy.name, own.traffic)
+    return Loaded(made.transformers, made.strategy.name, agree)
 
 
 def _whole(model: str) -> Any:

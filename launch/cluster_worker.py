@@ -10,6 +10,7 @@ for every rank; rank 0 answers each with a line on standard output:
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -96,12 +97,14 @@ class Worker:
     def _turn(self, side: Side, prefill: int, decode: int) -> Turn:
         from transformers import DynamicCache
 
-        model = self.loaded[side.name].model
+        loaded = self.loaded[side.name]
+        model = loaded.model
         mine = [sequence for sequence, home in enumerate(side.homes) if home == self.group.rank]
         ids, cache = self.token_ids[mine], DynamicCache(config=model.config)
 
         def step(first: int, length: int) -> torch.Tensor:
             self.replay.at(mine, first, length)
+            loaded.prepare(len(mine) * length)
             out = model(input_ids=ids[:, first : first + length], past_key_values=cache, use_cache=True, logits_to_keep=1)
             last: torch.Tensor = out.logits[:, -1]
             return last
@@ -181,12 +184,11 @@ def commands() -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Answer commands until standard input ends."""
-    import os
-
     torch.set_num_threads(1)
     quiet_transformers()
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
-    with job() as group:
+    with job():
+        group = Group.current(int(os.environ["LOCAL_WORLD_SIZE"]))
         worker = Worker(group, int(os.environ["LOCAL_RANK"]))
         for command in commands():
             answer = getattr(worker, command.pop("do"))(**command)

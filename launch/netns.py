@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -80,12 +81,30 @@ def network(nodes: int, bits_per_second: float) -> Iterator[Network]:
     name = f"coterie-{os.getpid()}-{secrets.token_hex(3)}"
     made = Network(tuple(Node(f"{name}-{i}", ADDRESS.format(i + 1)) for i in range(nodes)), f"{name}-switch")
     try:
-        _build(made)
-        made.shape(bits_per_second)
-        yield made
+        with _stopping_on_sigterm():
+            _build(made)
+            made.shape(bits_per_second)
+            yield made
     finally:
         for namespace in (*(node.namespace for node in made.nodes), made.switch):
             _remove(namespace)
+
+
+@contextmanager
+def _stopping_on_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds like ctrl-C, so that nothing is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _build(made: Network) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -87,6 +88,14 @@ def test_namespaces_and_their_processes_are_gone_after_an_exception() -> None:
         left = made.nodes[1].start([sys.executable, "-c", "import time; time.sleep(600)"])
         raise KeyboardInterrupt
     assert left.wait(timeout=10) != 0
+    assert not namespaces()
+
+
+@needs_namespaces
+def test_a_terminated_run_leaves_nothing() -> None:
+    with pytest.raises(KeyboardInterrupt), netns.network(2, 1e8):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
     assert not namespaces()
 
 
