@@ -16,8 +16,8 @@ from typing import Any
 from coterie.launch.tables import table
 from coterie.routing.errors import InputError
 
-BENCHES = {"plan": "coterie.launch.bench_plan"}
-VERSIONS = ("numpy", "scipy", "PuLP", "highspy", "torch", "triton", "transformers")
+BENCHES = {"plan": "coterie.launch.bench_plan", "cluster": "coterie.launch.bench_cluster"}
+VERSIONS = ("numpy", "scipy", "PuLP", "highspy", "torch", "triton", "transformers", "deepspeed")
 
 
 @dataclass(frozen=True)

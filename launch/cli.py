@@ -249,7 +249,7 @@ def _running(p: argparse.ArgumentParser) -> None:
 
 def _bench(verbs: Any) -> None:
     p = _verb(verbs, "bench", "bench", "this program beside its peers, one table and one JSON object")
-    p.add_argument("what", metavar="WHAT", help="plan")
+    p.add_argument("what", metavar="WHAT", help="plan, or cluster (several nodes over links of a known rate; needs root)")
     p.add_argument("--quick", action="store_true", help="a part of the cases, in under three minutes")
     p.add_argument(
         "--traces", type=Path, default=Path("../shared/traces"), metavar="DIR", help="recorded traces (default: %(default)s)"

@@ -1,0 +1,209 @@
+"""`coterie bench cluster`: several nodes over links of a known rate, beside the expert parallelism of others.
+
+Nodes are network namespaces (`netns`), so this needs Linux and root. All sides run the same prompts through the same model in
+the same processes, taking turns: prefill of a batch, then decode steps with given tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coterie.launch import cluster_cases as cases
+from coterie.launch.bench import Row
+from coterie.launch.cluster_cases import CHOSEN, CONTIGUOUS, HOMED, PEERS, PLANNED, Case
+from coterie.launch.cluster_driver import Workers, workers
+from coterie.launch.netns import Network, check_available, network
+from coterie.launch.quiet import quiet_transformers
+from coterie.routing.errors import InputError
+
+OURS = (CHOSEN, HOMED, PLANNED, CONTIGUOUS)
+EP, LAYER = PEERS
+REPEATS = 5
+RATES = {1e8: "100 Mbit/s", 1e9: "1 Gbit/s", 1e10: "10 Gbit/s"}
+LIMITED = 1e8  # the rate at which the network is the limit
+NEVER_BELOW = 0.97
+DECODE_BAR, LAYER_BAR = 1.4, 2.5
+EQUAL = 1e-4
+LINK_BYTES_SECONDS = 0.4  # how long a link is tried
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Against transformers' expert parallelism. sent: bytes, at most; prefill: throughput where the network is the limit."""
+
+    sent: float | None = None
+    prefill: float | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A case yet to be made, and what it is held to."""
+
+    make: Callable[[Path, argparse.Namespace], Case]
+    bars: Bars
+
+
+@dataclass(frozen=True)
+class Layout:
+    """nodes x ranks_per_node; rates: of the links, in bits per second; works: names in `WORKS`."""
+
+    nodes: int
+    ranks_per_node: int
+    rates: tuple[float, ...]
+    works: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.nodes}x{self.ranks_per_node}"
+
+
+SMALL = {"per_rank": 2, "decode": 3}  # of a quick run
+WORKS = {
+    "embedded": Work(lambda folder, options: cases.embedded(folder, **(SMALL if options.quick else {})), Bars(0.50, 1.8)),
+    "synthetic": Work(lambda folder, options: cases.synthetic(folder, **(SMALL if options.quick else {})), Bars(0.28, 2.8)),
+    "recorded": Work(lambda folder, options: cases.recorded(folder, options.traces), Bars()),
+}
+FULL = (Layout(2, 2, tuple(RATES), tuple(WORKS)), Layout(4, 1, tuple(RATES), ("embedded", "synthetic")))
+QUICK = (Layout(2, 2, (1e8, 1e9), ("embedded", "synthetic")),)
+PLAN_SECONDS, QUICK_PLAN_SECONDS = 15.0, 3.0
+
+
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """All cells, or with `quick` those that take under three minutes together. Raises InputError where there is no root."""
+    check_available()
+    quiet_transformers()
+    layouts = QUICK if options.quick else FULL
+    with tempfile.TemporaryDirectory(prefix="coterie-cluster-") as name:
+        root = Path(name)
+        made: dict[str, Case] = {}
+        for work in dict.fromkeys(name for layout in layouts for name in layout.works):
+            (root / work).mkdir()
+            try:
+                with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed, where installed, logs to standard output
+                    made[work] = WORKS[work].make(root / work, options)
+                made[work].save(root / work)
+            except InputError as error:
+                yield Row(work, "all", "", None, why=str(error))
+        for layout in layouts:
+            known = {work: made[work] for work in layout.works if work in made}
+            yield from _layout(layout, known, root, QUICK_PLAN_SECONDS if options.quick else PLAN_SECONDS)
+
+
+def _layout(layout: Layout, made: dict[str, Case], root: Path, plan_seconds: float) -> Iterator[Row]:
+    sides = {work: _planned(case, layout, root / work, plan_seconds) for work, case in made.items()}
+    with network(layout.nodes, max(layout.rates)) as links, workers(links, layout.ranks_per_node, root) as running:
+        yield from _links(layout, links, running)
+        for work, case in made.items():
+            links.shape(max(layout.rates))
+            running.load(root / work, case.model, sides[work])
+            cells = {}
+            for rate in layout.rates:
+                links.shape(rate)
+                cells[rate] = running.ask("cell", prefill=case.prefill, decode=case.decode, repeats=REPEATS)
+            yield from case_rows(case, layout, WORKS[work].bars, cells)
+
+
+def _planned(case: Case, layout: Layout, folder: Path, seconds: float) -> Any:
+    plans = folder / str(layout)
+    plans.mkdir()
+    return cases.make_sides(case, layout.nodes, layout.ranks_per_node, plans, seconds)
+
+
+def _links(layout: Layout, links: Network, running: Workers) -> Iterator[Row]:
+    """What the links carry: the larger rates are more than this machine's network stack may reach."""
+    for rate in layout.rates:
+        links.shape(rate)
+        count = int(rate / 8 * LINK_BYTES_SECONDS)
+        carried = [running.ask("transfer", bytes=count)["bits_per_second"] for _ in range(REPEATS)]
+        yield Row(f"links of {layout}, {RATES[rate]}", "carried", "Mbit/s", statistics.median(carried) / 1e6, higher=True)
+
+
+def case_rows(case: Case, layout: Layout, bars: Bars, cells: dict[float, dict[str, Any]]) -> Iterator[Row]:
+    """All rows of a case on a layout, from what the workers found at each rate.
+
+    The place for what a chooser predicts beside what was measured: `cells[rate]["sides"][CHOSEN]`, where `strategy` is.
+    """
+    name = f"{case.name}, {layout}"
+    yield from _sent_rows(name, bars, cells[max(cells)])
+    for rate, cell in cells.items():
+        yield from _speed_rows(f"{name}, {RATES[rate]}", case, rate, bars, cell)
+    yield from _equal_rows(name, cells)
+
+
+def _sent_rows(name: str, bars: Bars, cell: dict[str, Any]) -> Iterator[Row]:
+    """Bytes that leave the nodes, by their devices' counters: all of TCP/IP, and what keeps the ranks in step."""
+    for phase in ("prefill", "decode"):
+        peers = {peer: _sent(cell, peer, phase) for peer in PEERS}
+        for side in OURS:
+            limit = bars.sent if side == HOMED and phase == "prefill" else None
+            theirs = peers[EP]
+            bar = limit * theirs if limit is not None and theirs is not None else None
+            value = _sent(cell, side, phase)
+            yield Row(name, f"sent between nodes, {phase}: {side}", "MB", value, bar, peers, why=_why(cell, side, *PEERS))
+        over = _over(_sent(cell, HOMED, phase), peers[EP])
+        bar = bars.sent if phase == "prefill" else None
+        yield Row(name, f"sent between nodes, {phase}: {HOMED} over {EP}", "x", over, bar, why=_why(cell, HOMED, EP))
+
+
+def _speed_rows(name: str, case: Case, rate: float, bars: Bars, cell: dict[str, Any]) -> Iterator[Row]:
+    for phase, tokens in (("prefill", case.prefill), ("decode", case.decode)):
+        peers = {peer: _speed(cell, peer, phase, tokens * case.sequences) for peer in PEERS}
+        best = max((p for p in peers.values() if p is not None), default=None)
+        for side in OURS:
+            value = _speed(cell, side, phase, tokens * case.sequences)
+            bar = best * NEVER_BELOW if best is not None and side == CHOSEN else None
+            label = _labelled(cell, side)
+            yield Row(name, f"{phase}: {label}", "tokens/s", value, bar, peers, higher=True, why=_why(cell, side, *PEERS))
+        limits = _limits(phase, rate, bars)
+        value = _speed(cell, CHOSEN, phase, tokens * case.sequences)
+        for peer, bar in limits.items():
+            yield Row(name, f"{phase}: {CHOSEN} over {peer}", "x", _over(value, peers[peer]), bar, higher=True,
+                      why=_why(cell, CHOSEN, peer))  # fmt: skip
+
+
+def _limits(phase: str, rate: float, bars: Bars) -> dict[str, float]:
+    """What a cell is held to, by peer."""
+    if rate != LIMITED or bars.prefill is None:
+        return {}
+    return {EP: bars.prefill, LAYER: LAYER_BAR} if phase == "prefill" else {EP: DECODE_BAR}
+
+
+def _equal_rows(name: str, cells: dict[float, dict[str, Any]]) -> Iterator[Row]:
+    """The largest difference of logits from the contiguous all-to-all's, relative to the largest logit, over all cells."""
+    for side in (CHOSEN, HOMED, PLANNED, *PEERS):
+        found = [cell["sides"][side]["difference"] for cell in cells.values() if side in cell["sides"]]
+        why = _why(next(iter(cells.values())), side)
+        yield Row(name, f"logits: {side} against {CONTIGUOUS}", "", max(found) if found else None, EQUAL, why=why)
+
+
+def _labelled(cell: dict[str, Any], side: str) -> str:
+    """With the strategy that coterie chose."""
+    found = cell["sides"].get(side, {}).get("strategy")
+    return f"{side} ({found})" if side == CHOSEN and found else side
+
+
+def _sent(cell: dict[str, Any], side: str, phase: str) -> float | None:
+    found = cell["sides"].get(side)
+    return None if found is None else statistics.median(found[f"{phase}_bytes"]) / 1e6
+
+
+def _speed(cell: dict[str, Any], side: str, phase: str, tokens: int) -> float | None:
+    found = cell["sides"].get(side)
+    return None if found is None else tokens / statistics.median(found[f"{phase}_seconds"])
+
+
+def _over(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value / other
+
+
+def _why(cell: dict[str, Any], *sides: str) -> str:
+    """The reasons of those of `sides` that could not be had."""
+    missing: Sequence[str] = [f"{side}: {cell['skipped'][side]}" for side in sides if side in cell["skipped"]]
+    return "; ".join(missing)

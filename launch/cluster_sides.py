@@ -1,0 +1,233 @@
+"""The sides of `coterie bench cluster`: our own models and the peers', each a transformers model that takes the same calls.
+
+A side routes by its own router or, where routing is replayed, by a trace; never do two sides route differently.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import coterie
+from coterie.moe.collectives import Group
+from coterie.moe.families import resolve_model
+from coterie.routing.errors import InputError
+from coterie.routing.record import expert_modules
+
+OURS, TRANSFORMERS, DEEPSPEED = "coterie", "transformers", "deepspeed"
+NEVER = -1e4  # router logit of an expert that was not picked
+LEAST_WEIGHT = 1e-30
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is measured. kind: OURS, TRANSFORMERS or DEEPSPEED; plan: a plan file; strategy: ours, None: as coterie chooses.
+
+    homes: the rank that runs each sequence, by sequence.
+    """
+
+    name: str
+    kind: str
+    homes: tuple[int, ...]
+    plan: str | None = None
+    strategy: str | None = None
+
+
+@dataclass
+class Loaded:
+    """A side in this process. strategy: by which ours runs; prepare: told the number of this rank's tokens before each call."""
+
+    model: Any
+    strategy: str | None = None
+    prepare: Callable[[int], None] = lambda tokens: None
+
+
+@dataclass
+class Replay:
+    """Routing of a trace in the place of the routers' own; their weights stay, the largest for a token's first expert.
+
+    ids: int64 `[sequences, positions, layers, K]`, or None: the routers' own. rows: of the current call, `[tokens, layers, K]`.
+    """
+
+    ids: torch.Tensor | None
+    rows: torch.Tensor | None = field(default=None)
+
+    def at(self, sequences: list[int], first: int, length: int) -> None:
+        """Tell which tokens the next call is about: `length` positions from `first` on, of these sequences."""
+        if self.ids is not None:
+            self.rows = self.ids[sequences, first : first + length].flatten(0, 1)
+
+    def layer(self, number: int, own: torch.Tensor) -> torch.Tensor:
+        """The experts `[tokens, K]` of the current call in the number-th layer with experts; own: the router's."""
+        return own if self.rows is None else self.rows[:, number]
+
+    def attach(self, model: nn.Module) -> None:
+        """Replace the routers' choice before every experts module of `model`."""
+        for number, (_, module) in enumerate(expert_modules(model).values()):
+            module.register_forward_pre_hook(functools.partial(self._replace, number), with_kwargs=True)
+
+    def _replace(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "top_k_index" in kwargs:
+            return args, kwargs | {"top_k_index": self.layer(number, kwargs["top_k_index"])}
+        return (args[0], self.layer(number, args[1]), *args[2:]), kwargs
+
+
+def load_side(side: Side, model: str, replay: Replay, group: Group) -> Loaded:
+    """This rank's share of a side; all ranks load together. Raises InputError if it cannot be had here."""
+    loaded = LOADERS[side.kind](side, model, replay, group)
+    loaded.model.eval()
+    return loaded
+
+
+def _coterie(side: Side, model: str, replay: Replay, group: Group) -> Loaded:
+    plan = coterie.read_plan(Path(side.plan)) if side.plan else None
+    own = Group(group.transport, group.ranks_per_node)  # counters of its own
+    made = coterie.load(model, plan, dtype="float32", strategy=side.strategy, device="cpu", group=own)
+    context = made.context
+    context.live = None
+
+    def agree(tokens: int) -> None:
+        """As our generation loop does once in every step; then no layer has to ask."""
+        context.tokens = tuple(count for (count,) in own.agree([tokens]))
+
+    replay.attach(made.transformers)
+    return Loaded(made.transformers, made.strategy.name, agree)
+
+
+def _whole(model: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(resolve_model(model)[1], dtype=torch.float32)
+
+
+def _transformers(side: Side, model: str, replay: Replay, group: Group) -> Loaded:
+    """Expert parallelism over all ranks, each with its own batch; the dense part is on every rank.
+
+    `from_pretrained(distributed_config=DistributedConfig(fsdp_size=R, ep_size=R, ep_implementation="all_to_all"))` is the
+    public way to it, but FSDP then gathers the dense part in every call. Without that the peer is faster, and like ours.
+    """
+    try:
+        from transformers.distributed.expert_parallel import AllToAllEP, apply_expert_parallelism
+    except ImportError as error:
+        version = importlib.metadata.version("transformers")
+        raise InputError(f"transformers {version} has no all-to-all expert parallelism, expected 5.23 or later") from error
+    from torch.distributed.device_mesh import init_device_mesh
+
+    made = _whole(model)
+    mesh = init_device_mesh("cpu", (group.size, 1), mesh_dim_names=("ep", "tp"))
+    plan = made._expand_parallel_plan(made.ep_plan)
+    assert AllToAllEP  # what "all_to_all" names
+    apply_expert_parallelism(made, mesh["ep"], mesh["tp"], plan, "all_to_all")
+    replay.attach(made)
+    return Loaded(made)
+
+
+def _deepspeed(side: Side, model: str, replay: Replay, group: Group) -> Loaded:
+    """The same model with every MoE block replaced by DeepSpeed's MOELayer, which drops no token."""
+    _start_deepspeed()
+    made = _whole(model)
+    for number, (name, experts) in enumerate(expert_modules(made).values()):
+        block_name = name.rpartition(".")[0]
+        block = made.get_submodule(block_name)
+        made.set_submodule(block_name, DeepSpeedBlock(block.gate, experts, number, replay, group))
+    return Loaded(made)
+
+
+def _start_deepspeed() -> None:
+    """DeepSpeed's communication over the running process group.
+
+    Its `init_distributed` would compile an extension for shared memory first, for minutes, which serves single nodes only.
+    """
+    try:
+        communication: Any = importlib.import_module("deepspeed.comm.comm")
+        backend: Any = importlib.import_module("deepspeed.comm.torch")  # the package's attribute `torch` is torch itself
+    except ImportError as error:
+        raise InputError("deepspeed is not installed: pip install -c constraints.txt deepspeed") from error
+    if communication.cdb is None:
+        backend.build_shm_op = lambda: None
+        communication.cdb = backend.TorchBackend("gloo", timedelta(minutes=10), None)
+
+
+class DeepSpeedBlock(nn.Module):
+    """A transformers MoE block whose experts are reached through `deepspeed.moe.sharded_moe.MOELayer`."""
+
+    def __init__(self, router: nn.Module, experts: Any, number: int, replay: Replay, group: Group) -> None:
+        super().__init__()
+        from deepspeed.moe.experts import Experts
+        from deepspeed.moe.sharded_moe import MOELayer
+
+        self.router, self.number, self.replay = router, number, replay
+        total = experts.down_proj.shape[0]
+        if total % group.size:
+            raise InputError(f"deepspeed: found {total} experts on {group.size} ranks, expected as many on each")
+        local = total // group.size
+        self.gate = _PickedGate(total)
+        stack = Experts(_Expert(experts.act_fn), local)
+        for place, expert in enumerate(stack.deepspeed_experts):
+            expert.take(experts, group.rank * local + place)
+        self.layer = MOELayer(self.gate, stack, "all", group.size, local)
+        self.layer._set_ep_group(dist.group.WORLD)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Like the block's own; the gate is told which experts and weights its softmax and top-k have to come to."""
+        _, weights, ids = self.router(hidden_states.flatten(0, 1))
+        ids = self.replay.layer(self.number, ids)
+        self.gate.tell(ids, weights)
+        out: torch.Tensor = self.layer(hidden_states, None)
+        return out
+
+
+class _PickedGate(nn.Module):
+    """DeepSpeed's top-k gating of given experts."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.ep_group: Any = None
+
+    def _set_ep_group(self, group: Any) -> None:
+        self.ep_group = group
+
+    def tell(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        logits = torch.full((len(ids), self.num_experts), NEVER)
+        self.logits = logits.scatter(1, ids, weights.float().clamp(min=LEAST_WEIGHT).log())
+        self.top_k = ids.shape[1]
+
+    def forward(self, x: torch.Tensor, used_token: Any = None, sparse_routes: bool = False, use_tutel: bool = False) -> Any:
+        from deepspeed.moe.sharded_moe import topkgating
+
+        return topkgating(self.logits, self.top_k, 1.0, 0, False, self.ep_group, sparse_routes=sparse_routes)
+
+
+class _Expert(nn.Module):
+    """One gated expert by itself."""
+
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def take(self, experts: Any, number: int) -> None:
+        """Copies the weights of the number-th expert of a transformers experts module."""
+        self.first = nn.Parameter(experts.gate_up_proj[number].detach().clone(), requires_grad=False)
+        self.second = nn.Parameter(experts.down_proj[number].detach().clone(), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = nn.functional.linear(x, self.first).chunk(2, dim=-1)
+        return nn.functional.linear(self.activation(gate) * up, self.second)
+
+
+LOADERS: dict[str, Callable[[Side, str, Replay, Group], Loaded]] = {
+    OURS: _coterie,
+    TRANSFORMERS: _transformers,
+    DEEPSPEED: _deepspeed,
+}

@@ -1,0 +1,201 @@
+"""What each process of `coterie bench cluster` runs, in a network namespace: holds every side, measures when told to.
+
+python -m coterie.launch.cluster_worker, with torchrun's environment. Commands are lines of JSON on standard input, the same
+for every rank; rank 0 answers each with a line on standard output:
+{"do": "load", "case": FOLDER, "model": MODEL, "sides": [...]}  loads all sides of a case, those of the last one are dropped
+{"do": "cell", "prefill": L, "decode": N, "repeats": R}         measures all sides, taking turns
+{"do": "transfer", "bytes": B}                                  what the links really carry
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from coterie.launch.cluster_sides import OURS, Loaded, Replay, Side, load_side
+from coterie.launch.distributed import job, leave
+from coterie.launch.netns import SENT
+from coterie.launch.quiet import quiet_transformers
+from coterie.moe.collectives import Group
+from coterie.routing.errors import InputError
+
+WARM_UP = (2, 1)  # positions of prefill and decode steps that each side runs first, without counting
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One side's run of one cell on this rank. bytes: sent by this node, told by its first rank only, else 0.
+
+    logits `[sequences, 2, vocabulary]` of the prompts' last position and of the last step.
+    """
+
+    prefill_seconds: float
+    decode_seconds: float
+    prefill_bytes: int
+    decode_bytes: int
+    logits: torch.Tensor
+
+
+class Worker:
+    """This rank's sides and what they run on. token_ids: int64 `[sequences, positions]`."""
+
+    def __init__(self, group: Group, local_rank: int) -> None:
+        self.group = group
+        self.counts_bytes = local_rank == 0
+        self.sides: list[Side] = []
+        self.loaded: dict[str, Loaded] = {}
+        self.skipped: dict[str, str] = {}
+
+    def load(self, case: str, model: str, sides: list[dict[str, Any]]) -> dict[str, Any]:
+        """Which sides cannot be had, and why; the strategies of ours."""
+        tensors = load_file(Path(case) / "case.safetensors")
+        self.model, self.token_ids = model, tensors["token_ids"]
+        self.replay = Replay(tensors.get("expert_ids"))
+        self.sides = [Side(**{**side, "homes": tuple(side["homes"])}) for side in sides]
+        self.loaded, self.skipped = {}, {}
+        for side in self.sides:
+            self._load(side)
+        return {"skipped": self.skipped, "strategies": {name: made.strategy for name, made in self.loaded.items()}}
+
+    def _load(self, side: Side) -> None:
+        try:
+            self.loaded[side.name] = load_side(side, self.model, self.replay, self.group)
+        except InputError as error:  # the same on every rank: what is asked for is
+            self.skipped[side.name] = str(error)
+
+    def cell(self, prefill: int, decode: int, repeats: int) -> dict[str, Any]:
+        """Seconds and bytes by side, one entry per repeat, and how far the logits are from the first side's."""
+        for side in self.sides:  # what chooses by measuring the links has to see those of this cell
+            if side.kind == OURS and side.strategy is None and side.name in self.loaded:
+                self._load(side)
+        sides = [side for side in self.sides if side.name in self.loaded]
+        turns: dict[str, list[Turn]] = {side.name: [] for side in sides}
+        for side in sides:
+            self._turn(side, *WARM_UP)
+        for repeat in range(repeats):
+            for side in sides[repeat % len(sides) :] + sides[: repeat % len(sides)]:
+                turns[side.name].append(self._turn(side, prefill, decode))
+        found: dict[str, dict[str, Any]] = {name: self._summary(those) for name, those in turns.items()}
+        logits = {side.name: self._gathered(side, turns[side.name][-1].logits) for side in sides}
+        first = logits[sides[0].name]
+        for name, values in logits.items():
+            found[name]["difference"] = float((values - first).abs().max() / first.abs().max())
+            found[name]["strategy"] = self.loaded[name].strategy
+        return {"sides": found, "skipped": self.skipped}
+
+    @torch.inference_mode()
+    def _turn(self, side: Side, prefill: int, decode: int) -> Turn:
+        from transformers import DynamicCache
+
+        loaded = self.loaded[side.name]
+        model = loaded.model
+        mine = [sequence for sequence, home in enumerate(side.homes) if home == self.group.rank]
+        ids, cache = self.token_ids[mine], DynamicCache(config=model.config)
+
+        def step(first: int, length: int) -> torch.Tensor:
+            self.replay.at(mine, first, length)
+            loaded.prepare(len(mine) * length)
+            out = model(input_ids=ids[:, first : first + length], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            last: torch.Tensor = out.logits[:, -1]
+            return last
+
+        with self._measured() as prefilling:
+            logits = [step(0, prefill)]
+        with self._measured() as decoding:
+            logits += [step(position, 1) for position in range(prefill, prefill + decode)]
+        return Turn(
+            prefilling.seconds, decoding.seconds, prefilling.bytes, decoding.bytes, torch.stack([logits[0], logits[-1]], 1)
+        )
+
+    def _measured(self) -> _Measured:
+        return _Measured(self.counts_bytes)
+
+    def _summary(self, turns: list[Turn]) -> dict[str, Any]:
+        """Over ranks: the slowest one's seconds, the sum of the nodes' bytes."""
+        mine = torch.tensor(
+            [[t.prefill_seconds, t.decode_seconds, t.prefill_bytes, t.decode_bytes] for t in turns], dtype=torch.float64
+        )
+        every = torch.stack(self.group.gather(mine))
+        seconds, sent = every[:, :, :2].amax(0), every[:, :, 2:].sum(0)
+        return {
+            "prefill_seconds": seconds[:, 0].tolist(), "decode_seconds": seconds[:, 1].tolist(),
+            "prefill_bytes": sent[:, 0].tolist(), "decode_bytes": sent[:, 1].tolist(),
+        }  # fmt: skip
+
+    def _gathered(self, side: Side, mine: torch.Tensor) -> torch.Tensor:
+        """All ranks' logits, in the order of sequences."""
+        parts = self.group.gather(mine)
+        here = [[s for s, home in enumerate(side.homes) if home == rank] for rank in range(self.group.size)]
+        order = torch.tensor([sequence for part in here for sequence in part])
+        return torch.cat(parts)[order.argsort()]
+
+    def transfer(self, bytes: int) -> dict[str, Any]:
+        """Bits per second that rank 0 gets through to the last rank, which is on another node."""
+        message, last = torch.zeros(bytes, dtype=torch.uint8), self.group.size - 1
+        for _ in range(2):  # the first one opens the connection
+            dist.barrier()
+            started = time.perf_counter()
+            if self.group.rank == 0:
+                dist.send(message, last)
+            elif self.group.rank == last:
+                dist.recv(message, 0)
+            seconds = max(self.group.gather(time.perf_counter() - started if self.group.rank == last else 0.0))
+        return {"bits_per_second": bytes * 8 / seconds}
+
+
+class _Measured:
+    """Seconds and bytes sent by this node between two points where all ranks meet."""
+
+    def __init__(self, counts_bytes: bool) -> None:
+        self.file = Path(SENT) if counts_bytes else None
+        self.seconds, self.bytes = 0.0, 0
+
+    def _sent(self) -> int:
+        return int(self.file.read_text()) if self.file else 0
+
+    def __enter__(self) -> _Measured:
+        dist.barrier()
+        self.before = self._sent()
+        dist.barrier()
+        self.started = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds = time.perf_counter() - self.started
+        dist.barrier()
+        self.bytes = self._sent() - self.before
+
+
+def commands() -> Iterator[dict[str, Any]]:
+    """Those on standard input, to its end."""
+    for line in sys.stdin:
+        yield json.loads(line)
+
+
+def main() -> None:
+    """Answer commands until standard input ends."""
+    torch.set_num_threads(1)
+    quiet_transformers()
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    with job():
+        group = Group.current(int(os.environ["LOCAL_WORLD_SIZE"]))
+        worker = Worker(group, int(os.environ["LOCAL_RANK"]))
+        for command in commands():
+            answer = getattr(worker, command.pop("do"))(**command)
+            if group.rank == 0:
+                print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    leave(0)

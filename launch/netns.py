@@ -1,0 +1,146 @@
+"""Several hosts on one: nodes as network namespaces, joined by a switch with links of a chosen rate. Linux, root, iproute2.
+
+Every node has one link, `eth0`, to a bridge that stands in a namespace of its own, so that nothing of the host's network is
+touched. Both ends of a link are shaped by a token bucket (tc tbf): what a node sends and what it receives. Processes of one
+node reach each other by its loopback, unshaped, as by shared memory.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from coterie.routing.errors import CoterieError, InputError, first_line, require
+
+DEVICE = "eth0"
+SENT = f"/sys/class/net/{DEVICE}/statistics/tx_bytes"  # as seen inside a node
+ADDRESS = "10.77.0.{}"
+MOST_NODES = 250
+QUEUE_BYTES = 64 << 20  # of a link: more than is ever in flight here, so that nothing is dropped
+BURST_SECONDS = 1e-3  # what a link may send at once, in its own time; seen: half of that loses a tenth of 1 Gbit/s,
+LEAST_BURST = 4 << 10  # and a tenth of it loses half. In bytes: two packets
+COMMAND_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Node:
+    """One host. namespace: its name for `ip netns`; address: on the link."""
+
+    namespace: str
+    address: str
+
+    def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+        """A process inside the node, in a session of its own; options as of Popen. The process id is the command's own."""
+        return subprocess.Popen(["ip", "netns", "exec", self.namespace, *command], start_new_session=True, **options)
+
+    def sent(self) -> int:
+        """Bytes sent to other nodes since the node was made, with all headers."""
+        return int(_run("ip", "netns", "exec", self.namespace, "cat", SENT))
+
+
+@dataclass(frozen=True)
+class Network:
+    """Nodes and what joins them. switch: the bridge's namespace, with a port `p<n>` for node n."""
+
+    nodes: tuple[Node, ...]
+    switch: str
+
+    def shape(self, bits_per_second: float) -> None:
+        """Give every link another rate, in both directions. Connections stay."""
+        require(bits_per_second >= 1e4, "rate", bits_per_second, "at least 10000 bits per second")
+        burst = max(LEAST_BURST, int(bits_per_second / 8 * BURST_SECONDS))
+        bucket = ("root", "tbf", "rate", f"{bits_per_second:.0f}bit", "burst", str(burst), "limit", str(QUEUE_BYTES))
+        for number, node in enumerate(self.nodes):
+            for namespace, device in ((node.namespace, DEVICE), (self.switch, f"p{number}")):
+                _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, *bucket)
+
+
+def check_available() -> None:
+    """Raises InputError, saying what to do, where namespaces cannot be made."""
+    if os.geteuid() != 0:
+        raise InputError(f"network namespaces: found user id {os.geteuid()}, expected 0 (root): run this under sudo")
+    for program in ("ip", "tc"):
+        if shutil.which(program) is None:
+            raise InputError(f"network namespaces: found no program {program!r}, expected iproute2: apt-get install iproute2")
+
+
+@contextmanager
+def network(nodes: int, bits_per_second: float) -> Iterator[Network]:
+    """`nodes` hosts, links of this rate; they and all processes in them are gone at the end, whatever happens."""
+    require(2 <= nodes <= MOST_NODES, "nodes", nodes, f"2 to {MOST_NODES}")
+    check_available()
+    name = f"coterie-{os.getpid()}-{secrets.token_hex(3)}"
+    made = Network(tuple(Node(f"{name}-{i}", ADDRESS.format(i + 1)) for i in range(nodes)), f"{name}-switch")
+    try:
+        with _stopping_on_sigterm():
+            _build(made)
+            made.shape(bits_per_second)
+            yield made
+    finally:
+        for namespace in (*(node.namespace for node in made.nodes), made.switch):
+            _remove(namespace)
+
+
+@contextmanager
+def _stopping_on_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds like ctrl-C, so that nothing is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _build(made: Network) -> None:
+    try:
+        _run("ip", "netns", "add", made.switch)
+    except CoterieError as error:
+        hint = "run where root may make network namespaces (CAP_SYS_ADMIN; in a container: --privileged)"
+        raise InputError(f"{error}: {hint}") from error
+    _run("ip", "-n", made.switch, "link", "add", "bridge", "type", "bridge")
+    _run("ip", "-n", made.switch, "link", "set", "bridge", "up")
+    for number, node in enumerate(made.nodes):
+        name, port = node.namespace, f"p{number}"
+        _run("ip", "netns", "add", name)
+        _run("ip", "link", "add", DEVICE, "netns", name, "type", "veth", "peer", "name", port, "netns", made.switch)
+        _run("ip", "-n", made.switch, "link", "set", port, "master", "bridge", "up")
+        _run("ip", "-n", name, "addr", "add", f"{node.address}/24", "dev", DEVICE)
+        for device in ("lo", DEVICE):
+            _run("ip", "-n", name, "link", "set", device, "up")
+
+
+def _remove(namespace: str) -> None:
+    """End the processes of a namespace and delete it; its links go with it."""
+    with suppress(CoterieError):
+        for pid in _run("ip", "netns", "pids", namespace).split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        for _ in range(50):
+            if not _run("ip", "netns", "pids", namespace):
+                break
+            time.sleep(0.02)
+        _run("ip", "netns", "delete", namespace)
+
+
+def _run(*command: str) -> str:
+    """Standard output of a command; raises CoterieError with its error. Out of reach of the terminal's ctrl-C."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, start_new_session=True, check=False)
+    if done.returncode:
+        raise CoterieError(f"{' '.join(command)}: exit code {done.returncode} ({first_line(CoterieError(done.stderr))})")
+    return done.stdout.strip()
