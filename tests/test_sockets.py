@@ -1,0 +1,126 @@
+"""The TCP mesh, with ranks as threads: every byte arrives, in order, whatever the sizes; who is missing is named."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from coterie.moe.collectives import Group
+from coterie.moe.sockets import SocketTransport, own_address
+from coterie.routing.errors import CoterieError
+
+
+def on_sockets(
+    size: int, work: Callable[[SocketTransport], Any], timeout: float = 20.0, absent: tuple[int, ...] = ()
+) -> list[Any]:
+    store, results = HashStore(), [None] * size
+
+    def run(rank: int) -> None:
+        try:
+            transport = SocketTransport.from_store(rank, size, store, "127.0.0.1", timedelta(seconds=timeout))
+            results[rank] = work(transport)
+        except CoterieError as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(r,)) for r in range(size) if r not in absent]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def block(source: int, to: int, rows: int) -> torch.Tensor:
+    return torch.full((rows, 5), 16 * source + to, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_uneven_and_empty_blocks_of_any_size_arrive_from_every_rank(size: int) -> None:
+    def rows(source: int, to: int, turn: int) -> int:
+        return (source * 3 + to * 5 + turn) % 4 * (1 if turn < 2 else 400_000)  # turn 2: more than any socket buffers
+
+    def work(t: SocketTransport) -> bool:
+        for turn in range(3):
+            send, receive = [rows(t.rank, p, turn) for p in range(size)], [rows(p, t.rank, turn) for p in range(size)]
+            out = torch.empty((sum(receive), 5), dtype=torch.uint8)
+            t.start_all_to_all(out, torch.cat([block(t.rank, p, n) for p, n in enumerate(send)]), receive, send)()
+            assert torch.equal(out, torch.cat([block(p, t.rank, n) for p, n in enumerate(receive)]))
+        return True
+
+    assert on_sockets(size, work) == [True] * size
+
+
+def test_collectives_begun_together_keep_their_order() -> None:
+    def work(t: SocketTransport) -> bool:
+        outs = [torch.empty((2 * n, 5), dtype=torch.uint8) for n in (300_000, 3, 0, 7)]
+        waits = [t.start_all_to_all(o, torch.full_like(o, i), [len(o) // 2] * 2, [len(o) // 2] * 2) for i, o in enumerate(outs)]
+        for i in (1, 0, 3, 2):
+            waits[i]()
+            assert (outs[i] == i).all()
+        return True
+
+    assert on_sockets(2, work) == [True] * 2
+
+
+def test_gathering_and_subgroups() -> None:
+    def work(t: SocketTransport) -> Any:
+        node = t.subgroup([[0, 1], [2, 3]])
+        bf16 = Group(node).exchange_known(torch.full((2, 3), t.rank, dtype=torch.bfloat16), [1, 1], [1, 1])
+        return t.all_gather(torch.tensor([t.rank])).tolist(), t.gather_objects({"rank": t.rank})[3], bf16[:, 0].tolist()
+
+    low, high = [0.0, 1.0], [2.0, 3.0]
+    everyone = [[0], [1], [2], [3]]
+    assert on_sockets(4, work) == [(everyone, {"rank": 3}, v) for v in (low, low, high, high)]
+
+
+def test_a_rank_that_ends_or_is_silent_or_never_comes_is_named() -> None:
+    stop = threading.Event()
+
+    def ends(t: SocketTransport) -> Any:
+        if t.rank == 1:
+            for connection in t.mesh.peers.values():
+                connection.close()
+            return None
+        return t.all_gather(torch.zeros(1))
+
+    def silent(t: SocketTransport) -> Any:
+        return stop.wait(3) if t.rank == 2 else t.all_gather(torch.zeros(1))
+
+    assert "rank 1 has ended" in str(on_sockets(2, ends)[0])
+    assert [str(e) for e in on_sockets(3, silent, timeout=1)[:2]] == ["waited 1 s for rank 2"] * 2
+    assert str(on_sockets(3, silent, timeout=1, absent=(2,))[0]) == "rank 2 did not connect within 1 s"
+
+
+def test_strangers_are_turned_away() -> None:
+    store = HashStore()
+
+    def stranger() -> None:
+        host, port = store.get("coterie/address/0").decode().split()
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"x" * 20)
+            assert connection.recv(1) == b""
+
+    def rank(number: int, out: list[Any]) -> None:
+        if number == 1:
+            stranger()
+        transport = SocketTransport.from_store(number, 2, store, "127.0.0.1", timedelta(seconds=20))
+        out.append(transport.all_gather(torch.tensor([number])).tolist())
+
+    out: list[Any] = []
+    threads = [threading.Thread(target=rank, args=(n, out)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert out == [[[0], [1]]] * 2
+
+
+def test_the_own_address_is_the_one_that_faces_the_master() -> None:
+    assert own_address("127.0.0.1") == "127.0.0.1"
