@@ -5,11 +5,13 @@ Both compute sum over slots j of weights[t, j] * expert[ids[t, j]](x[t]), with i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
+
+CHUNK_ROWS = 1 << 13  # rows whose hidden values are held at once
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,27 @@ class StackedExperts:
         hidden = self.activation(self._product(x, self.first, self.first_bias, expert))
         y = self._product(hidden, self.second, self.second_bias, expert)
         return y if self.finish is None else self.finish(y)
+
+    def run_many(self, chunk: list[tuple[int, int]], x: torch.Tensor) -> torch.Tensor:
+        """Several experts, each on its (expert, rows) of `x`, in order: what lies between the products is done once for all."""
+        hidden = self.activation(self._products(chunk, x, self.first, self.first_bias))
+        y = self._products(chunk, hidden, self.second, self.second_bias)
+        return y if self.finish is None else self.finish(y)
+
+    def _products(
+        self, chunk: list[tuple[int, int]], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        out = x.new_empty(x.shape[0], weight.shape[2 if self.transposed else 1])
+        start = 0
+        for expert, count in chunk:
+            matrix = weight[expert] if self.transposed else weight[expert].T
+            rows, into = x[start : start + count], out[start : start + count]
+            if bias is None:
+                torch.mm(rows, matrix, out=into)
+            else:
+                torch.addmm(bias[expert], rows, matrix, out=into)
+            start += count
+        return out
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert: int) -> torch.Tensor:
         matrix = weight[expert].T if self.transposed else weight[expert]
@@ -62,10 +85,23 @@ def grouped_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor,
     counts = torch.bincount(flat + 1, minlength=experts.first.shape[0] + 1).tolist()
     parts = torch.zeros(tokens * slots, x.shape[1], dtype=torch.float32, device=x.device)
     start = counts[0]
-    for expert, count in enumerate(counts[1:]):
-        if count:
-            pairs = order[start : start + count]
-            y = experts.run(expert, x[pairs // slots])
-            parts[pairs] = y.float() * weights.reshape(-1)[pairs, None].float()
-            start += count
+    for chunk in _chunks(counts[1:]):
+        rows = sum(count for _, count in chunk)
+        pairs = order[start : start + rows]
+        y = experts.run_many(chunk, x[pairs // slots])
+        parts[pairs] = y.float() * weights.reshape(-1)[pairs, None].float()
+        start += rows
     return parts.view(tokens, slots, x.shape[1]).sum(1).to(x.dtype)
+
+
+def _chunks(counts: list[int]) -> Iterator[list[tuple[int, int]]]:
+    """Consecutive (expert, rows) with rows, as many as fit in CHUNK_ROWS together, at least one."""
+    chunk: list[tuple[int, int]] = []
+    for expert, count in enumerate(counts):
+        if count and chunk and sum(rows for _, rows in chunk) + count > CHUNK_ROWS:
+            yield chunk
+            chunk = []
+        if count:
+            chunk.append((expert, count))
+    if chunk:
+        yield chunk

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from coterie.moe.collectives import Group
+from coterie.moe.collectives import FREE_BYTES, Group
 from coterie.moe.families import ModelShape
 from coterie.moe.strategy import AllGather, AllToAll, Coherent, Hierarchical, Local, Replicated, Strategy
 from coterie.placement.plan import PlacementPlan
@@ -22,6 +22,7 @@ MADE: dict[str, Callable[[Group], Strategy]] = {
     "replicated": Replicated, "all_gather": AllGather, "all_to_all": AllToAll, "hierarchical": Hierarchical,
     "coherent": Coherent,
 }  # fmt: skip
+SMALL_BYTES = FREE_BYTES
 STRATEGIES = ("local", *MADE)
 
 
@@ -53,7 +54,10 @@ class Traits:
 
 
 def predict(name: str, traits: Traits, links: Links, ranks: int, ranks_per_node: int, tokens: int, free_bytes: int) -> float:
-    """Seconds per layer for `tokens` on every rank; what strategy `name` adds to computing the experts."""
+    """Seconds per layer for `tokens` on every rank; what strategy `name` adds to computing the experts.
+
+    free_bytes: padding up to which counts are not exchanged beforehand, -1 where they need not be at all.
+    """
     t = _Times(links, ranks, ranks_per_node, tokens, free_bytes)
     out, back, m, n = traits.row_bytes, traits.back_bytes, traits.ranks, traits.nodes
     between = t.between_share(m)
@@ -67,7 +71,7 @@ def predict(name: str, traits: Traits, links: Links, ranks: int, ranks_per_node:
         return t.known(ranks - 1, t.elsewhere, out) + t.known(ranks - 1, t.elsewhere, back)
     if name == "replicated":
         share = t.known(ranks - 1, t.elsewhere, back)
-        small = (ranks - 1) * tokens * ranks * back <= free_bytes
+        small = (ranks - 1) * tokens * ranks * back <= max(free_bytes, SMALL_BYTES)
         dense = (ranks - 1) * tokens * traits.dense_seconds
         return dense + (t.known((ranks - 1) * ranks, t.elsewhere * ranks, back) if small else 2 * share)
     if name == "coherent":
@@ -102,6 +106,8 @@ class _Times:
 
     def counted(self, rows: float, between: float, row_bytes: float, bound: int) -> float:
         """The same, with counts before it or, if they are small, padded messages."""
+        if self.free_bytes < 0:
+            return self.known(rows, between, row_bytes)
         if (self.ranks - 1) * bound * row_bytes <= self.free_bytes:
             rows, between = (self.ranks - 1) * bound / self.tokens, self.elsewhere * bound / self.tokens
             return self.known(rows, between, row_bytes)
@@ -180,7 +186,7 @@ def decide(traits: Traits, links: Links, group: Group, prefill_tokens: int, deco
     """The fastest strategies by prediction. tokens: of one rank in one step; coherent: whether the family can."""
 
     def times(names: Iterable[str], tokens: int) -> dict[str, float]:
-        args = (traits, links, group.size, group.ranks_per_node, tokens, group.free_bytes)
+        args = (traits, links, group.size, group.ranks_per_node, tokens, -1 if group.counts_inside else group.free_bytes)
         return {name: predict(name, *args) for name in names}
 
     names = ["all_to_all", *(["hierarchical"] if 1 < group.nodes < group.size else []), "all_gather", "replicated"]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from coterie.moe.dispatch import as_bytes, from_bytes
 from coterie.moe.traffic import Traffic
-from coterie.moe.transports import TorchTransport, Transport
+from coterie.moe.transports import CountsInside, TorchTransport, Transport
 
 FREE_BYTES = 1 << 16  # padding that costs less than an exchange of counts, until the links have been measured
 COUNT_BYTES = 8
@@ -48,6 +48,11 @@ class Group:
         return "none" if self.transport is None else self.transport.name
 
     @property
+    def counts_inside(self) -> bool:
+        """Whether an exchange whose sizes the receiver does not know takes one collective and no padding."""
+        return isinstance(self.transport, CountsInside)
+
+    @property
     def device(self) -> torch.device:
         """Where tensors that are sent must lie."""
         return torch.device("cpu") if self.transport is None else self.transport.device()
@@ -79,7 +84,10 @@ class Group:
         sent = as_bytes(rows)
         padded = (self.size - 1) * bound * sent.shape[1] <= self.free_bytes
         with self.traffic.span(name):
-            out, receive = self._padded(sent, send, bound) if padded else self._counted(sent, send)
+            if isinstance(self.transport, CountsInside):
+                out, receive = self._at_once(self.transport, sent, send)
+            else:
+                out, receive = self._padded(sent, send, bound) if padded else self._counted(sent, send)
         return from_bytes(out, rows.dtype), receive
 
     def _padded(self, rows: torch.Tensor, send: Sequence[int], bound: int) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -88,16 +96,15 @@ class Group:
         message = rows.new_zeros((self.size, block))
         counts = torch.tensor(send, dtype=torch.int64).view(torch.uint8).view(self.size, COUNT_BYTES)
         message[:, :COUNT_BYTES] = counts.to(rows.device)
-        body = message[:, COUNT_BYTES:].view(self.size, bound, width)
-        filled = torch.arange(bound, device=rows.device) < torch.tensor(send, device=rows.device)[:, None]
-        body[filled] = rows
+        for to, part in enumerate(torch.split(rows, list(send))):
+            message[to, COUNT_BYTES : COUNT_BYTES + part.numel()] = part.view(-1)
         out = torch.empty_like(message)
         self._swap(out, message, [1] * self.size, [1] * self.size)
         for rank, count in self._others(send):
             self.traffic.sent(self.members[rank], count, width, block - count * width)
         receive = out[:, :COUNT_BYTES].contiguous().view(torch.int64)[:, 0].tolist()
-        came = torch.arange(bound, device=rows.device) < torch.tensor(receive, device=rows.device)[:, None]
-        return out[:, COUNT_BYTES:].reshape(self.size, bound, width)[came], tuple(receive)
+        came = [out[r, COUNT_BYTES : COUNT_BYTES + count * width] for r, count in enumerate(receive)]
+        return torch.cat(came).view(sum(receive), width), tuple(receive)
 
     def _counted(self, rows: torch.Tensor, send: Sequence[int]) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Counts first, then as many rows as there are."""
@@ -111,6 +118,15 @@ class Group:
         for rank, count in self._others(send):
             self.traffic.sent(self.members[rank], count, rows.shape[1], COUNT_BYTES)
         return out, receive
+
+    def _at_once(
+        self, transport: CountsInside, rows: torch.Tensor, send: Sequence[int]
+    ) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """As many rows as there are, each block behind their number, where the transport can."""
+        out, receive = transport.all_to_all_counted(rows, send)
+        for rank, count in self._others(send):
+            self.traffic.sent(self.members[rank], count, rows.shape[1], COUNT_BYTES)
+        return out, tuple(receive)
 
     def start_exchange(
         self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], name: str = "combine"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,15 @@ class Transport(Protocol):
 
     def subgroup(self, groups: Sequence[Sequence[int]]) -> Transport:
         """The transport among the ranks of that one of `groups`, disjoint and covering all ranks, that this rank is in."""
+        ...
+
+
+@runtime_checkable
+class CountsInside(Protocol):
+    """A transport that can send blocks whose sizes the receiver does not know."""
+
+    def all_to_all_counted(self, rows: torch.Tensor, send: Sequence[int]) -> tuple[torch.Tensor, Sequence[int]]:
+        """rows: uint8 `[sum(send), width]`, by destination; returns the rows that came, by source, and how many from each."""
         ...
 
 

@@ -69,7 +69,7 @@ def test_ranks_together_compute_what_one_rank_would(seed, ranks, experts, top_k,
     for r in range(ranks):
         got = combine_rows(plans[r], torch.cat(returned[r]))
         expected = reference_experts(weights, x[r], *routing[r])
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=60, deadline=None)

@@ -124,3 +124,18 @@ def test_strangers_are_turned_away() -> None:
 
 def test_the_own_address_is_the_one_that_faces_the_master() -> None:
     assert own_address("127.0.0.1") == "127.0.0.1"
+
+
+def test_blocks_of_unknown_size_arrive_in_one_exchange() -> None:
+    def work(t: SocketTransport) -> Any:
+        group = Group(t)
+        assert group.counts_inside
+        for turn in range(3):
+            counts = [[(a * 3 + b + turn) % 4 * (1 if turn < 2 else 300_000) for b in range(3)] for a in range(3)]
+            rows = torch.cat([block(t.rank, p, n) for p, n in enumerate(counts[t.rank])])
+            out, receive = group.exchange(rows, counts[t.rank], 1)
+            assert list(receive) == [counts[p][t.rank] for p in range(3)]
+            assert torch.equal(out, torch.cat([block(p, t.rank, n) for p, n in enumerate(receive)]))
+        return group.traffic.overhead
+
+    assert on_sockets(3, work) == [3 * 2 * 8] * 3

@@ -59,7 +59,7 @@ def test_every_strategy_sums_what_one_rank_would_and_counts_its_rows(seed, shape
 
     results = on_ranks(ranks, work, width)
     for r, (out, _) in enumerate(results):
-        torch.testing.assert_close(out, reference_experts(weights, x[r], *routing[r]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out, reference_experts(weights, x[r], *routing[r]), rtol=1e-4, atol=1e-4)
     rows, leaving = expected_rows(name, [t for t, _ in routing], maps, ranks, width, free, counts)
     assert sum(t.rows for _, t in results) == rows
     out_bytes, back = row_bytes(HIDDEN, TOP_K, torch.float32), HIDDEN * 4
