@@ -118,6 +118,7 @@ class Stack(nn.Module):
         rows = hidden[:, 0]
         normed = part.norm(rows) if len(rows) else rows
         ids, weights = part.route(normed, len(layer.map.destination))
+        layer.context.count(layer.index, ids)
         target, where = looked_up(ids, layer.map.destination, layer.map.position)
         anchor = next_anchor(target, weights, here, ranks)
         plan = plan_moves(target, where, weights, anchor, ranks)

@@ -77,7 +77,8 @@ class Group:
     ) -> tuple[torch.Tensor, tuple[int, ...]]:
         """All-to-all of rows where the receiver does not know how many come: (rows by source, how many from each).
 
-        rows: `[sum(send), width]`, by destination. bound: the most rows that any rank sends to any other, at least 1, known to all alike.
+        rows: `[sum(send), width]`, by destination. bound: the most rows that any rank sends to any other, at least 1,
+        known to all alike.
         """
         if self.size == 1:
             return rows, tuple(send)
@@ -129,15 +130,19 @@ class Group:
         return out, tuple(receive)
 
     def start_exchange(
-        self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], name: str = "combine"
+        self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], name: str = "combine", beside: bool = False
     ) -> Callable[[], torch.Tensor]:
-        """Begin an all-to-all whose numbers of rows both sides know; the result, called once, waits and returns the rows."""
+        """Begin an all-to-all whose numbers of rows both sides know; the result, called once, waits and returns the rows.
+
+        beside: these are not rows of tokens and are counted as overhead.
+        """
         if self.size == 1:
             return lambda: rows
         sent = as_bytes(rows)
         out = sent.new_empty((sum(receive), sent.shape[1]))
         for rank, count in self._others(send):
-            self.traffic.sent(self.members[rank], count, sent.shape[1])
+            told = 0 if beside else count
+            self.traffic.sent(self.members[rank], told, sent.shape[1], (count - told) * sent.shape[1])
         wait = self._transport().start_all_to_all(out, sent, receive, send)
 
         def finish() -> torch.Tensor:

@@ -25,6 +25,7 @@ from transformers import (
 from coterie.moe.batch import Request, Running, Scored
 from coterie.moe.collectives import Group
 from coterie.moe.queue import Queue
+from coterie.moe.replanning import Boundary
 from coterie.routing.errors import InputError
 
 # Fields of a checkpoint's generation_config.json that are carried out, concern sampling (which the caller sets), or change no
@@ -96,21 +97,24 @@ class Generator:
     @torch.inference_mode()
     def run(
         self, requests: Sequence[Request], batch_size: int, homes: Sequence[int] | None = None, shared: bool = False,
-        between: Callable[[list[Running]], None] | None = None,
+        between: Callable[[list[Running]], None] | None = None, boundary: Boundary | None = None,
     ) -> list[Running]:  # fmt: skip
         """Generate; every rank calls it with the same requests. Returns those at home on this rank, as they ended.
 
         batch_size: sequences at once on a rank; shared: every rank runs all of them. between: called on every rank after
-        each step with the sequences at home there that ended in it.
+        each step with the sequences at home there that ended in it. boundary: what else is done between steps.
         """
         queue = Queue(requests, 1 if shared else self.group.size, homes)
         done: list[Running] = []
         while True:
-            said = self.group.agree([self.executor.room(batch_size), self.executor.running, int(self.enough())])
-            running = tuple(r for _, r, _ in said)
-            if any(stop for _, _, stop in said) or not (any(running) or len(queue)):
+            told = 0 if boundary is None else boundary.notice()
+            said = self.group.agree([self.executor.room(batch_size), self.executor.running, int(self.enough()), told])
+            rooms, running, stops, notices = zip(*said, strict=True)
+            if any(stops) or not (any(running) or len(queue)):
                 return done
-            taken = queue.assign([room for room, _, _ in said[: 1 if shared else None]])
+            if boundary is not None:
+                boundary.step(list(notices))
+            taken = queue.assign(rooms[: 1 if shared else None])
             if any(running):
                 self._extend(self.executor.decode(running))
             if any(taken):

@@ -28,12 +28,19 @@ class StepContext:
     live: bool `[tokens]` or None: tokens that are padding or belong to finished sequences are not dispatched and get a
     zero output. tokens: how many each rank dispatches, or None: they are asked in every layer. strategy: how. Set by the
     generation loop before each call. routed: `[tokens, H]` or None: what the experts answer, where it is known already.
+    loads: int64 `[layers, E]`, how often each expert was picked here, or None: not counted.
     """
 
     strategy: Strategy = field(default_factory=Local)
     live: torch.Tensor | None = None
     tokens: tuple[int, ...] | None = None
     routed: torch.Tensor | None = None
+    loads: torch.Tensor | None = None
+
+    def count(self, index: int, ids: torch.Tensor) -> None:
+        """Add routed ids to the loads, if they are wanted; index: the layer's place among those with experts."""
+        if self.loads is not None:
+            self.loads[index] += torch.bincount(ids.reshape(-1) + 1, minlength=self.loads.shape[1] + 1)[1:]
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,7 @@ def _run(
     if not any(tokens):
         return torch.zeros_like(x)
     traffic.layer = layer.index
+    layer.context.count(layer.index, ids)
     dispatched = strategy.dispatch(x, ids, weights, layer.map, tokens)
     with traffic.span("experts"):
         y = grouped_experts(experts, dispatched.rows, dispatched.ids, dispatched.weights)

@@ -1,0 +1,148 @@
+"""Taking over a new plan while text is being generated: experts move a few per step, a layer changes when all of its are there.
+
+Every rank computes the same list of transfers from the two plans and changes a layer at the same step boundary, so that whom
+tokens are sent to and what is loaded there always agree, and text does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from coterie.moe.collectives import Group
+from coterie.moe.placement_map import layer_map
+from coterie.placement.plan import PlacementPlan
+from coterie.routing.errors import InputError
+from coterie.routing.record import expert_modules
+
+STACKED = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One expert's weights to go from a rank that holds them to one that will. layer: its place among those with experts."""
+
+    layer: int
+    expert: int
+    source: int
+    to: int
+
+
+def transfers(old: PlacementPlan, new: PlacementPlan) -> list[Transfer]:
+    """What must be copied, by layer; from the copy that the receiving rank sends tokens to.
+
+    Raises InputError if the plans are not of the same model and number of ranks.
+    """
+    for name in ("num_experts", "layer_ids", "ranks"):
+        if getattr(old, name) != getattr(new, name):
+            raise InputError(f"--replan: {name}: found {getattr(new, name)!r}, expected {getattr(old, name)!r} as is running")
+    before, after = old.holds(), new.holds()
+    found = []
+    for layer in range(len(old.layer_ids)):
+        routes = layer_map(old, layer, 0).routes
+        wanted = after[layer] & ~before[layer]
+        found += [Transfer(layer, int(e), int(routes[r, e]), int(r)) for e, r in zip(*wanted.nonzero(), strict=True)]
+    return found
+
+
+def chunks(moves: list[Transfer], per_step: int) -> list[list[Transfer]]:
+    """What goes in each step: transfers of one layer, so that no rank sends or receives more than `per_step` experts."""
+    made: list[list[Transfer]] = []
+    for move in moves:
+        last = made[-1] if made else []
+        fits = last and last[0].layer == move.layer
+        busy = max(sum(t.source == move.source for t in last), sum(t.to == move.to for t in last))
+        if fits and busy < per_step:
+            last.append(move)
+        else:
+            made.append([move])
+    return made
+
+
+class Relocation:
+    """The way from the plan that runs to another. Every rank calls `step` at every step boundary until it returns True."""
+
+    def __init__(self, model: nn.Module, group: Group, old: PlacementPlan, new: PlacementPlan, per_step: int = 2) -> None:
+        self.modules: list[Any] = [module for _, module in expert_modules(model).values()]
+        self.group = group
+        self.new = new
+        moves = transfers(old, new)
+        self.count = len(moves)
+        self._chunks = chunks(moves, per_step)
+        self._open = {layer: sum(t.layer == layer for t in moves) for layer in range(len(self.modules))}
+        self._here: dict[tuple[int, int], torch.Tensor] = {}
+        self._waiting: tuple[list[Transfer], Callable[[], torch.Tensor]] | None = None
+
+    def step(self) -> bool:
+        """Take in what has come, change complete layers, send the next few; True when nothing is left."""
+        if self._waiting is not None:
+            self._arrived(*self._waiting)
+            self._waiting = None
+        for layer in [layer for layer, left in self._open.items() if left == 0]:
+            del self._open[layer]
+            self._change(layer)
+        if self._chunks:
+            self._send(self._chunks.pop(0))
+        return not self._open
+
+    def _send(self, chunk: list[Transfer]) -> None:
+        rank, size = self.group.rank, self.group.size
+        mine = sorted((t for t in chunk if t.source == rank), key=lambda t: t.to)
+        module = self.modules[chunk[0].layer]
+        rows = [packed(module, module.coterie_layer.map.local.index(t.expert)) for t in mine]
+        width = expert_bytes(module)
+        message = torch.stack(rows) if rows else torch.empty((0, width), dtype=torch.uint8, device=module.down_proj.device)
+        send = [sum(t.to == r for t in mine) for r in range(size)]
+        receive = [sum(t.source == r and t.to == rank for t in chunk) for r in range(size)]
+        self._waiting = chunk, self.group.start_exchange(message, send, receive, "experts moved", beside=True)
+
+    def _arrived(self, chunk: list[Transfer], wait: Callable[[], torch.Tensor]) -> None:
+        mine = sorted((t for t in chunk if t.to == self.group.rank), key=lambda t: t.source)
+        for transfer, row in zip(mine, wait(), strict=True):
+            self._here[transfer.layer, transfer.expert] = row
+        self._open[chunk[0].layer] -= len(chunk)
+
+    def _change(self, layer: int) -> None:
+        """This rank's stack and its map of one layer, from the old plan to the new one."""
+        module = self.modules[layer]
+        old, new = module.coterie_layer.map, layer_map(self.new, layer, self.group.rank).to(module.down_proj.device)
+        if new.local != old.local:
+            rows = {e: self._here.pop((layer, e), None) for e in new.local}
+            full = [packed(module, old.local.index(e)) if row is None else row for e, row in rows.items()]
+            unpack_into(module, full)
+        module.coterie_layer = replace(module.coterie_layer, map=new)
+
+
+def stacked_names(module: nn.Module) -> list[str]:
+    """The parameters of an experts module that have one row per expert."""
+    return [name for name in STACKED if isinstance(getattr(module, name, None), nn.Parameter)]
+
+
+def expert_bytes(module: nn.Module) -> int:
+    """Of one expert's weights."""
+    found = [getattr(module, name) for name in stacked_names(module)]
+    return sum(p.element_size() * p[0:0].new_empty(p.shape[1:]).numel() for p in found)
+
+
+def packed(module: nn.Module, place: int) -> torch.Tensor:
+    """One expert's weights as uint8 `[expert_bytes]`."""
+    rows = (getattr(module, name)[place].detach() for name in stacked_names(module))
+    return torch.cat([row.contiguous().view(-1).view(torch.uint8) for row in rows])
+
+
+def unpack_into(module: Any, rows: list[torch.Tensor]) -> None:
+    """Make the module's stacks out of packed experts, in this order."""
+    start = 0
+    for name in stacked_names(module):
+        old = getattr(module, name)
+        size = old.element_size() * old[0:0].new_empty(old.shape[1:]).numel()
+        stack = old.new_empty((len(rows), *old.shape[1:]))
+        for place, row in enumerate(rows):
+            stack[place] = row[start : start + size].view(old.dtype).view(old.shape[1:])
+        setattr(module, name, nn.Parameter(stack, requires_grad=False))
+        start += size
+    module.num_experts = len(rows)
