@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from coterie.moe.collectives import FREE_BYTES, Group
 from coterie.moe.families import ModelShape
-from coterie.moe.strategy import AllGather, AllToAll, Coherent, Hierarchical, Local, Replicated, Strategy
+from coterie.moe.strategy import CHUNKS, AllGather, AllToAll, Coherent, Hierarchical, Local, Overlapped, Replicated, Strategy
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.topology import Link
 from coterie.routing.errors import InputError
 
 MADE: dict[str, Callable[[Group], Strategy]] = {
     "replicated": Replicated, "all_gather": AllGather, "all_to_all": AllToAll, "hierarchical": Hierarchical,
-    "coherent": Coherent,
+    "overlapped": Overlapped, "coherent": Coherent,
 }  # fmt: skip
 SMALL_BYTES = FREE_BYTES
 STRATEGIES = ("local", *MADE)
@@ -40,7 +40,7 @@ class Traits:
 
     row_bytes, back_bytes: of a dispatched row and of a returned one. ranks, nodes: remote ones that host its experts, on
     average. moves: rows of the coherent strategy, both exchanges; kv_bytes: of one token's keys and values in one layer.
-    dense_seconds: of one token's dense part of a layer.
+    dense_seconds: of one token's dense part of a layer; expert_seconds: of its experts.
     """
 
     row_bytes: float
@@ -51,6 +51,7 @@ class Traits:
     top_k: int
     kv_bytes: float = 0.0
     dense_seconds: float = 0.0
+    expert_seconds: float = 0.0
 
 
 def predict(name: str, traits: Traits, links: Links, ranks: int, ranks_per_node: int, tokens: int, free_bytes: int) -> float:
@@ -63,6 +64,11 @@ def predict(name: str, traits: Traits, links: Links, ranks: int, ranks_per_node:
     between = t.between_share(m)
     if name == "all_to_all":
         return t.counted(m, between, out, tokens) + t.known(m, between, back)
+    if name == "overlapped":
+        whole = t.known(m, between, out) + t.known(m, between, back)
+        latency = t.known(0.0, 0.0, 0.0)
+        hidden = min(whole - 2 * latency, traits.expert_seconds * tokens) * (1 - 1 / CHUNKS)
+        return whole - hidden + (2 * CHUNKS - 1) * latency
     if name == "hierarchical":
         inside = max(m - n, 0.0)
         first, second = t.counted(n, n, out, tokens), t.counted(inside, 0.0, out, tokens * ranks)
@@ -132,6 +138,7 @@ def _misses(experts: int, held: int, top_k: int) -> float:
 def traits_of(shape: ModelShape, plan: PlacementPlan, value_bytes: int, seconds_per_weight: float = 0.0) -> Traits:
     """From the model's configuration and the plan: its planned value where that says it, else evenly drawn experts."""
     text = shape.config.get_text_config()
+    inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
     dense_weights = 4 * text.hidden_size**2  # of attention, near enough
     ranks = expected_remote(plan, shape.top_k, plan.ranks)
     nodes = expected_remote(plan, shape.top_k, plan.topology.nodes)
@@ -153,6 +160,7 @@ def traits_of(shape: ModelShape, plan: PlacementPlan, value_bytes: int, seconds_
         shape.top_k,
         2 * heads * head * value_bytes,
         dense_weights * seconds_per_weight,
+        3 * text.hidden_size * inner * shape.top_k * seconds_per_weight,
     )
 
 
@@ -190,7 +198,7 @@ def decide(traits: Traits, links: Links, group: Group, prefill_tokens: int, deco
         return {name: predict(name, *args) for name in names}
 
     names = ["all_to_all", *(["hierarchical"] if 1 < group.nodes < group.size else []), "all_gather", "replicated"]
-    before = times(names, prefill_tokens)
+    before = times([*names, "overlapped"], prefill_tokens)
     after = times([*names, *(["coherent"] if coherent else [])], decode_tokens)
     first, then = choose(before), choose(after)
     if "replicated" in (first, then):  # it is another layout of the batch: both phases or none

@@ -153,10 +153,10 @@ class Group:
         return finish
 
     def exchange_known(
-        self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], name: str = "combine"
+        self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], name: str = "combine", beside: bool = False
     ) -> torch.Tensor:
-        """All-to-all of rows whose numbers both sides know: `[sum(receive), width]`, by source."""
-        return self.start_exchange(rows, send, receive, name)()
+        """All-to-all of rows whose numbers both sides know: `[sum(receive), width]`, by source; beside as `start_exchange`."""
+        return self.start_exchange(rows, send, receive, name, beside)()
 
     def gather_rows(
         self, rows: torch.Tensor, counts: Sequence[int], name: str = "dispatch", beside: bool = False

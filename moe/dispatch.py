@@ -103,7 +103,7 @@ def as_bytes(rows: torch.Tensor) -> torch.Tensor:
     """uint8 `[rows, bytes of a row]`, the same memory where it is contiguous: what every backend takes."""
     if not len(rows):
         return torch.empty((0, rows.shape[1] * rows.element_size()), dtype=torch.uint8, device=rows.device)
-    return rows.contiguous().view(torch.uint8).view(len(rows), -1)
+    return rows.contiguous().view(-1).view(torch.uint8).view(len(rows), -1)
 
 
 def from_bytes(message: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -111,7 +111,7 @@ def from_bytes(message: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     width = message.shape[1] // dtype.itemsize
     if not len(message):
         return torch.empty((0, width), dtype=dtype, device=message.device)
-    return message.contiguous().view(dtype).view(len(message), width)
+    return message.contiguous().view(-1).view(dtype).view(len(message), width)
 
 
 def row_bytes(hidden: int, slots: int, dtype: torch.dtype) -> int:

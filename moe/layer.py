@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from coterie.kernels.experts import StackedExperts, grouped_experts
 from coterie.moe.placement_map import LayerMap, whole_map
-from coterie.moe.strategy import Local, Strategy
+from coterie.moe.strategy import Dispatched, Local, Overlapped, Strategy
 from coterie.routing.record import expert_modules
 
 IMPLEMENTATION = "coterie"
@@ -109,10 +109,16 @@ def _run(
         return torch.zeros_like(x)
     traffic.layer = layer.index
     layer.context.count(layer.index, ids)
-    dispatched = strategy.dispatch(x, ids, weights, layer.map, tokens)
-    with traffic.span("experts"):
-        y = grouped_experts(experts, dispatched.rows, dispatched.ids, dispatched.weights)
-    out = strategy.combine(y, dispatched)
+
+    def compute(dispatched: Dispatched) -> torch.Tensor:
+        with traffic.span("experts"):
+            return grouped_experts(experts, dispatched.rows, dispatched.ids, dispatched.weights)
+
+    if isinstance(strategy, Overlapped):
+        out = strategy.run(x, ids, weights, layer.map, compute)
+    else:
+        dispatched = strategy.dispatch(x, ids, weights, layer.map, tokens)
+        out = strategy.combine(compute(dispatched), dispatched)
     traffic.layer = -1
     return out
 

@@ -211,7 +211,7 @@ class SocketTransport:
         """As `CountsInside`: each block follows its number of rows, so that nothing is asked beforehand and nothing padded."""
         width, mine = rows.shape[1], _split(rows, send)
         heads = memoryview(bytearray(SIZE_BYTES * self.size))
-        counts = memoryview(torch.tensor(send, dtype=torch.int64).numpy()).cast("B")
+        counts = torch.tensor(send, dtype=torch.int64).numpy().data.cast("B")
         others = [(i, member) for i, member in enumerate(self.members) if i != self.rank]
         said = self.mesh.begin({m: _part(counts, i) for i, m in others}, {m: _part(heads, i) for i, m in others})
         sent = self.mesh.begin({m: mine[i] for i, m in others}, {})
@@ -267,7 +267,7 @@ class SocketTransport:
 def _bytes(tensor: torch.Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(bytearray())
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _part(numbers: memoryview, place: int) -> memoryview:

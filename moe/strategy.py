@@ -6,7 +6,9 @@ computed rows back and sums them. What `dispatch` returns is opaque to the calle
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +38,10 @@ class Dispatched:
     ids: torch.Tensor
     weights: torch.Tensor
     state: Any = None
+
+
+CHUNKS = 2
+Compute = Callable[[Dispatched], torch.Tensor]
 
 
 class Strategy(Protocol):
@@ -160,6 +166,49 @@ class AllToAll:
         """The same exchange backwards, then the sum in the order of ranks."""
         plan, receive = dispatched.state
         return combine_rows(plan, self.group.exchange_known(y, receive, plan.counts)).to(y.dtype)
+
+
+class Overlapped(AllToAll):
+    """`AllToAll` in chunks of tokens: while one chunk's experts compute, the next one's rows and the last one's sums travel.
+
+    As in Tutel and FSMoE. The chunks' counts go round together, ahead of the rows. Sums are those of `AllToAll` to the bit
+    where the experts' products do not depend on how many rows they are given.
+    """
+
+    name = "overlapped"
+
+    def __init__(self, group: Group, chunks: int = CHUNKS) -> None:
+        super().__init__(group)
+        self.chunks = chunks
+
+    def run(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: LayerMap, experts: Compute) -> torch.Tensor:
+        """All three steps; experts: computes `Dispatched.rows`."""
+        group, slots = self.group, ids.shape[1]
+        cuts = [len(x) * i // self.chunks for i in range(self.chunks + 1)]
+        parts = [slice(a, b) for a, b in pairwise(cuts)]
+        plans = [plan_dispatch(ids[p], weights[p], layer.destination, layer.position, group.size) for p in parts]
+        receive = self._counts([plan.counts for plan in plans])
+
+        def send(number: int) -> Callable[[], torch.Tensor]:
+            plan, part = plans[number], parts[number]
+            message = pack_rows(x[part][plan.token_of_row], plan.ids, plan.weights)
+            return group.start_exchange(message, plan.counts, receive[number], "dispatch")
+
+        coming, returning = send(0), []
+        for number, plan in enumerate(plans):
+            came = coming()
+            if number + 1 < self.chunks:
+                coming = send(number + 1)
+            y = experts(Dispatched(*unpack_rows(came, slots, x.dtype)))
+            returning.append(group.start_exchange(y, receive[number], plan.counts))
+        return torch.cat([combine_rows(plan, back()) for plan, back in zip(plans, returning, strict=True)]).to(x.dtype)
+
+    def _counts(self, mine: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """How many rows come from each rank in each chunk."""
+        said = torch.tensor(mine, dtype=torch.int64, device=self.group.device).T.contiguous()
+        ones = [1] * self.group.size
+        told = self.group.exchange_known(said, ones, ones, "counts", beside=True)
+        return [tuple(column) for column in told.T.tolist()]
 
 
 class Coherent(AllToAll):

@@ -20,6 +20,7 @@ from coterie.moe.coherent import next_anchor
 from coterie.moe.collectives import Group
 from coterie.moe.dispatch import needed_ranks, row_bytes
 from coterie.moe.placement_map import layer_maps
+from coterie.moe.strategy import Overlapped
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.topology import Topology
 
@@ -69,6 +70,31 @@ def test_every_strategy_sums_what_one_rank_would_and_counts_its_rows(seed, shape
     if free == 0 and name in ("all_to_all", "hierarchical"):  # else padding is in it
         counts_sent = ranks * (ranks - width) * 8
         assert over == leaving // 2 * (out_bytes + back) + counts_sent
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), ranks=st.integers(2, 4), chunks=st.integers(1, 4), copies=st.booleans())
+def test_chunks_that_overlap_sum_and_count_as_one_exchange(seed, ranks, chunks, copies) -> None:
+    rng = np.random.default_rng(seed)
+    plan = random_plan(rng, EXPERTS, ranks, copies)
+    weights = random_experts(rng, EXPERTS)
+    counts = rng.integers(0, 9, ranks)
+    x = [torch.from_numpy(rng.standard_normal((n, HIDDEN)).astype(np.float32)) for n in counts]
+    routing = [random_routing(rng, n, EXPERTS, TOP_K) for n in counts]
+    maps = [layer_maps(plan, r)[0] for r in range(ranks)]
+
+    def work(group: Group):
+        r = group.rank
+        mine = share_of(weights, maps[r].local)
+        strategy = Overlapped(group, chunks)
+        out = strategy.run(x[r], *routing[r], maps[r], lambda d: grouped_experts(mine, d.rows, d.ids, d.weights))
+        return out, group.traffic.rows
+
+    results = on_ranks(ranks, work)
+    for r, (out, _) in enumerate(results):
+        torch.testing.assert_close(out, reference_experts(weights, x[r], *routing[r]), rtol=1e-4, atol=1e-4)
+    rows, _ = expected_rows("all_to_all", [t for t, _ in routing], maps, ranks, ranks, 0, counts)
+    assert sum(n for _, n in results) == rows
 
 
 def expected_rows(name, ids, maps, ranks, width, free, counts) -> tuple[int, int]:
