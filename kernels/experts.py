@@ -21,6 +21,7 @@ class StackedExperts:
     first: gate_up_proj or up_proj, `[S, 2I or I, H]`, or `[S, H, 2I or I]` if transposed; first_bias `[S, 2I or I]`.
     second: down_proj, `[S, H, I]`, or `[S, I, H]` if transposed; second_bias `[S, H]`.
     activation: `[rows, 2I or I]` -> `[rows, I]`; finish: applied to each expert's output `[rows, H]`, or None.
+    least_rows, most_rows: of one product; fewer are filled up with zeros (libraries round differently for few rows).
     """
 
     first: torch.Tensor
@@ -30,6 +31,8 @@ class StackedExperts:
     second_bias: torch.Tensor | None = None
     transposed: bool = False
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
+    least_rows: int = 1
+    most_rows: int = 1 << 30
 
     def run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """One expert on its rows, `[rows, H]` -> `[rows, H]`."""
@@ -50,13 +53,21 @@ class StackedExperts:
         start = 0
         for expert, count in chunk:
             matrix = weight[expert] if self.transposed else weight[expert].T
-            rows, into = x[start : start + count], out[start : start + count]
-            if bias is None:
-                torch.mm(rows, matrix, out=into)
-            else:
-                torch.addmm(bias[expert], rows, matrix, out=into)
+            for first in range(start, start + count, self.most_rows):
+                last = min(first + self.most_rows, start + count)
+                self._multiply(x[first:last], matrix, None if bias is None else bias[expert], out[first:last])
             start += count
         return out
+
+    def _multiply(self, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        count = len(rows)
+        if count < self.least_rows:
+            filled = F.pad(rows, (0, 0, 0, self.least_rows - count))
+            out.copy_((filled @ matrix if bias is None else torch.addmm(bias, filled, matrix))[:count])
+        elif bias is None:
+            torch.mm(rows, matrix, out=out)
+        else:
+            torch.addmm(bias, rows, matrix, out=out)
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert: int) -> torch.Tensor:
         matrix = weight[expert].T if self.transposed else weight[expert]

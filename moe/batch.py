@@ -8,6 +8,7 @@ batch to its end before the next begins.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from coterie.moe.invariant import full_blocks
 from coterie.moe.layer import StepContext
 from coterie.moe.strategy import Strategy
 from coterie.routing.record import Recorder
@@ -139,9 +141,11 @@ class Batch:
         if self.recorder is not None:
             self.recorder.sequences, self.recorder.live = [s.request.index for s in sequences] or [0], live
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
-        out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        with full_blocks((mask == 0).sum(1).tolist()) if self.context.least_rows > 1 else nullcontext():
+            out = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                logits_to_keep=1,
+            )  # fmt: skip
         return out.logits[:, -1].float(), out.past_key_values
 
 

@@ -19,6 +19,7 @@ from coterie.moe.strategy import Dispatched, Local, Overlapped, Strategy
 from coterie.routing.record import expert_modules
 
 IMPLEMENTATION = "coterie"
+MOST_ROWS = 128  # of a product that must round alike in any batch (moe/invariant.py)
 
 
 @dataclass
@@ -28,7 +29,7 @@ class StepContext:
     live: bool `[tokens]` or None: tokens that are padding or belong to finished sequences are not dispatched and get a
     zero output. tokens: how many each rank dispatches, or None: they are asked in every layer. strategy: how. Set by the
     generation loop before each call. routed: `[tokens, H]` or None: what the experts answer, where it is known already.
-    loads: int64 `[layers, E]`, how often each expert was picked here, or None: not counted.
+    loads: int64 `[layers, E]`, how often each expert was picked here, or None: not counted. least_rows: of a product.
     """
 
     strategy: Strategy = field(default_factory=Local)
@@ -36,6 +37,7 @@ class StepContext:
     tokens: tuple[int, ...] | None = None
     routed: torch.Tensor | None = None
     loads: torch.Tensor | None = None
+    least_rows: int = 1
 
     def count(self, index: int, ids: torch.Tensor) -> None:
         """Add routed ids to the loads, if they are wanted; index: the layer's place among those with experts."""
@@ -60,7 +62,7 @@ def attach(model: nn.Module, maps: list[LayerMap], strategy: Strategy) -> StepCo
     return context
 
 
-def stacked(module: Any) -> StackedExperts:
+def stacked(module: Any, least_rows: int = 1) -> StackedExperts:
     """A view of an experts module's weights as the kernels take them."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
     return StackedExperts(
@@ -71,6 +73,8 @@ def stacked(module: Any) -> StackedExperts:
         second_bias=module.down_proj_bias if module.has_bias else None,
         transposed=module.is_transposed,
         finish=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
+        least_rows=least_rows,
+        most_rows=MOST_ROWS if least_rows > 1 else 1 << 30,
     )
 
 
@@ -85,7 +89,7 @@ def experts_forward(
     layer: ExpertLayer | None = getattr(module, "coterie_layer", None)
     if layer is not None and layer.context.routed is not None:
         return layer.context.routed
-    experts = stacked(module)
+    experts = stacked(module, 1 if layer is None else layer.context.least_rows)
     if layer is None:
         layer = ExpertLayer(whole_map(experts.second.shape[0], experts.second.device))
     ids = top_k_index.masked_fill(top_k_index >= len(layer.map.destination), -1)

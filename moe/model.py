@@ -19,6 +19,7 @@ from coterie.moe.collectives import Group
 from coterie.moe.dispatcher import Dispatcher, check_strategy
 from coterie.moe.families import ModelShape, inspect
 from coterie.moe.generate import Generator, OnToken, Sampling
+from coterie.moe.invariant import BLOCK_ROWS, make_invariant
 from coterie.moe.layer import IMPLEMENTATION, attach
 from coterie.moe.load import load_share
 from coterie.moe.placement_map import check_plan, contiguous_plan, layer_maps
@@ -231,7 +232,7 @@ class Model:
 
 def load(
     model: str | Path, plan: PlacementPlan | None = None, dtype: str = "auto", strategy: str | None = None,
-    device: str | torch.device | None = None, group: Group | None = None,
+    device: str | torch.device | None = None, group: Group | None = None, batch_invariant: bool = False,
 ) -> Model:  # fmt: skip
     """Load this rank's share of MODEL: a folder, a hub id, or `coterie-tiny`.
 
@@ -253,7 +254,13 @@ def load(
     checkpoint = Checkpoint.open(shape.folder)
     experts = {layer: tuple(plan.experts_on(i, group.rank)) for i, layer in enumerate(shape.layer_ids)}
     loaded = load_share(shape, empty, checkpoint, experts, _dtype(dtype, shape.config, target), target, IMPLEMENTATION)
-    return Model(shape, loaded, checkpoint, plan, group, asked)
+    model = Model(shape, loaded, checkpoint, plan, group, asked)
+    if batch_invariant:
+        if asked == "coherent":
+            raise InputError("--batch-invariant: found it with --strategy coherent, expected another strategy")
+        make_invariant(loaded)
+        model.context.least_rows = BLOCK_ROWS
+    return model
 
 
 def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
