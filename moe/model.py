@@ -254,13 +254,13 @@ def load(
     checkpoint = Checkpoint.open(shape.folder)
     experts = {layer: tuple(plan.experts_on(i, group.rank)) for i, layer in enumerate(shape.layer_ids)}
     loaded = load_share(shape, empty, checkpoint, experts, _dtype(dtype, shape.config, target), target, IMPLEMENTATION)
-    model = Model(shape, loaded, checkpoint, plan, group, asked)
+    made = Model(shape, loaded, checkpoint, plan, group, asked)
     if batch_invariant:
         if asked == "coherent":
             raise InputError("--batch-invariant: found it with --strategy coherent, expected another strategy")
         make_invariant(loaded)
-        model.context.least_rows = BLOCK_ROWS
-    return model
+        made.context.least_rows = BLOCK_ROWS
+    return made
 
 
 def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
