@@ -10,7 +10,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,18 @@ class TensorPlace:
 
 @dataclass
 class ReadCounter:
-    """Bytes read from checkpoint files by this process; safe to add to from several threads."""
+    """Bytes read from checkpoint files by this process; safe to add to from several threads. watch: told of each addition."""
 
     bytes: int = 0
+    watch: Callable[[int], object] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, count: int) -> None:
         """Count `count` more bytes."""
         with self._lock:
             self.bytes += count
+            if self.watch is not None:
+                self.watch(count)
 
 
 class Checkpoint:
@@ -96,6 +99,11 @@ class TensorSlice:
         """The shape that reading gives."""
         return self.place.shape if self.rows is None else (len(self.rows), *self.place.shape[1:])
 
+    @property
+    def length(self) -> int:
+        """Bytes that reading takes."""
+        return math.prod(self.shape) * self.place.dtype.itemsize
+
     def get_shape(self) -> list[int]:
         """As safetensors' slices spell it."""
         return list(self.shape)
@@ -109,7 +117,7 @@ class TensorSlice:
 
     def read(self) -> torch.Tensor:
         """Read the bytes and return a tensor of `shape`; runs of adjacent rows are one read each."""
-        buffer = bytearray(math.prod(self.shape) * self.place.dtype.itemsize)
+        buffer = bytearray(self.length)
         view = memoryview(buffer)
         done = 0
         for offset, length in self._ranges():
