@@ -1,0 +1,186 @@
+"""How many bytes each rank will need, before any is allocated: pure arithmetic over a model's sizes, a plan and the prompts' lengths.
+
+Weights and states (keys and values) are exact but for the allocator's rounding; `buffers` is what one step needs beside them, the
+largest of a few known tensors, and an estimate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from coterie.moe.queue import PREFILL_TOKENS
+from coterie.placement.plan import PlacementPlan
+from coterie.routing.errors import InputError
+
+SLACK = 64  # positions that the coherent strategy's store of keys and values allocates ahead
+HIDDEN_COPIES = 12  # of a step's hidden states: residual, normalised, queries, keys, values, shared experts, messages
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What one decoder layer keeps of a sequence, bytes: fixed, and by token, of the last `window` tokens where that is set."""
+
+    fixed: int
+    token: int
+    window: int | None = None
+
+    def bytes(self, tokens: int) -> int:
+        """Of a sequence of `tokens`."""
+        return self.fixed + self.token * (tokens if self.window is None else min(tokens, self.window))
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Of a model in a dtype of `value` bytes. dense: all but experts, bytes; expert: one of each layer with experts, bytes.
+
+    eager_heads: attention heads whose scores are held, 0 where attention is fused.
+    """
+
+    value: int
+    dense: int
+    expert: tuple[int, ...]
+    states: tuple[LayerState, ...]
+    hidden: int
+    vocabulary: int
+    top_k: int
+    eager_heads: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """batch_size: sequences at once on a rank; prompts: how many; prompt_tokens: of the longest; tokens: of the longest with its text."""
+
+    batch_size: int
+    prompts: int
+    prompt_tokens: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """Sequences that a rank may run at once."""
+        return min(self.batch_size, self.prompts)
+
+    @property
+    def step_tokens(self) -> int:
+        """The most tokens a rank prefills in one step, padding included."""
+        return max(self.prompt_tokens, min(self.rows * self.prompt_tokens, PREFILL_TOKENS))
+
+
+def workload(requests: Any, batch_size: int) -> Workload:
+    """Of `batch.Request`s. The last new token of a sequence is never run, so it has no keys and values."""
+    longest = max(len(r.token_ids) for r in requests)
+    return Workload(
+        batch_size, len(requests), longest, max(len(r.token_ids) + max(r.max_new_tokens - 1, 0) for r in requests)
+    )
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank. states: keys and values (and other state) of its sequences; buffers: what a step needs beside them."""
+
+    dense: int
+    experts: int
+    states: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.dense + self.experts + self.states + self.buffers
+
+    def to_json(self) -> dict[str, int]:
+        """As `--dry-run --json` prints it."""
+        return {
+            "dense": self.dense, "experts": self.experts, "states": self.states, "buffers": self.buffers, "total": self.total
+        }  # fmt: skip
+
+
+def estimate(sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Workload) -> list[RankMemory]:
+    """What each rank of the plan needs. strategy: its name."""
+    held = plan.holds().sum(1)  # [layers, ranks]
+    experts = np.array(sizes.expert, dtype=np.int64) @ held.astype(np.int64)
+    states, buffers = state_bytes(sizes, strategy, work, plan.ranks), buffer_bytes(sizes, strategy, work, plan.ranks)
+    return [RankMemory(sizes.dense, int(here), states, buffers) for here in experts]
+
+
+def state_bytes(sizes: ModelSizes, strategy: str, work: Workload, ranks: int) -> int:
+    """Keys and values, and other state, of one rank's sequences; with the coherent strategy those of all ranks."""
+    if strategy == "coherent":
+        whole = sum(state.bytes(work.tokens + SLACK) for state in sizes.states)
+        return whole * min(work.rows * ranks, work.prompts)
+    return work.rows * sum(state.bytes(work.tokens) for state in sizes.states)
+
+
+def buffer_bytes(sizes: ModelSizes, strategy: str, work: Workload, ranks: int) -> int:
+    """The larger of a prefill's tensors and a growing cache's, and the logits."""
+    tokens, length = work.step_tokens, work.prompt_tokens
+    rows = max(tokens // length, 1)
+    hidden = HIDDEN_COPIES * tokens * sizes.hidden * sizes.value
+    scores = rows * length * length * (1 + sizes.value + sizes.eager_heads * (2 * sizes.value + FLOAT32))
+    here = _expert_rows(strategy, tokens, sizes.top_k, ranks)
+    experts = here * sizes.hidden * (sizes.top_k * FLOAT32 + 3 * sizes.value)
+    growing = 2 * work.rows * max((state.bytes(work.tokens) for state in sizes.states), default=0)
+    logits = work.rows * sizes.vocabulary * (sizes.value + 2 * FLOAT32)
+    return max(hidden + max(scores, experts), growing) + logits
+
+
+def _expert_rows(strategy: str, tokens: int, top_k: int, ranks: int) -> int:
+    """Rows that a rank's experts are given in one layer if all ranks prefill as much and are chosen evenly."""
+    if strategy in ("local", "replicated"):
+        return tokens
+    return tokens * (ranks if strategy == "all_gather" else min(top_k, ranks))
+
+
+def largest_batch(sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Workload, free: dict[int, float]) -> int:
+    """The largest batch size whose every rank in `free` (bytes by rank) fits, 0 if none does."""
+    low, high = 0, work.batch_size
+    while low < high:
+        middle = (low + high + 1) // 2
+        needed = estimate(sizes, plan, strategy, replace(work, batch_size=middle))
+        low, high = (middle, high) if all(needed[r].total <= most for r, most in free.items()) else (low, middle - 1)
+    return low
+
+
+def check_fits(
+    sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Workload, free: dict[int, float], dtype: str
+) -> None:
+    """Raises InputError, saying what would fit, if a rank needs more than it has. free: bytes by rank, of those that are known."""
+    needed = estimate(sizes, plan, strategy, work)
+    short = {rank: needed[rank].total - most for rank, most in free.items() if needed[rank].total > most}
+    if not short:
+        return
+    rank = max(short, key=lambda r: short[r])
+    raise InputError(
+        f"memory: rank {rank} needs {told(needed[rank].total)}, found {told(free[rank])} free; "
+        + _way_out(sizes, plan, strategy, work, free, dtype)
+    )
+
+
+def _way_out(
+    sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Workload, free: dict[int, float], dtype: str
+) -> str:
+    ways = []
+    if batch := largest_batch(sizes, plan, strategy, work, free):
+        ways.append(f"--batch-size {batch}")
+    if strategy == "coherent":
+        ways.append("--strategy all_to_all, which keeps each sequence on one rank only")
+    if sizes.value == FLOAT32:
+        ways.append("--dtype bfloat16")
+    one = estimate(sizes, plan, strategy, replace(work, batch_size=1))[0]
+    left = int(min(free.values())) - (one.total - one.experts)
+    ranks = -(-plan.num_experts * sum(sizes.expert) // left) if left > 0 else 0
+    if plan.ranks < ranks <= plan.num_experts:
+        ways.append(f"about {ranks} ranks of this size")
+    return f"expected it to fit: {', or '.join(ways)}" if ways else "expected it to fit: no batch size, more memory is needed"
+
+
+def told(count: float) -> str:
+    """Bytes for people."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.1f} KB"
