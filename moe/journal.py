@@ -115,6 +115,10 @@ class Journal:
             file.seek(self.finished[index])
             return _entry(file.readline())
 
+    def way_on(self) -> str:
+        """For people whose run ends early."""
+        return f"--resume continues after the {len(self.finished)} finished prompts in {self.path}"
+
     def sync(self) -> None:
         """Wait until all lines are on the disk itself."""
         try:
@@ -144,10 +148,7 @@ class Journal:
         return start
 
     def _failed(self, error: OSError) -> CoterieError:
-        return CoterieError(
-            f"{self.path}: cannot be written: {error.strerror}; {len(self.finished)} finished prompts are in it: make room and "
-            f"give --resume"
-        )
+        return CoterieError(f"{self.path}: cannot be written: {error.strerror}; make room, then: {self.way_on()}")
 
     def _lock(self) -> None:
         try:
@@ -155,7 +156,9 @@ class Journal:
         except BlockingIOError as error:
             raise InputError(f"{self.path}: another run is writing it, expected none; wait for it, or end it") from error
         except OSError as error:
-            raise CoterieError(f"{self.path}: cannot be locked ({error.strerror}); write --out to another file system") from error
+            raise CoterieError(
+                f"{self.path}: cannot be locked ({error.strerror}); write --out to another file system"
+            ) from error
 
     def _read(self, prompts: int, header: dict[str, Any]) -> int:
         """Check the header, find the entries; returns the length of what is whole."""
@@ -170,7 +173,9 @@ class Journal:
                     break
                 found = _parsed(self.path, number, line)
                 if not _is_entry(found, prompts) or found["index"] in self.finished:
-                    raise InputError(f"{self.path}: line {number}: found {str(line)[:60]}, expected a finished prompt; {REMOVE}")
+                    raise InputError(
+                        f"{self.path}: line {number}: found {str(line)[:60]}, expected a finished prompt; {REMOVE}"
+                    )
                 self.finished[found["index"]] = offset
                 offset += len(line)
         return offset

@@ -73,9 +73,7 @@ class Workload:
 def workload(requests: Any, batch_size: int) -> Workload:
     """Of `batch.Request`s. The last new token of a sequence is never run, so it has no keys and values."""
     longest = max(len(r.token_ids) for r in requests)
-    return Workload(
-        batch_size, len(requests), longest, max(len(r.token_ids) + max(r.max_new_tokens - 1, 0) for r in requests)
-    )
+    return Workload(batch_size, len(requests), longest, max(len(r.token_ids) + max(r.max_new_tokens - 1, 0) for r in requests))
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,11 @@ def estimate(sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Worklo
     held = plan.holds().sum(1)  # [layers, ranks]
     experts = np.array(sizes.expert, dtype=np.int64) @ held.astype(np.int64)
     states, buffers = state_bytes(sizes, strategy, work, plan.ranks), buffer_bytes(sizes, strategy, work, plan.ranks)
-    return [RankMemory(sizes.dense, int(here), states, buffers) for here in experts]
+    stacking = 2 * (np.array(sizes.expert, dtype=np.int64)[:, None] * held).max(0)  # while a layer's experts are read
+    return [
+        RankMemory(sizes.dense, int(here), states, max(buffers, int(reading) - states))
+        for here, reading in zip(experts, stacking, strict=True)
+    ]
 
 
 def state_bytes(sizes: ModelSizes, strategy: str, work: Workload, ranks: int) -> int:
@@ -160,9 +162,7 @@ def check_fits(
     )
 
 
-def _way_out(
-    sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Workload, free: dict[int, float], dtype: str
-) -> str:
+def _way_out(sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Workload, free: dict[int, float], dtype: str) -> str:
     ways = []
     if batch := largest_batch(sizes, plan, strategy, work, free):
         ways.append(f"--batch-size {batch}")

@@ -32,9 +32,10 @@ from coterie.routing.record import Recorder, TraceWriter, metadata_for
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one `generate` call over all ranks, finding home ranks included. bytes_read: from the checkpoint; rows_sent: between ranks;
-    peak_memory_bytes: of the rank that used most (resident set, or CUDA's reserved memory); hit_rate: of the expert cache,
-    None without one.
+    """Of one `generate` call over all ranks, finding home ranks included.
+
+    bytes_read: from the checkpoint; rows_sent: between ranks; peak_memory_bytes: of the rank that used most (resident set, or
+    CUDA's reserved memory); hit_rate: of the expert cache, None without one.
     """
 
     prompt_tokens: int
@@ -107,13 +108,13 @@ class Model:
     def _output(self, prompt: Prompt, run: Running) -> Output:
         return self.text.output(prompt, run.request, run.new_tokens, run.finish_reason or "length")
 
-    def settle(self, requests: Sequence[Request], batch_size: int) -> tuple[Choice, HomeRanks | None]:
+    def settle(self, requests: Sequence[Request], batch_size: int, use_homes: bool = True) -> tuple[Choice, HomeRanks | None]:
         """How and where the requests will run: the strategies, and what the plan's homes say of each request.
 
         None where the plan has no homes or they mean nothing: on one rank, or if every rank runs all requests.
         """
         self.choice = choice = self.dispatcher.choice(requests, batch_size, self.transformers)
-        if self.plan.homes is None or self.group.size == 1 or choice.decode == "replicated":
+        if not use_homes or self.plan.homes is None or self.group.size == 1 or choice.decode == "replicated":
             return choice, None
         return choice, find_home_ranks(self, self.plan.homes, requests, batch_size, choice.prefill)
 
@@ -188,7 +189,7 @@ class Model:
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             seconds=longest,
-            tokens_per_second=new_tokens / longest,
+            tokens_per_second=new_tokens / longest if longest else 0.0,
             strategy="" if self.choice is None else self.choice.name,
             ranks=self.group.size,
             bytes_read=sum(g[0] for g in gathered),
@@ -210,7 +211,8 @@ def load(
     """
     group = group or Group.current()
     share = prepare(model, plan, dtype, group.size, group.nodes, device)
-    return loaded(share, asked_strategy(share, strategy, group), group)
+    asked = asked_strategy(share, strategy, group)
+    return assembled(share, share.read(group.rank), asked, group)
 
 
 def asked_strategy(share: Share, name: str | None, group: Group) -> str | None:
@@ -220,13 +222,9 @@ def asked_strategy(share: Share, name: str | None, group: Group) -> str | None:
     return name or planned
 
 
-def loaded(
-    share: Share, strategy: str | None, group: Group, text: Text | None = None,
-    on_bytes: Callable[[int, int], object] | None = None,
-) -> Model:  # fmt: skip
-    """Read what `share` says of this rank. on_bytes: as in `Share.read`."""
+def assembled(share: Share, read: Any, strategy: str | None, group: Group, text: Text | None = None) -> Model:
+    """The model from what `share.read` returned on this rank. strategy: as `asked_strategy` says. Every rank must call it."""
     group.ranks_per_node = share.plan.topology.ranks_per_node  # the plan says what its nodes are
-    read = share.read(group.rank, on_bytes)
     return Model(share.shape, read, share.checkpoint, share.plan, group, strategy, text)
 
 

@@ -6,6 +6,7 @@ from rank 0's pace how many steps the next second has.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from coterie.moe.generate import OnToken, Sampling
 from coterie.moe.home_ranks import HomeRanks
 from coterie.moe.journal import Entry
 from coterie.routing.errors import CoterieError, InputError
+from coterie.routing.record import expert_modules
 
 if TYPE_CHECKING:
     from coterie.moe.model import Model, Statistics
 
 GATHER_SECONDS = 1.0
+SAMPLED = 64  # values of a tensor, about
 MOST_STEPS = 256  # between two gatherings, should the pace change much
 
 
@@ -81,7 +84,9 @@ class Collector:
         """Bring what ended to rank 0. Every rank must call it at the same step."""
         now = self._clock()
         pace = (now - self._since) / max(self._steps, 1)
-        mine = [(Entry(s.request.index, tuple(s.new_tokens), str(s.finish_reason)), len(s.request.token_ids)) for s in self._pending]
+        mine = [
+            (Entry(s.request.index, tuple(s.new_tokens), str(s.finish_reason)), len(s.request.token_ids)) for s in self._pending
+        ]
         said = self.group.gather((mine, pace))
         ended = [pair for theirs, _ in said for pair in theirs]
         self.totals.prompts += len(ended)
@@ -107,15 +112,29 @@ class Collector:
 
 def run(
     model: Model, requests: Sequence[Request], batch_size: int, sampling: Sampling, collector: Collector,
-    on_token: OnToken | None = None, told_homes: Callable[[HomeRanks], object] = lambda homes: None,
+    on_token: OnToken | None = None, use_homes: bool = True,
+    told_homes: Callable[[HomeRanks | None], object] = lambda homes: None,
 ) -> Statistics:  # fmt: skip
-    """Generate; every rank calls it with the same requests. Finished sequences go to the collector, the figures come back."""
+    """Generate; every rank calls it with the same requests. Finished sequences go to the collector, the figures come back.
+
+    use_homes: carry out the plan's homes; told_homes: what they came to, None if they are not carried out.
+    """
     rows, started = model.group.traffic.rows, time.perf_counter()
-    choice, homes = model.settle(requests, batch_size)
-    if homes is not None:
-        told_homes(homes)
+    choice, homes = model.settle(requests, batch_size, use_homes)
+    told_homes(homes)
     at = None if homes is None else homes.ranks
     model.run(requests, batch_size, sampling, choice, on_token, homes=at, between=collector)
     collector.gather()
     totals, seconds = collector.totals, time.perf_counter() - started
     return model.statistics(totals.prompt_tokens, totals.new_tokens, seconds, model.group.traffic.rows - rows)
+
+
+def fingerprint(model: Model) -> str:
+    """Tells the weights of two models of one shape apart, by a few values of each tensor that every rank holds."""
+    experts = {id(p) for _, module in expert_modules(model.transformers).values() for p in module.parameters()}
+    made = hashlib.sha256()
+    for parameter in model.transformers.parameters():
+        if id(parameter) not in experts:
+            flat = parameter.detach().reshape(-1)
+            made.update(flat[:: max(1, len(flat) // SAMPLED)].float().cpu().numpy().tobytes())
+    return made.hexdigest()

@@ -119,7 +119,8 @@ class RoutingSink(Protocol):
 
     def append(
         self, expert_ids: NDArray[Any], router_weights: NDArray[Any], sequence_ids: NDArray[Any], positions: NDArray[Any]
-    ) -> None: ...  # noqa: D102
+    ) -> None:
+        """Take tokens, as `TraceWriter.append`."""
 
 
 class Recorder:
