@@ -30,7 +30,7 @@ def check_memory(asked: Asked, options: argparse.Namespace, group: Group) -> Che
 
     On fewer processes than the plan has ranks (a dry run) nothing is known of the ranks' machines, and nothing is checked.
     """
-    from coterie.moe.memory import check_fits, estimate, workload
+    from coterie.moe.memory import Room, check_fits, estimate, workload
     from coterie.moe.sizes import sizes_of
 
     share = asked.share
@@ -43,7 +43,7 @@ def check_memory(asked: Asked, options: argparse.Namespace, group: Group) -> Che
     if group.rank == 0:
         _print(needed, options, share.plan.ranks, here, found)
     if found:
-        check_fits(sizes, share.plan, first, work, found, str(share.dtype).removeprefix("torch."))
+        check_fits(sizes, first, work, Room(share.plan, found))
     too_large = {name for name, ranks in needed.items() if any(ranks[r].total > free for r, free in (found or {}).items())}
     return Checked(_json(needed, asked, here, found), frozenset(too_large))
 

@@ -32,7 +32,8 @@ class Resuming:
         if self.path.exists():
             if not self.options.resume:
                 raise InputError(
-                    f"{self.path}: a stopped run left it, expected none; --resume continues that run, removing the file starts over"
+                    f"{self.path}: a stopped run left it, expected none; --resume continues that run, "
+                    f"removing the file starts over"
                 )
             check_header(self.path, self.header)
             return False

@@ -200,10 +200,8 @@ def _check_header(path: Path, found: Any, expected: dict[str, Any]) -> None:
         raise InputError(f"{path}: format: found {str(found)[:60]}, expected {FORMAT!r}; {REMOVE}")
     for field, value in expected.items():
         if found.get(field) != value:
-            raise InputError(
-                f"{path}: {field}: the stopped run had {str(found.get(field))[:20]!r}, expected {str(value)[:20]!r} as now; give what "
-                f"it had, or {REMOVE}"
-            )
+            was, now = str(found.get(field))[:20], str(value)[:20]
+            raise InputError(f"{path}: {field}: found {was}, expected {now} as now; give what the stopped run had, or {REMOVE}")
 
 
 def _parsed(path: Path, number: int, line: bytes) -> Any:

@@ -1,7 +1,7 @@
-"""How many bytes each rank will need, before any is allocated: pure arithmetic over a model's sizes, a plan and the prompts' lengths.
+"""How many bytes each rank will need, before any is allocated: arithmetic over a model's sizes, a plan and prompt lengths.
 
-Weights and states (keys and values) are exact but for the allocator's rounding; `buffers` is what one step needs beside them, the
-largest of a few known tensors, and an estimate.
+Weights and states (keys and values) are exact but for the allocator's rounding; `buffers` is what a step needs beside them,
+the largest of a few known tensors, and an estimate.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class Workload:
-    """batch_size: sequences at once on a rank; prompts: how many; prompt_tokens: of the longest; tokens: of the longest with its text."""
+    """What is to be run. batch_size: sequences at once on a rank; prompts: how many; prompt_tokens: of the longest prompt;
+    tokens: of the longest one with its text.
+    """
 
     batch_size: int
     prompts: int
@@ -137,45 +139,60 @@ def _expert_rows(strategy: str, tokens: int, top_k: int, ranks: int) -> int:
     return tokens * (ranks if strategy == "all_gather" else min(top_k, ranks))
 
 
-def largest_batch(sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Workload, free: dict[int, float]) -> int:
-    """The largest batch size whose every rank in `free` (bytes by rank) fits, 0 if none does."""
-    low, high = 0, work.batch_size
-    while low < high:
-        middle = (low + high + 1) // 2
-        needed = estimate(sizes, plan, strategy, replace(work, batch_size=middle))
-        low, high = (middle, high) if all(needed[r].total <= most for r, most in free.items()) else (low, middle - 1)
-    return low
+@dataclass(frozen=True)
+class Room:
+    """A plan on ranks with so much memory. free: bytes by rank, of the ranks of which it is known."""
+
+    plan: PlacementPlan
+    free: dict[int, float]
+
+    def fits(self, sizes: ModelSizes, strategy: str, work: Workload) -> bool:
+        """Whether every rank has what it needs."""
+        needed = estimate(sizes, self.plan, strategy, work)
+        return all(needed[rank].total <= most for rank, most in self.free.items())
+
+    def largest_batch(self, sizes: ModelSizes, strategy: str, work: Workload) -> int:
+        """The largest batch size up to `work`'s that fits, 0 if none does."""
+        low, high = 0, work.batch_size
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.fits(sizes, strategy, replace(work, batch_size=middle))
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
 
 
-def check_fits(
-    sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Workload, free: dict[int, float], dtype: str
-) -> None:
-    """Raises InputError, saying what would fit, if a rank needs more than it has. free: bytes by rank, of those that are known."""
-    needed = estimate(sizes, plan, strategy, work)
-    short = {rank: needed[rank].total - most for rank, most in free.items() if needed[rank].total > most}
-    if not short:
+def check_fits(sizes: ModelSizes, strategy: str, work: Workload, room: Room) -> None:
+    """Raises InputError, saying what would fit, if a rank needs more than it has."""
+    if room.fits(sizes, strategy, work):
         return
-    rank = max(short, key=lambda r: short[r])
-    raise InputError(
-        f"memory: rank {rank} needs {told(needed[rank].total)}, found {told(free[rank])} free; "
-        + _way_out(sizes, plan, strategy, work, free, dtype)
-    )
+    needed = estimate(sizes, room.plan, strategy, work)
+    rank = max(room.free, key=lambda r: needed[r].total - room.free[r])
+    ways = " or ".join(_ways_out(sizes, strategy, work, room)) or "more memory: no smaller batch, nor bfloat16, would fit"
+    wanted, found = told(needed[rank].total), told(room.free[rank])
+    raise InputError(f"memory: rank {rank} needs {wanted}, found {found} free, expected {ways}")
 
 
-def _way_out(sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Workload, free: dict[int, float], dtype: str) -> str:
+def _ways_out(sizes: ModelSizes, strategy: str, work: Workload, room: Room) -> list[str]:
     ways = []
-    if batch := largest_batch(sizes, plan, strategy, work, free):
-        ways.append(f"--batch-size {batch}")
-    if strategy == "coherent":
-        ways.append("--strategy all_to_all, which keeps each sequence on one rank only")
-    if sizes.value == FLOAT32:
+    if batch := room.largest_batch(sizes, strategy, work):
+        ways.append(f"--batch-size {batch} (or less)")
+    if strategy == "coherent" and room.fits(sizes, "all_to_all", work):
+        ways.append("--strategy all_to_all, which keeps a sequence on one rank only")
+    if sizes.value == FLOAT32 and room.fits(_halved(sizes), strategy, work):
         ways.append("--dtype bfloat16")
-    one = estimate(sizes, plan, strategy, replace(work, batch_size=1))[0]
-    left = int(min(free.values())) - (one.total - one.experts)
-    ranks = -(-plan.num_experts * sum(sizes.expert) // left) if left > 0 else 0
-    if plan.ranks < ranks <= plan.num_experts:
-        ways.append(f"about {ranks} ranks of this size")
-    return f"expected it to fit: {', or '.join(ways)}" if ways else "expected it to fit: no batch size, more memory is needed"
+    one = estimate(sizes, room.plan, strategy, replace(work, batch_size=1))[0]
+    left = int(min(room.free.values())) - (one.total - one.experts)
+    ranks = -(-room.plan.num_experts * sum(sizes.expert) // left) if left > 0 else 0
+    if room.plan.ranks < ranks <= room.plan.num_experts:
+        ways.append(f"about {ranks} ranks with as much each")
+    return ways
+
+
+def _halved(sizes: ModelSizes) -> ModelSizes:
+    """In a dtype of half the bytes."""
+    states = tuple(LayerState(s.fixed // 2, s.token // 2, s.window) for s in sizes.states)
+    expert = tuple(one // 2 for one in sizes.expert)
+    return replace(sizes, value=sizes.value // 2, dense=sizes.dense // 2, expert=expert, states=states)
 
 
 def told(count: float) -> str:
