@@ -19,8 +19,8 @@ __version__ = "0.1.0"
 _NAMES = {
     "load": "moe.model",
     "Model": "moe.model",
-    "Prompt": "moe.model",
-    "Output": "moe.model",
+    "Prompt": "moe.text",
+    "Output": "moe.text",
     "Statistics": "moe.model",
     "Sampling": "moe.generate",
     "RoutingTrace": "routing.trace",
@@ -47,10 +47,10 @@ __all__ = sorted(_NAMES)
 if TYPE_CHECKING:
     from coterie.moe.generate import Sampling as Sampling
     from coterie.moe.model import Model as Model
-    from coterie.moe.model import Output as Output
-    from coterie.moe.model import Prompt as Prompt
     from coterie.moe.model import Statistics as Statistics
     from coterie.moe.model import load as load
+    from coterie.moe.text import Output as Output
+    from coterie.moe.text import Prompt as Prompt
     from coterie.placement.cost import CostReport as CostReport
     from coterie.placement.cost import evaluate as evaluate
     from coterie.placement.plan import PlacementPlan as PlacementPlan

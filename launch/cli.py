@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(str(error), known_to_all=True)
         return WRONG_INPUT if isinstance(error, InputError) else FAILED
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
             raise
-        _complain("interrupted; no output was written")
+        _complain(str(error) or "interrupted; no output was written")
         return FAILED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -216,7 +216,7 @@ def _export(verbs: Any) -> None:
 
 
 def _generate(verbs: Any) -> None:
-    p = _verb(verbs, "generate", "commands", "continue prompts, on one process or under torchrun, deepspeed or mpirun")
+    p = _verb(verbs, "generate", "generating", "continue prompts, on one process or under torchrun, deepspeed or mpirun")
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     given = p.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", metavar="TEXT", help="one prompt; its text is streamed")
@@ -232,7 +232,20 @@ def _generate(verbs: Any) -> None:
     p.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest tokens only")
     p.add_argument("--top-p", type=float, metavar="X", help="sample among the likeliest tokens that hold this probability")
     p.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    p.add_argument("--out", type=Path, metavar="F.jsonl", help="write the outputs there, one JSON object a line")
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="F.jsonl",
+        help="write the outputs there, one JSON object a line, in the order of the prompts",
+    )
+    p.add_argument(
+        "--resume", action="store_true", help="continue what a stopped run with the same --out left, or begin; on any processes"
+    )
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the memory that each rank of the plan needs and stop; one process is enough",
+    )
     _running(p)
 
 

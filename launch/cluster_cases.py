@@ -66,7 +66,7 @@ def embedded(folder: Path, per_rank: int = 8, prefill: int = 96, decode: int = 6
     model = coterie.load(EMBEDDED, dtype="float32", device="cpu")
     texts = {name: _texts(EMBEDDED_FOLDER / "prompts" / f"{name}.jsonl") for name in ("calibration", "heldout")}
     model.record(texts["calibration"], folder / "seen.safetensors")
-    long = [ids for ids in map(model.encode, texts["heldout"]) if len(ids) >= prefill + decode]
+    long = [ids for ids in map(model.text.encode, texts["heldout"]) if len(ids) >= prefill + decode]
     picked = np.random.default_rng(0).permutation(len(long))[: RANKS * per_rank]
     token_ids = np.array([long[i][: prefill + decode] for i in picked], dtype=np.int64)
     asked = [coterie.Prompt(token_ids=tuple(row[:prefill].tolist())) for row in token_ids]

@@ -101,7 +101,7 @@ def _coterie(side: Side, model: str, replay: Replay, group: Group) -> Loaded:
         context.tokens = tuple(count for (count,) in own.agree([tokens]))
 
     replay.attach(made.transformers)
-    return Loaded(made.transformers, made.strategy.name, agree)
+    return Loaded(made.transformers, context.strategy.name, agree)
 
 
 def _whole(model: str) -> Any:

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from coterie.launch.tables import table
 from coterie.placement.plan import read_plan
 from coterie.routing.errors import InputError, positive
-from coterie.routing.files import check_writable, write_text
+from coterie.routing.files import check_writable
 from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing, save_load, save_trace
-
-if TYPE_CHECKING:
-    from coterie.moe.choose import Choice
-    from coterie.moe.collectives import Group
-    from coterie.moe.generate import Sampling
-    from coterie.moe.model import Model, Output, Prompt, Statistics
 
 
 def say(text: str) -> None:
@@ -139,88 +132,3 @@ def _planned_trace(inputs: tuple[dict[str, str], ...]) -> RoutingTrace | LoadSta
             return read_routing(path)
     say("the trace that the plan was made from is not there (any more): drawing the plan alone; give the trace to draw both")
     return None
-
-
-def generate(options: argparse.Namespace) -> dict[str, Any] | None:
-    """Continue prompts on all launched processes; only rank 0 prints."""
-    from coterie.launch.distributed import job, together
-    from coterie.launch.prompts import read_prompts
-    from coterie.launch.quiet import quiet_transformers
-
-    with job() as group:
-        quiet_transformers()
-        from coterie.moe.model import Prompt, load
-        from coterie.routing.errors import CoterieError
-
-        def prepare() -> tuple[Model, list[Prompt]]:
-            positive("--max-new-tokens", options.max_new_tokens)
-            positive("--batch-size", options.batch_size)
-            _sampling(options)
-            if options.out is not None and group.rank == 0:
-                check_writable(options.out)
-            prompts = read_prompts(options.prompts) if options.prompts else [Prompt(text=options.prompt)]
-            plan = None if options.plan is None else read_plan(options.plan)
-            try:
-                return load(options.model, plan, options.dtype, options.strategy, group=group), prompts
-            except CoterieError as error:
-                if options.plan is None or "the plan" not in str(error):
-                    raise
-                raise type(error)(f"{options.plan}: {error}") from error
-
-        model, prompts = together(group, prepare)
-        if model.plan.homes is not None and group.rank == 0:
-            say(f"{options.plan}: its homes are not carried out yet: prompts are spread over the ranks in turn")
-        outputs, statistics = _generate(model, prompts, options, group)
-        if group.rank != 0:
-            return None
-        return _print_generated(outputs, statistics, model.choice, options)
-
-
-def _generate(
-    model: Model, prompts: list[Prompt], options: argparse.Namespace, group: Group
-) -> tuple[list[Output], Statistics]:
-    from tqdm import tqdm
-
-    sampling, size = _sampling(options), options.batch_size
-    if options.prompt is not None:
-        streamer = _streamer(model, options, group)
-        return model.generate(prompts, options.max_new_tokens, sampling, size, streamer=streamer)
-    hidden = True if group.rank else None
-    with tqdm(desc="generate", unit=" tokens", disable=hidden) as bar:
-        return model.generate(prompts, options.max_new_tokens, sampling, size, on_token=lambda *_: bar.update())
-
-
-def _sampling(options: argparse.Namespace) -> Sampling:
-    from coterie.moe.generate import Sampling
-
-    return Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-
-
-def _streamer(model: Model, options: argparse.Namespace, group: Group) -> Any:
-    if options.json or group.rank != 0 or model.tokenizer is None:
-        return None
-    from transformers import TextStreamer
-
-    print(options.prompt, end="", flush=True)
-    return TextStreamer(model.tokenizer, skip_special_tokens=True)
-
-
-def _print_generated(
-    outputs: list[Output], statistics: Statistics, choice: Choice | None, options: argparse.Namespace
-) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    rows = [{**asdict(o), "token_ids": list(o.token_ids)} for o in outputs]
-    if options.out is not None:
-        write_text(options.out, "".join(json.dumps(row) + "\n" for row in rows))
-    elif options.prompts and not options.json:
-        for row in rows:
-            print(f"[{row['id']}] {row['prompt']}{row['text']}\n")
-    if choice is not None:
-        say(choice.describe())
-    s = statistics
-    say(
-        f"{s.new_tokens} tokens in {s.seconds:.2f} s ({s.tokens_per_second:.1f} tokens/s), {s.strategy} on {s.ranks} rank(s), "
-        f"{s.bytes_read / 1e6:.1f} MB read, {s.rows_sent} rows sent"
-    )
-    return {"outputs": rows, "stats": asdict(s)}

@@ -43,7 +43,9 @@ def main(folder: Path) -> None:
         if group.rank == 0:
             expected = [_until_end(row, models["plan"]) for row in reference["text"].tolist()]
             liveliest = max(range(len(prompts)), key=lambda i: len(set(texts[-1][i])))
-            sample = [models["plan"].decode(ids) for ids in (reference["prompts"][liveliest].tolist(), texts[-1][liveliest])]
+            sample = [
+                models["plan"].text.decode(ids) for ids in (reference["prompts"][liveliest].tolist(), texts[-1][liveliest])
+            ]
             result = {
                 "tokens_per_second": {name: statistics.median(values) for name, values in speed.items()},
                 "max_logit_difference": difference,

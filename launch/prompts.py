@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from coterie.routing.errors import InputError
 
 if TYPE_CHECKING:
-    from coterie.moe.model import Prompt
+    from coterie.moe.text import Prompt
 
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file, in order. Raises InputError, naming line and field, for anything else."""
-    from coterie.moe.model import Prompt
+    from coterie.moe.text import Prompt
 
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also split inside JSON strings
@@ -39,7 +39,7 @@ def _looks_like_jsonl(line: str) -> bool:
 
 
 def _prompt(where: str, line: str) -> Prompt:
-    from coterie.moe.model import Prompt
+    from coterie.moe.text import Prompt
 
     try:
         value = json.loads(line)

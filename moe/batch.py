@@ -172,21 +172,24 @@ def padded(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[torch.
 
 
 def joined(mask: torch.Tensor, cache: Any, new_mask: torch.Tensor, new_cache: Any) -> tuple[torch.Tensor, Any]:
-    """Two left-padded batches as one, with the first one's rows first."""
+    """Two left-padded batches as one, with the first one's rows first. Empties both caches, layer by layer."""
     longest = max(mask.shape[1], new_mask.shape[1])
     whole = torch.cat([F.pad(m, (longest - m.shape[1], 0)) for m in (mask, new_mask)])
     made = DynamicCache()
     for index, (old, new) in enumerate(zip(cache.layers, new_cache.layers, strict=True)):
         both = [[F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in (la.keys, la.values)] for la in (old, new)]
+        old.keys = old.values = new.keys = new.values = None
         made.update(torch.cat([both[0][0], both[1][0]]), torch.cat([both[0][1], both[1][1]]), index)
     return whole, made
 
 
 def selected(mask: torch.Tensor, cache: Any, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Some rows of a left-padded batch, without the padding that is common to them."""
+    """Some rows of a left-padded batch, without the padding that is common to them. Empties the cache, layer by layer."""
     kept = mask[rows]
     first = int(kept.bool().any(0).int().argmax())
     made = DynamicCache()
     for index, layer in enumerate(cache.layers):
-        made.update(layer.keys[rows, :, first:], layer.values[rows, :, first:], index)
+        keys, values = layer.keys[rows, :, first:], layer.values[rows, :, first:]
+        layer.keys = layer.values = None
+        made.update(keys, values, index)
     return kept[:, first:], made

@@ -8,7 +8,7 @@ part of the layer that every rank then computes for all tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from coterie.moe.collectives import FREE_BYTES, Group
@@ -190,16 +190,19 @@ class Choice:
         return f"strategy: {'; '.join(told)} predicted per layer"
 
 
-def decide(traits: Traits, links: Links, group: Group, prefill_tokens: int, decode_tokens: int, coherent: bool) -> Choice:
-    """The fastest strategies by prediction. tokens: of one rank in one step; coherent: whether the family can."""
+def decide(
+    traits: Traits, links: Links, group: Group, prefill_tokens: int, decode_tokens: int, without: Collection[str] = ()
+) -> Choice:
+    """The fastest strategies by prediction. tokens: of one rank in one step; without: strategies that cannot run here."""
 
     def times(names: Iterable[str], tokens: int) -> dict[str, float]:
         args = (traits, links, group.size, group.ranks_per_node, tokens, -1 if group.counts_inside else group.free_bytes)
         return {name: predict(name, *args) for name in names}
 
-    names = ["all_to_all", *(["hierarchical"] if 1 < group.nodes < group.size else []), "all_gather", "replicated"]
-    before = times([*names, "overlapped"], prefill_tokens)
-    after = times([*names, *(["coherent"] if coherent else [])], decode_tokens)
+    layers = ["hierarchical"] if 1 < group.nodes < group.size else []
+    names = [n for n in ("all_to_all", *layers, "all_gather", "replicated") if n not in without]
+    before = times([*names, *({"overlapped"} - set(without))], prefill_tokens)
+    after = times([*names, *({"coherent"} - set(without))], decode_tokens)
     first, then = choose(before), choose(after)
     if "replicated" in (first, then):  # it is another layout of the batch: both phases or none
         both = before["replicated"] + after["replicated"]

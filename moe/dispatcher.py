@@ -28,7 +28,8 @@ def check_strategy(asked: str | None, group: Group, shape: ModelShape) -> None:
 class Dispatcher:
     """Makes strategies when they are needed: every rank must ask in the same order.
 
-    asked: a strategy's name, or None to choose. links: what was measured, or None until the first choice.
+    asked: a strategy's name, or None to choose. links: what was measured, or None until the first choice. without: strategies
+    that are not chosen, whatever they promise; the same on all ranks.
     """
 
     def __init__(self, shape: ModelShape, plan: PlacementPlan, group: Group, asked: str | None) -> None:
@@ -37,6 +38,7 @@ class Dispatcher:
         self.group = group
         self.asked = asked
         self.links: Links | None = None
+        self.without: frozenset[str] = frozenset()
         self._made: dict[str, Strategy] = {}
 
     def strategy(self, name: str | None) -> Strategy:
@@ -63,8 +65,8 @@ class Dispatcher:
         rows = max(1, min(batch_size, -(-len(requests) // self.group.size)))
         mean = sum(len(r.token_ids) for r in requests) / len(requests)
         prompt_tokens = max(1, min(PREFILL_TOKENS, int(mean * rows)))
-        coherent = self.shape.config.model_type in FAMILIES
-        return decide(traits, self.links, self.group, prompt_tokens, rows, coherent)
+        without = self.without if self.shape.config.model_type in FAMILIES else self.without | {"coherent"}
+        return decide(traits, self.links, self.group, prompt_tokens, rows, without)
 
     def executor(self, model: Any, context: StepContext, choice: Choice, recorder: Recorder | None) -> Executor:
         """What runs the model by this choice."""

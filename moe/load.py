@@ -7,6 +7,7 @@ a model whose experts are as many as this rank holds, and lazily read slices of 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,18 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def load_share(
     shape: ModelShape, empty: nn.Module, checkpoint: Checkpoint, experts: dict[int, tuple[int, ...]], dtype: torch.dtype,
-    device: torch.device, implementation: str,
+    device: torch.device, implementation: str, on_bytes: Callable[[int, int], object] | None = None,
 ) -> Any:  # fmt: skip
     """The transformers model with only `experts` (ascending ids by layer) in its experts modules, in that order.
 
-    empty: the model's skeleton; implementation: the name of the experts function to call. Raises InputError, naming the
-    tensor, if the checkpoint lacks one or has it in another shape.
+    empty: the model's skeleton; implementation: the name of the experts function to call; on_bytes: told from any thread, one
+    at a time, (bytes just read, bytes in all). Raises InputError, naming the tensor, if the checkpoint lacks one or has it in
+    another shape.
     """
     slices = select(shape, empty, checkpoint, experts)
+    if on_bytes is not None:
+        whole = sum(one.length for one in slices.values())
+        checkpoint.counter.watch = lambda count: on_bytes(count, whole)
     share = _share_class(type(empty), shape, experts)
     options = {} if device.type == "cpu" else {"device_map": {"": device}}
     with warnings.catch_warnings():
@@ -47,6 +52,8 @@ def load_share(
             raise InputError(
                 f"{shape.folder}: the weights cannot be converted; do they fit config.json? ({first_line(error)})"
             ) from error
+        finally:
+            checkpoint.counter.watch = None
     model.__class__ = type(empty)
     _check(shape, model, info)
     if (shape.folder / "generation_config.json").is_file():

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from coterie.routing.errors import InputError
 from coterie.routing.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PAGES = 1 << 16  # bytes from which a tensor gets memory pages of its own
 MAX_HEADER = 100_000_000  # the format's own limit
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -42,15 +44,18 @@ class TensorPlace:
 
 @dataclass
 class ReadCounter:
-    """Bytes read from checkpoint files by this process; safe to add to from several threads."""
+    """Bytes read from checkpoint files by this process; safe to add to from several threads. watch: told of each addition."""
 
     bytes: int = 0
+    watch: Callable[[int], object] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, count: int) -> None:
         """Count `count` more bytes."""
         with self._lock:
             self.bytes += count
+            if self.watch is not None:
+                self.watch(count)
 
 
 class Checkpoint:
@@ -96,6 +101,11 @@ class TensorSlice:
         """The shape that reading gives."""
         return self.place.shape if self.rows is None else (len(self.rows), *self.place.shape[1:])
 
+    @property
+    def length(self) -> int:
+        """Bytes that reading takes."""
+        return math.prod(self.shape) * self.place.dtype.itemsize
+
     def get_shape(self) -> list[int]:
         """As safetensors' slices spell it."""
         return list(self.shape)
@@ -109,14 +119,14 @@ class TensorSlice:
 
     def read(self) -> torch.Tensor:
         """Read the bytes and return a tensor of `shape`; runs of adjacent rows are one read each."""
-        buffer = bytearray(math.prod(self.shape) * self.place.dtype.itemsize)
+        buffer = _buffer(self.length)
         view = memoryview(buffer)
         done = 0
         for offset, length in self._ranges():
             _read_into(self.place.file, self.place.offset + offset, view[done : done + length])
             done += length
         self.counter.add(done)
-        if not buffer:
+        if not done:
             return torch.empty(self.shape, dtype=self.place.dtype)
         return torch.frombuffer(buffer, dtype=self.place.dtype).reshape(self.shape)
 
@@ -131,6 +141,17 @@ class TensorSlice:
             else:
                 ranges.append((row * size, size))
         return ranges
+
+
+def _buffer(length: int) -> bytearray | mmap.mmap:
+    """Memory that goes back to the system as soon as the tensor in it is gone.
+
+    Loading stacks thousands of small tensors into large ones. glibc would keep what the small ones took: the process stayed
+    nearly twice as large as its weights.
+    """
+    if length < PAGES:
+        return bytearray(length)
+    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _read_into(file: Path, offset: int, view: memoryview) -> None:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -112,14 +112,25 @@ class TraceWriter:
                         out.write(block)
 
 
+class RoutingSink(Protocol):
+    """What a `Recorder` hands routing to: a `TraceWriter`, or a count in memory. tokens: how many it was given."""
+
+    tokens: int
+
+    def append(
+        self, expert_ids: NDArray[Any], router_weights: NDArray[Any], sequence_ids: NDArray[Any], positions: NDArray[Any]
+    ) -> None:
+        """Take tokens, as `TraceWriter.append`."""
+
+
 class Recorder:
-    """Hooks that collect one forward call's routing and hand it to a `TraceWriter`.
+    """Hooks that collect one forward call's routing and hand it to a `RoutingSink`.
 
     sequences: the sequence id of each row of the batch, set by whoever runs the model before each call.
     live: bool `[rows]` or None: rows that are finished are not recorded.
     """
 
-    def __init__(self, model: nn.Module, writer: TraceWriter, num_experts: int, phase: str, max_tokens: int | None) -> None:
+    def __init__(self, model: nn.Module, writer: RoutingSink, num_experts: int, phase: str, max_tokens: int | None) -> None:
         self.writer = writer
         self.num_experts = num_experts
         self.phase = phase

@@ -1,0 +1,65 @@
+"""How much memory this machine still has for us: the device's, or the system's within the limits of our control group."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def machine() -> str:
+    """What tells this machine from others; its processes share memory, whatever network they think they are in."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.is_file() else socket.gethostname()
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free bytes on this rank's device, None where that cannot be told."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    return system_bytes()
+
+
+def system_bytes(root: Path = Path("/")) -> int | None:
+    """What processes may still allocate, by /proc/meminfo and the memory limits of this process's control groups."""
+    meminfo = root / "proc/meminfo"
+    if not meminfo.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    if "MemAvailable" not in fields:
+        return None
+    return min([int(fields["MemAvailable"].split()[0]) * 1024, *_group_bytes(root)])
+
+
+def _group_bytes(root: Path) -> list[int]:
+    """What each control group above this process leaves, version 2 and 1."""
+    listed = root / "proc/self/cgroup"
+    lines = listed.read_text().splitlines() if listed.is_file() else []
+    left = []
+    for _, controllers, name in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers == "":
+            base, files = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        here = base / name.lstrip("/")
+        left += [_left(folder, *files) for folder in (here, *here.parents) if folder.is_relative_to(base)]
+    return [count for count in left if count is not None]
+
+
+def _left(folder: Path, limit: str, used: str, cached: str) -> int | None:
+    if not (folder / limit).is_file() or not (folder / used).is_file():
+        return None
+    most = (folder / limit).read_text().strip()
+    if not most.isdigit():
+        return None  # "max": no limit here
+    stat = folder / "memory.stat"
+    fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
+    return max(0, int(most) - int((folder / used).read_text()) + int(fields.get(cached, 0)))

@@ -1,0 +1,235 @@
+"""`coterie generate`: what is asked is settled and checked, then loaded, then run; only rank 0 prints and writes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from coterie.launch.commands import say
+from coterie.launch.distributed import job, together
+from coterie.launch.prompts import read_prompts
+from coterie.launch.quiet import quiet_transformers
+from coterie.placement.plan import PlacementPlan, read_plan
+from coterie.routing.errors import CoterieError, InputError, positive
+from coterie.routing.files import atomic_output, check_writable
+
+if TYPE_CHECKING:
+    from coterie.launch.resuming import Resuming
+    from coterie.moe.batch import Request
+    from coterie.moe.collectives import Group
+    from coterie.moe.generate import Sampling
+    from coterie.moe.home_ranks import HomeRanks
+    from coterie.moe.journal import Journal
+    from coterie.moe.model import Model, Statistics
+    from coterie.moe.offline import Held, Totals
+    from coterie.moe.prepare import Share
+    from coterie.moe.text import Prompt, Text
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks for, settled before anything is loaded. strategy: None is chosen later."""
+
+    share: Share
+    strategy: str | None
+    text: Text
+    prompts: list[Prompt]
+    requests: list[Request]
+    sampling: Sampling
+
+    def rows(self, kept: Journal | Held) -> Iterator[dict[str, Any]]:
+        """Finished prompts in order, as `--out` and `--json` show them."""
+        for request in self.requests:
+            entry = kept.entry(request.index)
+            yield self.row(request.index, entry.token_ids, entry.finish_reason)
+
+    def row(self, index: int, token_ids: tuple[int, ...], finish_reason: str) -> dict[str, Any]:
+        """One of them."""
+        made = self.text.output(self.prompts[index], self.requests[index], token_ids, finish_reason)
+        return {**asdict(made), "token_ids": list(made.token_ids)}
+
+
+def generate(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Continue prompts on all launched processes; only rank 0 prints."""
+    with job() as group:
+        quiet_transformers()
+        asked = together(group, lambda: settle(options, group))
+        from coterie.launch.memory import check_memory
+        from coterie.launch.resuming import Resuming
+
+        if options.dry_run:
+            told = check_memory(asked, options, group).told
+            return told if group.rank == 0 else None
+        resuming = Resuming(options, asked)
+        complete = together(group, lambda: group.rank == 0 and resuming.complete())
+        if group.gather(complete)[0]:
+            return resuming.outputs(group.size) if group.rank == 0 else None
+        too_large = check_memory(asked, options, group).too_large
+        model = _load(asked, group)
+        model.dispatcher.without = too_large
+        return _run(model, asked, options, resuming)
+
+
+def settle(options: argparse.Namespace, group: Group) -> Asked:
+    """Read and check all but the weights. Does not communicate."""
+    from coterie.moe.generate import Sampling
+    from coterie.moe.model import asked_strategy
+    from coterie.moe.prepare import prepare
+    from coterie.moe.text import Prompt, Text
+
+    positive("--max-new-tokens", options.max_new_tokens)
+    positive("--batch-size", options.batch_size)
+    if options.resume and options.out is None:
+        raise InputError("--resume: found no --out, expected the one of the stopped run")
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    if options.out is not None and group.rank == 0 and not options.dry_run:
+        check_writable(options.out)
+    prompts = read_prompts(options.prompts) if options.prompts else [Prompt(text=options.prompt)]
+    plan = None if options.plan is None else read_plan(options.plan)
+    to_come = _group_to_come(plan, group, options.dry_run)
+    try:
+        share = prepare(options.model, plan, options.dtype, to_come.size, to_come.nodes)
+        strategy = asked_strategy(share, options.strategy, to_come)
+    except CoterieError as error:
+        if options.plan is None or "the plan" not in str(error):
+            raise
+        raise type(error)(f"{options.plan}: {error}") from error
+    text = Text(share.shape)
+    return Asked(share, strategy, text, prompts, text.requests(prompts, options.max_new_tokens), sampling)
+
+
+def _group_to_come(plan: PlacementPlan | None, group: Group, dry_run: bool) -> Group:
+    """The group that will run this; for a dry run on one process, one of the plan's ranks, which never communicates."""
+    from coterie.moe.collectives import Group
+
+    if not dry_run or group.size > 1 or plan is None:
+        return group
+    made = Group()
+    made.size, made.ranks_per_node = plan.ranks, plan.topology.ranks_per_node
+    return made
+
+
+def _load(asked: Asked, group: Group) -> Model:
+    """Every rank reads its share, all at once; rank 0 shows its own progress."""
+    from tqdm import tqdm
+
+    from coterie.moe.model import assembled
+
+    of = f" (rank 0 of {group.size})" if group.size > 1 else ""
+    with tqdm(desc=f"load{of}", unit="B", unit_scale=True, disable=True if group.rank else None) as bar:
+
+        def on_bytes(count: int, whole: int) -> None:
+            bar.total = whole
+            bar.update(count)
+
+        read = together(group, lambda: asked.share.read(group.rank, on_bytes))
+    return assembled(asked.share, read, asked.strategy, group, asked.text)
+
+
+def _run(model: Model, asked: Asked, options: argparse.Namespace, resuming: Resuming) -> dict[str, Any] | None:
+    from coterie.moe.offline import Held, fingerprint
+
+    group = model.group
+    journal = together(group, lambda: resuming.open(fingerprint(model)) if group.rank == 0 else None)
+    kept = journal or Held()
+    finished = set(group.gather([] if journal is None else list(journal.finished))[0])
+    left = [request for request in asked.requests if request.index not in finished]
+    try:
+        statistics = _continue(model, left, kept if group.rank == 0 else None, options, asked)
+        return _finish(asked, kept, statistics, model, options) if group.rank == 0 else None
+    except KeyboardInterrupt:
+        if journal is None:
+            raise
+        raise KeyboardInterrupt(f"interrupted; {journal.way_on()}") from None
+    finally:
+        if journal is not None:
+            journal.close()
+
+
+def _continue(
+    model: Model, left: list[Request], kept: Journal | Held | None, options: argparse.Namespace, asked: Asked
+) -> Statistics:
+    from coterie.moe.offline import Collector, run
+
+    if not left:
+        return model.statistics(0, 0, 0.0, 0)
+
+    def told_homes(homes: HomeRanks | None) -> None:
+        if model.group.rank == 0 and model.group.size > 1 and model.plan.homes is not None:
+            say(f"homes: {_homes(homes, options)}")
+
+    if options.prompt is not None:
+        put, end = _streamer(model, options)
+        try:
+            return run(model, left, options.batch_size, asked.sampling, Collector(model.group, kept), put, False, told_homes)
+        finally:
+            end()
+    with _progress(len(asked.requests), len(left), model.group) as told:
+        collector = Collector(model.group, kept, told)
+        return run(model, left, options.batch_size, asked.sampling, collector, told_homes=told_homes)
+
+
+def _homes(homes: HomeRanks | None, options: argparse.Namespace) -> str:
+    if homes is not None:
+        return f"told by {homes.tokens} prompt tokens, run beforehand in {homes.seconds:.2f} s"
+    if options.prompt is not None:
+        return "not carried out for a single prompt"
+    return "not carried out: with strategy replicated every rank runs all prompts"
+
+
+@contextmanager
+def _progress(prompts: int, left: int, group: Group) -> Iterator[Callable[[Totals], None]]:
+    """A bar of finished prompts on rank 0, with the new tokens per second of all ranks."""
+    from tqdm import tqdm
+
+    started = time.perf_counter()
+    hidden = True if group.rank else None
+    with tqdm(desc="generate", total=prompts, initial=prompts - left, unit=" prompts", disable=hidden) as bar:
+
+        def told(totals: Totals) -> None:
+            bar.set_postfix_str(f"{totals.new_tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
+            bar.update(prompts - left + totals.prompts - bar.n)
+
+        yield told
+
+
+def _streamer(model: Model, options: argparse.Namespace) -> tuple[Callable[[int, int], None] | None, Callable[[], None]]:
+    """What prints tokens as they come on rank 0, and what ends that."""
+    if options.json or model.group.rank != 0 or model.tokenizer is None:
+        return None, lambda: None
+    import torch
+    from transformers import TextStreamer
+
+    print(options.prompt, end="", flush=True)
+    streamer = TextStreamer(model.tokenizer, skip_special_tokens=True)
+    return lambda index, token: streamer.put(torch.tensor([token])), streamer.end
+
+
+def _finish(
+    asked: Asked, kept: Journal | Held, statistics: Statistics, model: Model, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Write and print what is complete now."""
+    from coterie.moe.journal import Journal
+
+    if options.out is not None:
+        with atomic_output(options.out) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in asked.rows(kept))
+    elif options.prompts and not options.json:
+        for row in asked.rows(kept):
+            print(f"[{row['id']}] {row['prompt']}{row['text']}\n")
+    result = {"outputs": list(asked.rows(kept)) if options.json else [], "stats": asdict(statistics)}
+    if isinstance(kept, Journal):
+        kept.remove()
+    if model.choice is not None:
+        say(model.choice.describe())
+    s = statistics
+    say(
+        f"{s.new_tokens} tokens in {s.seconds:.2f} s ({s.tokens_per_second:.1f} tokens/s), {s.strategy} on {s.ranks} rank(s), "
+        f"{s.bytes_read / 1e6:.1f} MB read, {s.rows_sent} rows sent"
+    )
+    return result

@@ -1,0 +1,110 @@
+"""The memory that a job will need, told and checked before any is allocated."""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from coterie.launch.available import free_bytes, machine
+from coterie.launch.commands import say
+from coterie.launch.tables import table
+
+if TYPE_CHECKING:
+    from coterie.launch.generating import Asked
+    from coterie.moe.collectives import Group
+    from coterie.moe.memory import RankMemory
+
+
+@dataclass(frozen=True)
+class Checked:
+    """told: the JSON object of `--dry-run`; too_large: strategies that must not be chosen, since they would not fit."""
+
+    told: dict[str, Any]
+    too_large: frozenset[str]
+
+
+def check_memory(asked: Asked, options: argparse.Namespace, group: Group) -> Checked:
+    """Print what every rank will need; raise InputError on all ranks alike if it is more than there is.
+
+    On fewer processes than the plan has ranks (a dry run) nothing is known of the ranks' machines, and nothing is checked.
+    """
+    from coterie.moe.memory import Room, check_fits, estimate, workload
+    from coterie.moe.sizes import sizes_of
+
+    share = asked.share
+    sizes, work = sizes_of(share.shape, share.empty, share.dtype), workload(asked.requests, options.batch_size)
+    needed = {name: estimate(sizes, share.plan, name, work) for name in _candidates(asked)}
+    first = next(iter(needed))
+    here, found = free_bytes(share.device), None
+    if group.size == share.plan.ranks:
+        found = _free_by_rank(group, here, [n.total for n in needed[first]], share.device.type == "cuda")
+    if group.rank == 0:
+        _print(needed, options, share.plan.ranks, here, found)
+    if found:
+        check_fits(sizes, first, work, Room(share.plan, found))
+    too_large = {name for name, ranks in needed.items() if any(ranks[r].total > free for r, free in (found or {}).items())}
+    return Checked(_json(needed, asked, here, found), frozenset(too_large))
+
+
+def _candidates(asked: Asked) -> list[str]:
+    """The strategies that may come to run; the first one must fit."""
+    from coterie.moe.coherent import FAMILIES
+
+    if asked.share.plan.ranks == 1:
+        return ["local"]
+    if asked.strategy is not None:
+        return [asked.strategy]
+    coherent = ["coherent"] if asked.share.shape.config.model_type in FAMILIES else []
+    return ["all_to_all", "hierarchical", "all_gather", "replicated", *coherent]
+
+
+def _free_by_rank(group: Group, here: int | None, needed: list[int], apart: bool) -> dict[int, float]:
+    """What each rank may take, bytes. apart: each has a device of its own; else a machine's ranks share by what they need."""
+    said = group.gather((machine(), here))
+    if apart:
+        return {rank: float(free) for rank, (_, free) in enumerate(said) if free is not None}
+    together: dict[str, list[int]] = defaultdict(list)
+    for rank, (where, free) in enumerate(said):
+        if free is not None:
+            together[where].append(rank)
+    least = {where: min(said[r][1] for r in ranks) for where, ranks in together.items()}
+    return {
+        rank: least[where] * needed[rank] / sum(needed[r] for r in ranks) for where, ranks in together.items() for rank in ranks
+    }
+
+
+def _print(needed: dict[str, list[RankMemory]], options: argparse.Namespace, ranks: int, here: int | None, found: Any) -> None:
+    from coterie.moe.memory import told
+
+    first, by_rank = next(iter(needed.items()))
+    say(f"memory of a rank, {first}, batch size {options.batch_size} (weights and cache exact, buffers estimated):")
+    ends = {"least": min(by_rank, key=lambda n: n.total), "most": max(by_rank, key=lambda n: n.total)}
+    rows = [[name, *(told(v) for v in n.to_json().values())] for name, n in ends.items()]
+    say(table(["rank", *by_rank[0].to_json()], rows if ranks > 1 else rows[1:]))
+    if len(needed) > 1:
+        most = (f"{name} {told(max(n.total for n in ranks))}" for name, ranks in needed.items())
+        say(f"by strategy, which is chosen later among those that fit: {', '.join(most)}")
+    free = "not known here, not checked" if here is None else told(here)
+    where = "" if found else f"; its ranks run elsewhere, not checked; all together need {told(sum(n.total for n in by_rank))}"
+    say(f"free on this machine: {free}{where}")
+
+
+def _json(
+    needed: dict[str, list[RankMemory]], asked: Asked, here: int | None, found: dict[int, float] | None
+) -> dict[str, Any]:
+    by_rank = next(iter(needed.values()))
+    fits = None if not found else all(by_rank[r].total <= free for r, free in found.items())
+    memory = {
+        "ranks": [n.to_json() for n in by_rank],
+        "largest": max(n.total for n in by_rank),
+        "by_strategy": {name: max(n.total for n in ranks) for name, ranks in needed.items()},
+        "free_bytes": here,
+        "fits": fits,
+    }
+    return {
+        "memory": memory,
+        "ranks": asked.share.plan.ranks,
+        "strategy": asked.strategy or (None if len(needed) > 1 else "local"),
+    }

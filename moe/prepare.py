@@ -1,0 +1,62 @@
+"""What this rank is about to load, settled and checked before a byte of weights is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie.moe.families import ModelShape, inspect
+from coterie.moe.layer import IMPLEMENTATION
+from coterie.moe.load import load_share
+from coterie.moe.placement_map import check_plan, contiguous_plan
+from coterie.offload.checkpoint import Checkpoint
+from coterie.placement.plan import PlacementPlan
+from coterie.routing.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Share:
+    """A model under a plan. empty: its skeleton on the meta device; device: of this rank."""
+
+    shape: ModelShape
+    empty: Any
+    checkpoint: Checkpoint
+    plan: PlacementPlan
+    dtype: torch.dtype
+    device: torch.device
+
+    def read(self, rank: int, on_bytes: Callable[[int, int], object] | None = None) -> Any:
+        """The transformers model with the share of `rank` in it. on_bytes: told (bytes just read, bytes in all)."""
+        experts = {layer: tuple(self.plan.experts_on(i, rank)) for i, layer in enumerate(self.shape.layer_ids)}
+        return load_share(self.shape, self.empty, self.checkpoint, experts, self.dtype, self.device, IMPLEMENTATION, on_bytes)
+
+
+def prepare(
+    model: str | Path, plan: PlacementPlan | None, dtype: str, ranks: int, nodes: int = 1,
+    device: str | torch.device | None = None,
+) -> Share:  # fmt: skip
+    """Look at MODEL and check the plan (by default experts in order) against it and `ranks` processes on `nodes` nodes.
+
+    Raises InputError for a model, checkpoint or plan that is wrong or does not fit.
+    """
+    shape, empty = inspect(str(model))
+    plan = contiguous_plan(shape, ranks, nodes) if plan is None else plan
+    check_plan(plan, shape, ranks)
+    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    return Share(shape, empty, Checkpoint.open(shape.folder), plan, dtype_of(dtype, shape.config, target), target)
+
+
+def dtype_of(name: str, config: Any, device: torch.device) -> torch.dtype:
+    """What `--dtype` means for a model. Raises InputError for a name that is none."""
+    if name == "auto":
+        stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+        return torch.float32 if device.type == "cpu" or stored is None else stored
+    if name not in DTYPES:
+        raise InputError(f"--dtype: found {name!r}, expected auto, {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,99 @@
+"""The sizes of a model that its memory follows from, measured on the meta device: shapes without memory."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from coterie.moe.batch import keeps_only_attention
+from coterie.moe.families import ModelShape
+from coterie.moe.memory import LayerState, ModelSizes
+from coterie.routing.errors import CoterieError, first_line
+from coterie.routing.record import expert_modules
+
+NO_EXPERTS = "coterie_none"
+PROBES = (2, 4)  # tokens; what a layer keeps of them tells what it keeps of any number
+
+
+def _no_experts(module: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(hidden)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NO_EXPERTS, _no_experts)
+
+
+def sizes_of(shape: ModelShape, empty: Any, dtype: torch.dtype) -> ModelSizes:
+    """Sizes of the model in `dtype`. empty: its skeleton, which tells what attention it will run with."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(shape.config), dtype=dtype, attn_implementation="eager", experts_implementation=NO_EXPERTS
+        )
+    text = shape.config.get_text_config()
+    dense, expert = weight_bytes(model, shape.num_experts)
+    eager = empty.config.get_text_config()._attn_implementation == "eager"
+    return ModelSizes(
+        value=dtype.itemsize,
+        dense=dense,
+        expert=expert,
+        states=layer_states(model, keeps_only_attention(shape.config)),
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        top_k=shape.top_k,
+        eager_heads=text.num_attention_heads if eager else 0,
+    )
+
+
+def weight_bytes(model: nn.Module, num_experts: int) -> tuple[int, tuple[int, ...]]:
+    """(bytes of everything that every rank holds, bytes of one expert of each layer with experts). Tied weights count once."""
+    modules = [module for _, module in expert_modules(model).values()]
+    expert = tuple(
+        sum(_bytes(p) for p in module.parameters(recurse=False) if p.ndim and len(p) == num_experts) // num_experts
+        for module in modules
+    )
+    everything = sum(map(_bytes, model.parameters())) + sum(map(_bytes, model.buffers()))
+    return everything - num_experts * sum(expert), expert
+
+
+def layer_states(model: Any, attention_only: bool) -> tuple[LayerState, ...]:
+    """What each decoder layer keeps of one sequence, as `batch.Batch` runs the model."""
+    try:
+        few, more = (_cache_after(model, tokens, attention_only) for tokens in PROBES)
+    except Exception as error:  # any family's own code runs here
+        raise CoterieError(
+            f"model_type {model.config.model_type!r}: its memory cannot be told before it is loaded ({first_line(error)})"
+        ) from error
+    return tuple(_state(a, b) for a, b in zip(few.layers, more.layers, strict=True))
+
+
+def _cache_after(model: Any, tokens: int, attention_only: bool) -> Any:
+    ids = torch.zeros((1, tokens), dtype=torch.int64, device="meta")
+    cache = DynamicCache() if attention_only else None
+    with torch.inference_mode():
+        return model(input_ids=ids, position_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _state(few: Any, more: Any) -> LayerState:
+    kept = _kept(few)
+    token = (_kept(more) - kept) // (PROBES[1] - PROBES[0])
+    window = more.sliding_window - 1 if getattr(more, "is_sliding", False) else None
+    return LayerState(kept - PROBES[0] * token, token, window)
+
+
+def _kept(layer: Any) -> int:
+    return sum(_bytes(t) for t in _tensors(vars(layer)))
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for one in inside for tensor in _tensors(one)]
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

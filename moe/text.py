@@ -1,0 +1,87 @@
+"""Prompts to token ids and token ids to text, by the checkpoint's tokenizer if it brings one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from coterie.moe.batch import Request
+from coterie.moe.families import ModelShape
+from coterie.routing.errors import InputError, first_line
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to continue: `text`, or `token_ids` for checkpoints without a tokenizer; one of the two is set.
+
+    id: the caller's name for it, echoed in the output; max_new_tokens: None takes the call's.
+    """
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    max_new_tokens: int | None = None
+    id: str | int | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished prompt. token_ids: new tokens only; finish_reason: `stop` (end token) or `length`."""
+
+    id: str | int
+    prompt: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+
+
+class Text:
+    """A checkpoint's vocabulary. tokenizer: transformers' own, or None."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        self.folder = shape.folder
+        self.vocabulary: int = shape.config.get_text_config().vocab_size
+        self.tokenizer = _tokenizer(shape.folder)
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt. Raises InputError if it is empty, out of the vocabulary, or needs a tokenizer not there."""
+        if prompt.token_ids is None and self.tokenizer is None:
+            raise InputError(f"{self.folder}: has no tokenizer, expected prompts with token_ids")
+        ids = prompt.token_ids if prompt.token_ids is not None else self.tokenizer(prompt.text or "")["input_ids"]
+        if not len(ids):
+            raise InputError("prompt: found no token, expected at least one")
+        if min(ids) < 0 or max(ids) >= self.vocabulary:
+            raise InputError(f"prompt: found token id {max(ids)}, expected 0 to {self.vocabulary - 1}")
+        return tuple(int(i) for i in ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out; empty without a tokenizer."""
+        return "" if self.tokenizer is None else str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def requests(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Request]:
+        """The prompts as the generation loop takes them, in order. Raises InputError if there is none."""
+        if not prompts:
+            raise InputError("prompts: found none, expected at least one")
+        limits = [max_new_tokens if p.max_new_tokens is None else p.max_new_tokens for p in prompts]
+        return [Request(i, self.encode(p), n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
+
+    def output(self, prompt: Prompt, request: Request, token_ids: Sequence[int], finish_reason: str) -> Output:
+        """What a finished request is told as."""
+        text = prompt.text if prompt.text is not None else self.decode(request.token_ids)
+        name = request.index if prompt.id is None else prompt.id
+        return Output(name, text, self.decode(token_ids), tuple(token_ids), finish_reason)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer, or None if it brings none."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # many kinds; each means that the tokenizer's files are wrong
+        raise InputError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error
