@@ -147,7 +147,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
     from coterie.launch.prompts import read_prompts
     from coterie.launch.quiet import quiet_transformers
 
-    with job() as group:
+    with job(options.timeout, options.transport) as group:
         quiet_transformers()
         from coterie.moe.model import Prompt, load
         from coterie.routing.errors import CoterieError

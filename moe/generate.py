@@ -106,6 +106,7 @@ class Generator:
         queue = Queue(requests, 1 if shared else self.group.size, homes)
         done: list[Running] = []
         while True:
+            self.group.traffic.step += 1
             said = self.group.agree([self.executor.room(batch_size), self.executor.running, int(self.enough())])
             running = tuple(r for _, r, _ in said)
             if any(stop for _, _, stop in said) or not (any(running) or len(queue)):
