@@ -143,7 +143,8 @@ def _planned_trace(inputs: tuple[dict[str, str], ...]) -> RoutingTrace | LoadSta
 
 def generate(options: argparse.Namespace) -> dict[str, Any] | None:
     """Continue prompts on all launched processes; only rank 0 prints."""
-    from coterie.launch.distributed import job, together
+    from coterie.launch.distributed import job, same_on_all, together
+    from coterie.launch.inputs import found_here
     from coterie.launch.prompts import read_prompts
     from coterie.launch.quiet import quiet_transformers
 
@@ -167,6 +168,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
                     raise
                 raise type(error)(f"{options.plan}: {error}") from error
 
+        if group.size > 1:
+            same_on_all(group, together(group, lambda: found_here(options)))
         model, prompts = together(group, prepare)
         if model.plan.homes is not None and group.rank == 0:
             say(f"{options.plan}: its homes are not carried out yet: prompts are spread over the ranks in turn")

@@ -54,7 +54,8 @@ def complain(message: str, known_to_all: bool = False) -> None:
     """One message for all ranks where all fail alike; where one fails alone, it says so itself."""
     rank = launched_rank()
     if rank == 0 or not known_to_all:
-        print(f"coterie: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"coterie: {f'rank {rank}: ' if rank else ''}{message}\n")  # in one piece: other ranks write there too
+        sys.stderr.flush()
 
 
 def choose_transport(launch: Launch, gpus: int, wish: str | None = None) -> str:

@@ -59,6 +59,8 @@ def _from_torchrun(environment: Mapping[str, str]) -> Launch:
     if not environment.get("MASTER_ADDR") or "MASTER_PORT" not in environment:
         raise InputError("MASTER_ADDR, MASTER_PORT: not set beside RANK, expected the address of rank 0's machine and a port")
     group = environment.get("GROUP_RANK", environment.get("CROSS_RANK"))  # torchrun's and deepspeed's number of the node
+    if group is None and "LOCAL_WORLD_SIZE" in environment:
+        group = str(rank // max(1, _number(environment, "LOCAL_WORLD_SIZE")))
     node = socket.gethostname() if group is None else f"{socket.gethostname()}, node {group}"
     local, port = _number(environment, "LOCAL_RANK", 0), _number(environment, "MASTER_PORT")
     agent_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -104,18 +104,19 @@ class Heard:
     system: str = ""
 
 
-def blame(heard: Mapping[int, Heard], me: int, stale: float = STALE_SECONDS) -> dict[int, str]:
-    """Which other ranks are to blame for a failure, and how; empty as long as that is not clear.
+def blame(heard: Mapping[int, Heard], me: int, stale: float = STALE_SECONDS, failed: bool = True) -> dict[int, str]:
+    """Which other ranks are to blame, and how; empty as long as that is not clear.
 
-    First those that failed themselves and said so; then the dead, stopped and silent; then those whom ranks that have left
+    failed: whether an exchange has failed; before that, a rank that is stopped may yet go on. First those that failed themselves and said so; then the dead, stopped and silent; then those whom ranks that have left
     blamed.
     """
     others = {rank: h for rank, h in heard.items() if rank != me and not h.beat.done}
-    failed = {r: f"failed {h.beat.where}: {h.beat.left}" for r, h in others.items() if h.beat.left and not h.beat.lost}
-    if failed:
-        return failed
+    own = {r: f"failed {h.beat.where}: {h.beat.left}" for r, h in others.items() if h.beat.left and not h.beat.lost}
+    if own:
+        return own
     staying = {rank: h for rank, h in others.items() if not h.beat.left}
-    gone = {rank: silence(h) for rank, h in staying.items() if h.system or h.age >= stale}
+    signs = ("dead", "stopped") if failed else ("dead",)
+    gone = {rank: silence(h) for rank, h in staying.items() if h.system in signs or h.age >= stale}
     if gone:
         return gone
     blamed = {rank for h in others.values() for rank in h.beat.lost if rank != me}

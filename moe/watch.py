@@ -31,8 +31,8 @@ MESSAGE_LENGTH = 400
 class Watch:
     """This rank's heartbeat and its view of the others.
 
-    store: the job's, held for as long as this is; keeper: the rank in whose process the store is, None if the launcher keeps it;
-    end: ends the process with the error, where the main thread cannot; terminated: whether SIGTERM has come.
+    store: the job's, held for as long as this is; keeper: the rank in whose process the store is, None if the launcher keeps
+    it; end: ends the process with the error, where the main thread cannot; terminated: whether SIGTERM has come.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Watch:
         while missing := [rank for rank, (beat, _) in self.heard.items() if beat.meetings < meeting]:
             known = self._fresh(BEAT_SECONDS)
             absent = {rank: h for rank, h in (known or {}).items() if h.beat.meetings < meeting}
-            if found := blame(absent, self.rank, self.timeout):
+            if found := blame(absent, self.rank, self.timeout, failed=False):
                 raise self._lost(found)
             if time.monotonic() - began > seconds:
                 raise self._lost(dict.fromkeys(missing, f"lives but was not ready within {seconds:.0f} s"))
@@ -207,7 +207,7 @@ class Watch:
             return self._terminated
         if waited > self.timeout + GRACE_SECONDS:
             return lambda: self.failure(TimeoutError(f"no answer for {waited:.0f} s"))
-        if waited > 1 and blame({r: replace(h, age=0.0) for r, h in (self._fresh(BEAT_SECONDS) or {}).items()}, self.rank):
+        if waited > 1 and blame(self._fresh(BEAT_SECONDS) or {}, self.rank, self.timeout, failed=False):
             return lambda: self.failure(ConnectionError("a rank is gone"))
         unread = now - max(self.read_at, self.resumed_at)
         if max(unread, *(self._silent(s.rank) for s in self.seats if s.rank != self.rank)) > self.timeout:
