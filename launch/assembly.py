@@ -45,7 +45,7 @@ def open_store(launch: Launch, seconds: float) -> Any:
     except RuntimeError as error:
         where = f"{launch.address}:{launch.port}"
         if keeper:
-            raise CoterieError(f"MASTER_PORT: rank 0 cannot listen at {where} ({first_line(error)}); choose another") from error
+            raise _own(f"MASTER_PORT: rank 0 cannot listen at {where} ({first_line(error)}); choose another") from error
         raise CoterieError(
             f"MASTER_ADDR:MASTER_PORT {where} answers, but not as a job's store ({first_line(error)})"
         ) from error
@@ -61,10 +61,17 @@ def reach(address: str, port: int, seconds: float) -> None:
         except OSError as error:
             refusal = error.strerror or str(error)
             time.sleep(min(0.2, left))
-    raise CoterieError(
+    raise _own(
         f"MASTER_ADDR:MASTER_PORT: {address}:{port} cannot be reached from {socket.gethostname()} within {seconds:.0f} s "
         f"({refusal}); check that rank 0 runs there, that the name resolves and that no firewall closes the port"
     )
+
+
+def _own(message: str) -> CoterieError:
+    """An error that only this rank knows of."""
+    error = CoterieError(message)
+    error.alone = True
+    return error
 
 
 def assemble(store: Any, mine: Seat, size: int, seconds: float) -> Assembly:

@@ -107,8 +107,8 @@ class Heard:
 def blame(heard: Mapping[int, Heard], me: int, stale: float = STALE_SECONDS, failed: bool = True) -> dict[int, str]:
     """Which other ranks are to blame, and how; empty as long as that is not clear.
 
-    failed: whether an exchange has failed; before that, a rank that is stopped may yet go on. First those that failed themselves and said so; then the dead, stopped and silent; then those whom ranks that have left
-    blamed.
+    failed: whether an exchange has failed; before that, a rank that is stopped may yet go on. First come those that failed
+    themselves and said so; then the dead, stopped and silent; then those whom ranks that have left blamed.
     """
     others = {rank: h for rank, h in heard.items() if rank != me and not h.beat.done}
     own = {r: f"failed {h.beat.where}: {h.beat.left}" for r, h in others.items() if h.beat.left and not h.beat.lost}
