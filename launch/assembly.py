@@ -39,16 +39,15 @@ def open_store(launch: Launch, seconds: float) -> Any:
     if not keeper:
         reach(launch.address, launch.port, seconds)
     try:
-        return dist.TCPStore(
-            launch.address, launch.port, launch.size, keeper, timedelta(seconds=seconds), wait_for_workers=False
+        patience = timedelta(seconds=seconds)
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            launch.address, launch.port, launch.size, keeper, patience, wait_for_workers=False
         )
     except RuntimeError as error:
         where = f"{launch.address}:{launch.port}"
         if keeper:
             raise _own(f"MASTER_PORT: rank 0 cannot listen at {where} ({first_line(error)}); choose another") from error
-        raise CoterieError(
-            f"MASTER_ADDR:MASTER_PORT {where} answers, but not as a job's store ({first_line(error)})"
-        ) from error
+        raise _own(f"MASTER_ADDR:MASTER_PORT {where} answers, but not as a job's store ({first_line(error)})") from error
 
 
 def reach(address: str, port: int, seconds: float) -> None:
@@ -80,7 +79,7 @@ def assemble(store: Any, mine: Seat, size: int, seconds: float) -> Assembly:
     A store kept by torchrun's agent outlives the processes of earlier attempts, so what is in it may be old: a rank believes
     the number of the attempt only beside a word that it has just made up.
     """
-    from torch.distributed import PrefixStore
+    from torch.distributed.distributed_c10d import PrefixStore
 
     deadline = time.monotonic() + seconds
     word = secrets.token_hex(8)
@@ -153,5 +152,5 @@ def check_seats(seats: Sequence[Seat]) -> None:
         if seat.device and taken.setdefault(seat.device, seat) is not seat:
             raise InputError(
                 f"nccl: {taken[seat.device]} and rank {seat.rank} share a GPU, expected one for each; start fewer processes "
-                "on the node, or choose --transport gloo"
+                "on the node, or hide the GPUs: CUDA_VISIBLE_DEVICES="
             )

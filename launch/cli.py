@@ -233,7 +233,9 @@ def _generate(verbs: Any) -> None:
         metavar="S",
         help="give up a process that does not answer (default: %(default)g s)",
     )
-    p.add_argument("--transport", metavar="T", help="mpi, gloo or nccl (default: nccl with GPUs, mpi under mpirun, else gloo)")
+    p.add_argument(
+        "--transport", metavar="T", help="nccl, mpi, tcp or gloo (default: nccl with GPUs, mpi under mpirun, tcp elsewhere)"
+    )
     _running(p)
 
 

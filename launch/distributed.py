@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 60.0
 MEETING_SECONDS = 1800.0  # loading may take one rank this much longer than another
-TRANSPORTS = ("mpi", "gloo", "nccl")
+TRANSPORTS = ("nccl", "mpi", "tcp", "gloo")
 FAILED = 1
 T = TypeVar("T")
 
@@ -59,17 +59,17 @@ def complain(message: str, known_to_all: bool = False) -> None:
 
 
 def choose_transport(launch: Launch, gpus: int, wish: str | None = None) -> str:
-    """`nccl` where there are GPUs, else `mpi` under mpirun, else `gloo`; or the wish. Raises InputError if that cannot be."""
+    """`nccl` where there are GPUs, else `mpi` under mpirun, else `tcp`; or the wish. Raises InputError if that cannot be."""
     if wish is None:
-        return "nccl" if gpus else "mpi" if launch.launcher == "mpirun" else "gloo"
+        return "nccl" if gpus else "mpi" if launch.launcher == "mpirun" else "tcp"
     if wish not in TRANSPORTS:
         raise InputError(f"--transport: found {wish!r}, expected one of {', '.join(TRANSPORTS)}")
     if wish == "nccl" and not gpus:
-        raise InputError("--transport: found nccl without a GPU, expected gloo or mpi")
+        raise InputError("--transport: found nccl without a GPU, expected tcp, gloo or mpi")
     if wish == "mpi" and launch.launcher not in ("mpirun", "srun"):
-        raise InputError(f"--transport: found mpi under {launch.launcher}, expected mpirun or srun, or gloo")
-    if wish == "mpi" and gpus:
-        raise InputError("--transport: found mpi with a GPU, expected nccl; CUDA_VISIBLE_DEVICES= runs on the CPU")
+        raise InputError(f"--transport: found mpi under {launch.launcher}, expected mpirun or srun, or tcp")
+    if wish != "nccl" and gpus:
+        raise InputError(f"--transport: found {wish} with a GPU, expected nccl; CUDA_VISIBLE_DEVICES= runs on the CPU")
     return wish
 
 
@@ -134,7 +134,7 @@ def _connect(launch: Launch, timeout: float, wish: str | None, terminated: Calla
     from coterie.launch.assembly import ranks_per_node
     from coterie.moe.collectives import Group
     from coterie.moe.traffic import Traffic
-    from coterie.moe.watch import Watch, Watched
+    from coterie.moe.watch import Watch, watched
 
     launch, name, assembly = _assembled(launch, timeout, wish)
     per_node, traffic = ranks_per_node(assembly.seats), Traffic()
@@ -145,7 +145,7 @@ def _connect(launch: Launch, timeout: float, wish: str | None, terminated: Calla
     watch.start()
     with _telling(watch), watch.waiting():
         opened = _open(name, launch, assembly, timeout)
-    return Group(Watched(opened, watch), per_node, traffic), watch
+    return Group(watched(opened, watch), per_node, traffic), watch
 
 
 def _assembled(launch: Launch, timeout: float, wish: str | None) -> tuple[Launch, str, Assembly]:
@@ -211,14 +211,18 @@ def _meet_through_mpi(launch: Launch, seconds: float) -> tuple[Launch, Any]:
 
 
 def _open(name: str, launch: Launch, assembly: Assembly, timeout: float) -> Transport:
+    from coterie.moe.sockets import SocketTransport
     from coterie.moe.transports import MpiTransport, TorchTransport
 
+    patience = timedelta(seconds=timeout)
     if name == "mpi":
         return MpiTransport(_mpi_world(launch).Dup(), timeout)
+    if name == "tcp":
+        return SocketTransport.from_store(launch.rank, launch.size, assembly.store, launch.address, patience)
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
 
-    patience = timedelta(seconds=timeout)
-    store = dist.PrefixStore("group", assembly.store)
+    store = PrefixStore("group", assembly.store)
     dist.init_process_group(name, store=store, rank=launch.rank, world_size=launch.size, timeout=patience)
     return TorchTransport(timeout=timeout)
 

@@ -17,7 +17,7 @@ import torch
 
 from coterie.moe.beats import STALE_SECONDS, Beat, Heard, Seat, blame, late, silence, system_says
 from coterie.moe.traffic import Traffic
-from coterie.moe.transports import Transport, Wait
+from coterie.moe.transports import CountsInside, Transport, Wait
 from coterie.routing.errors import CoterieError, RankLostError, first_line
 
 BEAT_SECONDS, GUARD_SECONDS = 0.5, 0.25
@@ -254,4 +254,20 @@ class Watched:
     def subgroup(self, groups: Sequence[Sequence[int]]) -> Watched:
         """As `Transport`."""
         with self.watch.waiting():
-            return Watched(self.inner.subgroup(groups), self.watch)
+            return watched(self.inner.subgroup(groups), self.watch)
+
+
+class WatchedCounts(Watched):
+    """The same of a transport that sends counts inside."""
+
+    inner: Any
+
+    def all_to_all_counted(self, rows: torch.Tensor, send: Sequence[int]) -> tuple[torch.Tensor, Sequence[int]]:
+        """As `CountsInside`."""
+        with self.watch.waiting():
+            return self.inner.all_to_all_counted(rows, send)  # type: ignore[no-any-return]
+
+
+def watched(transport: Transport, watch: Watch) -> Watched:
+    """The transport, watched, with all that it can."""
+    return (WatchedCounts if isinstance(transport, CountsInside) else Watched)(transport, watch)

@@ -133,10 +133,10 @@ def test_ranks_must_run_one_version_and_not_share_a_gpu() -> None:
 
 def test_one_place_chooses_the_transport() -> None:
     assert choose_transport(find_launch(MPI), 0) == "mpi" and choose_transport(find_launch(MPI), 2) == "nccl"
-    assert choose_transport(find_launch(TORCHRUN), 0) == "gloo" and choose_transport(find_launch(STEP), 0) == "gloo"
+    assert choose_transport(find_launch(TORCHRUN), 0) == "tcp" and choose_transport(find_launch(STEP), 0) == "tcp"
     assert choose_transport(find_launch(STEP), 0, "mpi") == "mpi" and choose_transport(find_launch(MPI), 0, "gloo") == "gloo"
     for launch, gpus, wish, message in (
-        (MPI, 0, "tcp", "found 'tcp', expected one of mpi, gloo, nccl"),
+        (MPI, 0, "udp", "found 'udp', expected one of nccl, mpi, tcp, gloo"),
         (MPI, 0, "nccl", "found nccl without a GPU"),
         (TORCHRUN, 0, "mpi", "found mpi under torchrun, expected mpirun"),
         (MPI, 1, "mpi", "found mpi with a GPU"),

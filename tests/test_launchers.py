@@ -72,20 +72,23 @@ def test_four_processes_write_what_one_does_whoever_starts_them(name: str, promp
         assert job.process.returncode == 0, job.err[-3000:]
         result = result_of(job.out)
         assert result["outputs"] == alone
-        assert result["stats"]["ranks"] == 4 and result["stats"]["strategy"] == "all_to_all"
+        assert result["stats"]["ranks"] == 4
         assert not job.processes()
     finally:
         job.end()
 
 
 def by_hand(
-    settings: list[dict[str, str]], command: list[str], folders: list[Path] | None = None
+    settings: list[dict[str, str]],
+    command: list[str],
+    folders: list[Path] | None = None,
+    program: tuple[str, ...] = ("-m", "coterie"),
 ) -> list[tuple[int, str, str]]:
     """Start a process with each environment, as a launcher would; (exit code, out, err) of each."""
     clean = {k: v for k, v in environment().items() if k not in STRAY and not k.startswith(("SLURM_", "OMPI_", "PMI"))}
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "coterie", *command], env={**clean, **own}, cwd=None if folders is None else folders[i],
+            [sys.executable, *program, *command], env={**clean, **own}, cwd=None if folders is None else folders[i],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i, own in enumerate(settings)
@@ -113,12 +116,20 @@ def slurm(rank: int, size: int = 4, per_node: int = 2) -> dict[str, str]:
     }  # fmt: skip
 
 
-def test_tasks_of_srun_find_each_other_and_know_their_nodes(prompts: Path, alone: list[dict[str, Any]]) -> None:
+def test_tasks_of_srun_write_what_one_process_does(prompts: Path, alone: list[dict[str, Any]]) -> None:
     ended = by_hand([slurm(rank) for rank in range(4)], arguments(prompts))
     assert [code for code, _, _ in ended] == [0] * 4, ended
     result = json.loads(ended[0][1])
-    assert result["outputs"] == alone and result["stats"]["strategy"] == "hierarchical"
+    assert result["outputs"] == alone
     assert all(out == "" for _, out, _ in ended[1:])
+
+
+def test_tasks_of_srun_know_who_is_on_their_node(tmp_path: Path) -> None:
+    program = (str(ROOT / "tests" / "transport_worker.py"), str(tmp_path / "r.json"), "")
+    ended = by_hand([slurm(rank) for rank in range(4)], [], None, program)
+    assert [code for code, _, _ in ended] == [0] * 4, ended
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found == {"name": "tcp", "torch": False, "per_node": 2, "size": 4}
 
 
 def test_nodes_with_different_numbers_of_ranks_are_refused_by_name(prompts: Path) -> None:
@@ -135,7 +146,7 @@ def test_two_torchruns_are_two_nodes(prompts: Path, alone: list[dict[str, Any]])
         for job in jobs:
             assert finished(job).process.returncode == 0, job.err[-3000:]
         result = result_of(jobs[0].out)
-        assert result["outputs"] == alone and result["stats"]["strategy"] == "hierarchical" and jobs[1].out == ""
+        assert result["outputs"] == alone and jobs[1].out == ""
     finally:
         for job in jobs:
             job.end()
@@ -158,14 +169,22 @@ def test_an_elastic_job_starts_again_after_a_rank_dies(prompts: Path, alone: lis
         job.end()
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("mpirun", 2), ("mpirun", 4), ("torchrun", 4)])
-def test_a_transport_brings_every_row_where_it_belongs(name: str, ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "ranks", "transport"), [("mpirun", 2, ""), ("mpirun", 4, ""), ("torchrun", 4, ""), ("torchrun", 4, "gloo")]
+)
+def test_a_transport_brings_every_row_where_it_belongs(name: str, ranks: int, transport: str, tmp_path: Path) -> None:
     command = installed(name, ranks)
-    command = [*command[: command.index("-m")], str(ROOT / "tests" / "transport_worker.py"), str(tmp_path / "r.json")]
+    command = [
+        *command[: command.index("-m")],
+        str(ROOT / "tests" / "transport_worker.py"),
+        str(tmp_path / "r.json"),
+        transport,
+    ]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = {"name": "mpi", "torch": False} if name == "mpirun" else {"name": "gloo", "torch": True}
-    assert json.loads((tmp_path / "r.json").read_text()) == {**expected, "per_node": ranks, "size": ranks}
+    expected = transport or {"mpirun": "mpi", "torchrun": "tcp"}[name]
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found == {"name": expected, "torch": expected == "gloo", "per_node": ranks, "size": ranks}
 
 
 def test_gloo_can_be_had_under_mpirun(prompts: Path, alone: list[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """Run by test_launchers.py on every rank: what a transport brings, against what each rank can work out by itself.
 
-python tests/transport_worker.py RESULT.json, under any launcher
+python tests/transport_worker.py RESULT.json TRANSPORT, under any launcher
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def check_exchanges(group: Group, dtype: torch.dtype) -> None:
     assert torch.equal(out[:: len(big) // group.size, 0], torch.tensor(theirs, dtype=torch.float32))
 
 
-def main(result: Path) -> None:
-    with job() as group:
+def main(result: Path, transport: str) -> None:
+    with job(transport=transport or None) as group:
         for dtype in (torch.float32, torch.bfloat16):
             check_exchanges(group, dtype)
         assert group.agree([group.rank, 7]) == [(r, 7) for r in range(group.size)] and group.any(group.rank == 1)
@@ -63,5 +63,5 @@ def main(result: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
     leave(0)
