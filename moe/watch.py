@@ -6,6 +6,7 @@ for as long as its beat has not changed here. Of ranks on this machine the syste
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,11 +125,12 @@ class Watch:
 
     def _without_store(self) -> dict[int, str]:
         """Whom to blame when the store cannot be read: its keeper, unless something more is known."""
-        known = self.view()
-        found = blame({rank: replace(h, age=0.0) for rank, h in known.items()}, self.rank)
+        now = time.monotonic()
+        known = {rank: replace(h, age=now - self.heard[rank][1]) for rank, h in self.view().items()}
+        found = blame(known, self.rank, math.inf)  # unread beats are no sign of silence
         if found or self.keeper is None or self.keeper == self.rank:
             return found
-        return {self.keeper: silence(replace(known[self.keeper], age=time.monotonic() - self.heard[self.keeper][1]))}
+        return {self.keeper: silence(known[self.keeper])}
 
     def meet(self, seconds: float) -> None:
         """Wait until every rank is here, as long as all live and `seconds` at most: after work that takes some much longer."""
@@ -138,6 +140,8 @@ class Watch:
         while missing := [rank for rank, (beat, _) in self.heard.items() if beat.meetings < meeting]:
             known = self._fresh(BEAT_SECONDS)
             absent = {rank: h for rank, h in (known or {}).items() if h.beat.meetings < meeting}
+            if self.broken:
+                raise self.failure(ConnectionError(self.broken))
             if found := blame(absent, self.rank, self.timeout, failed=False):
                 raise self._lost(found)
             if time.monotonic() - began > seconds:
@@ -151,8 +155,9 @@ class Watch:
         self.beat = replace(self.beat, left=message[:MESSAGE_LENGTH], lost=lost, done=not message)
         self._kick.set()
         self._told.wait(2 * BEAT_SECONDS)
-        until = time.monotonic() + LINGER_SECONDS
-        while self.keeper == self.rank and time.monotonic() < until and not self._all_left():
+        patience, stale = (LINGER_SECONDS, STALE_SECONDS) if message else (self.timeout, self.timeout)
+        until = time.monotonic() + patience
+        while self.keeper == self.rank and time.monotonic() < until and not self._all_left(stale):
             self._kick.set()
             time.sleep(0.05)
         self._stopping.set()
@@ -161,9 +166,9 @@ class Watch:
             if thread is not threading.current_thread():
                 thread.join(BEAT_SECONDS)
 
-    def _all_left(self) -> bool:
+    def _all_left(self, stale: float) -> bool:
         others = [h for rank, h in self.view().items() if rank != self.rank]
-        return all(h.beat.left or h.beat.done or h.system or h.age >= STALE_SECONDS for h in others)
+        return all(h.beat.left or h.beat.done or h.system == "dead" or h.age >= stale for h in others)
 
     def _beats(self) -> None:
         while not self._stopping.is_set():
