@@ -12,7 +12,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
-from coterie.launch.distributed import launched_rank, leave
+from coterie.launch.distributed import complain, launched_rank, leave
 from coterie.launch.planning import check_launch
 from coterie.placement.baselines import BASELINES
 from coterie.placement.exports import EXPORTS
@@ -40,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CoterieError as error:
         if debug:
             raise
-        _complain(str(error), known_to_all=True)
+        complain(str(error), known_to_all=not error.alone)
         return WRONG_INPUT if isinstance(error, InputError) else FAILED
     except KeyboardInterrupt as error:
         if debug:
             raise
-        _complain(str(error) or "interrupted; no output was written")
+        complain(str(error) or "interrupted; no output was written")
         return FAILED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         first = (str(error).strip().splitlines() or [""])[0]
-        _complain(f"{type(error).__name__}: {first[:300]}\n(this is a defect of coterie: --debug shows where it is)")
+        complain(f"{type(error).__name__}: {first[:300]}\n(this is a defect of coterie: --debug shows where it is)")
         return FAILED
 
 
@@ -68,13 +68,6 @@ def _without_launcher(arguments: list[str]) -> list[str]:
     while arguments and arguments[0].replace("-", "_").startswith("__local_rank"):
         arguments = arguments[1:] if "=" in arguments[0] else arguments[2:]
     return arguments
-
-
-def _complain(message: str, known_to_all: bool = False) -> None:
-    """One message for all ranks where all fail alike; where one fails alone, it says so itself."""
-    rank = launched_rank()
-    if rank == 0 or not known_to_all:
-        print(f"coterie: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -245,6 +238,16 @@ def _generate(verbs: Any) -> None:
         "--dry-run",
         action="store_true",
         help="print the memory that each rank of the plan needs and stop; one process is enough",
+    )
+    p.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="give up a process that does not answer (default: %(default)g s)",
+    )
+    p.add_argument(
+        "--transport", metavar="T", help="nccl, mpi, tcp or gloo (default: nccl with GPUs, mpi under mpirun, tcp elsewhere)"
     )
     _running(p)
 

@@ -187,7 +187,7 @@ def main() -> None:
     torch.set_num_threads(1)
     quiet_transformers()
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
-    with job():
+    with job(transport="gloo"):  # the peers run on torch.distributed
         group = Group.current(int(os.environ["LOCAL_WORLD_SIZE"]))
         worker = Worker(group, int(os.environ["LOCAL_RANK"]))
         for command in commands():

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from coterie.launch.commands import say
-from coterie.launch.distributed import job, together
+from coterie.launch.distributed import job, same_on_all, together
+from coterie.launch.inputs import found_here
 from coterie.launch.prompts import read_prompts
 from coterie.launch.quiet import quiet_transformers
 from coterie.placement.plan import PlacementPlan, read_plan
@@ -56,8 +57,10 @@ class Asked:
 
 def generate(options: argparse.Namespace) -> dict[str, Any] | None:
     """Continue prompts on all launched processes; only rank 0 prints."""
-    with job() as group:
+    with job(options.timeout, options.transport) as group:
         quiet_transformers()
+        if group.size > 1:
+            same_on_all(group, together(group, lambda: found_here(options)))
         asked = together(group, lambda: settle(options, group))
         from coterie.launch.memory import check_memory
         from coterie.launch.resuming import Resuming

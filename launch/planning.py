@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from coterie.launch.commands import comparison, say
 from coterie.launch.distributed import launched_rank, launched_size
+from coterie.launch.launched import find_launch
 from coterie.placement.plan import read_plan, save_plan
 from coterie.placement.topology import parse_topology
 from coterie.routing.errors import InputError, positive
@@ -126,12 +127,11 @@ def _comparisons(made: PlacementPlan, routings: list[RoutingTrace | LoadStatisti
 
 def check_launch(verb: str) -> None:
     """Raises InputError where a verb runs on one process only; `plan` also runs under mpirun."""
-    if launched_size() == 1 or verb == "generate":
+    size = find_launch(os.environ).size
+    if size == 1 or verb == "generate":
         return
     if verb == "plan":
         if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
             return
-        raise InputError(
-            f"plan: found {launched_size()} processes, expected one, or mpirun -n {launched_size()} coterie plan ..."
-        )
-    raise InputError(f"{verb}: found {launched_size()} processes, expected one; generate and plan run on several")
+        raise InputError(f"plan: found {size} processes, expected one, or mpirun -n {size} coterie plan ...")
+    raise InputError(f"{verb}: found {size} processes, expected one; generate and plan run on several")

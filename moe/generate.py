@@ -107,6 +107,7 @@ class Generator:
         queue = Queue(requests, 1 if shared else self.group.size, homes)
         done: list[Running] = []
         while True:
+            self.group.traffic.step += 1
             told = 0 if boundary is None else boundary.notice()
             said = self.group.agree([self.executor.room(batch_size), self.executor.running, int(self.enough()), told])
             rooms, running, stops, notices = zip(*said, strict=True)

@@ -23,15 +23,17 @@ class Event:
 class Traffic:
     """What this rank sent to other ranks.
 
-    rows: dispatch and combine together; bytes: of those rows with their headers of 8 bytes per slot; overhead: bytes of counts,
-    padding and agreement beside them. rows_by_layer: by the layer's place among those with experts; bytes_to: rows and
-    overhead together, by destination rank; seconds: by kind of work; events: None unless a timeline is recorded.
+    step: of the generation, from 1; layer: its place among those with experts, -1 outside them. rows: dispatch and combine
+    together; bytes: of those rows with their headers of 8 bytes per slot; overhead: bytes of counts, padding and agreement
+    beside them. rows_by_layer: by layer; bytes_to: rows and overhead together, by destination rank; seconds: by kind of work;
+    events: None unless a timeline is recorded.
     """
 
     rows: int = 0
     bytes: int = 0
     overhead: int = 0
     layer: int = -1
+    step: int = 0
     rows_by_layer: Counter[int] = field(default_factory=Counter)
     bytes_to: Counter[int] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -59,10 +60,11 @@ class CountsInside(Protocol):
 
 
 class TorchTransport:
-    """torch.distributed with whatever backend the job was started with."""
+    """torch.distributed with whatever backend the job was started with. timeout: seconds, of the subgroups."""
 
-    def __init__(self, group: Any = None) -> None:
+    def __init__(self, group: Any = None, timeout: float | None = None) -> None:
         self.group = group
+        self.timeout = timeout
         self.name = str(dist.get_backend(group))
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
@@ -90,8 +92,9 @@ class TorchTransport:
 
     def subgroup(self, groups: Sequence[Sequence[int]]) -> TorchTransport:
         """As `Transport`."""
-        made = [dist.new_group(list(ranks)) for ranks in groups]
-        return next(TorchTransport(g) for g, ranks in zip(made, groups, strict=True) if dist.get_rank() in ranks)
+        limit = None if self.timeout is None else timedelta(seconds=self.timeout)
+        made = [dist.new_group(list(ranks), timeout=limit) for ranks in groups]
+        return next(TorchTransport(g, self.timeout) for g, ranks in zip(made, groups, strict=True) if dist.get_rank() in ranks)
 
 
 class MpiTransport:

@@ -7,11 +7,27 @@ expected and the way out.
 
 
 class CoterieError(Exception):
-    """Something failed that the user can be told about in a line."""
+    """Something failed that the user can be told about in a line.
+
+    alone: in a job of several processes, whether only this one knows, which then says so itself whatever its rank; None until
+    that is settled.
+    """
+
+    alone: bool | None = None
 
 
 class InputError(CoterieError, ValueError):
     """A file or an argument is wrong."""
+
+
+class RankLostError(CoterieError):
+    """Other processes of the job are gone, stopped, late or failed. ranks: those; empty if it cannot be said which."""
+
+    alone = True
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
 
 
 def require(condition: bool, field: str, found: object, expected: str) -> None:

@@ -1,0 +1,156 @@
+"""How the ranks of a job find each other: one store at an address that all know, and a seat for each in it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+from coterie.launch.launched import Launch
+from coterie.moe.beats import Beat, Seat
+from coterie.moe.watch import Watch
+from coterie.routing.errors import CoterieError, InputError, RankLostError, first_line
+
+START_SECONDS = 25.0
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The store, under a prefix that no other attempt of the job uses, and all ranks' seats."""
+
+    store: Any
+    seats: tuple[Seat, ...]
+
+
+def open_store(launch: Launch, seconds: float) -> Any:
+    """The store at the launch's address; rank 0 keeps it unless torchrun's agent does. port 0: any, rank 0 only.
+
+    Raises CoterieError, naming the address, if it cannot be reached within `seconds`.
+    """
+    import torch.distributed as dist
+
+    keeper = launch.rank == 0 and not launch.agent_store
+    if not keeper:
+        reach(launch.address, launch.port, seconds)
+    try:
+        patience = timedelta(seconds=seconds)
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            launch.address, launch.port, launch.size, keeper, patience, wait_for_workers=False
+        )
+    except RuntimeError as error:
+        where = f"{launch.address}:{launch.port}"
+        if keeper:
+            raise _own(f"MASTER_PORT: rank 0 cannot listen at {where} ({first_line(error)}); choose another") from error
+        raise _own(f"MASTER_ADDR:MASTER_PORT {where} answers, but not as a job's store ({first_line(error)})") from error
+
+
+def reach(address: str, port: int, seconds: float) -> None:
+    """Wait until something listens there. Raises CoterieError with the address and what to check."""
+    began, refusal = time.monotonic(), "no answer"
+    while (left := seconds - (time.monotonic() - began)) > 0:
+        try:
+            socket.create_connection((address, port), timeout=left).close()
+            return
+        except OSError as error:
+            refusal = error.strerror or str(error)
+            time.sleep(min(0.2, left))
+    raise _own(
+        f"MASTER_ADDR:MASTER_PORT: {address}:{port} cannot be reached from {socket.gethostname()} within {seconds:.0f} s "
+        f"({refusal}); check that rank 0 runs there, that the name resolves and that no firewall closes the port"
+    )
+
+
+def _own(message: str) -> CoterieError:
+    """An error that only this rank knows of."""
+    error = CoterieError(message)
+    error.alone = True
+    return error
+
+
+def assemble(store: Any, mine: Seat, size: int, seconds: float) -> Assembly:
+    """Every rank's seat. Raises RankLostError, naming them, if some do not come within `seconds`.
+
+    A store kept by torchrun's agent outlives the processes of earlier attempts, so what is in it may be old: a rank believes
+    the number of the attempt only beside a word that it has just made up.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    deadline = time.monotonic() + seconds
+    word = secrets.token_hex(8)
+    store.set(f"coterie/word/{mine.rank}", word)
+    attempt = int(store.add("coterie/attempts", 1)) if mine.rank == 0 else _hear_attempt(store, mine.rank, word, deadline)
+    job = PrefixStore(f"coterie/{attempt}", store)
+    job.set(Watch.key(mine.rank), Beat().to_json())
+    job.set(f"seat/{mine.rank}", json.dumps(asdict(mine)))
+    keys = [f"seat/{rank}" for rank in range(size)]
+    while missing := [rank for rank, key in enumerate(keys) if not job.check([key])]:
+        if mine.rank == 0:
+            _tell_words(store, size, attempt)
+        if time.monotonic() > deadline:
+            raise _absent(missing, size, seconds)
+        time.sleep(POLL_SECONDS)
+    return Assembly(job, tuple(Seat(**json.loads(data)) for data in job.multi_get(keys)))
+
+
+def _absent(missing: Sequence[int], size: int, seconds: float) -> RankLostError:
+    named = ", ".join(map(str, missing))
+    return RankLostError(f"rank {named} of {size} did not start within {seconds:.0f} s", tuple(missing))
+
+
+def _tell_words(store: Any, size: int, attempt: int) -> None:
+    keys = [f"coterie/word/{rank}" for rank in range(size)]
+    words = [store.get(key).decode() if store.check([key]) else "" for key in keys]
+    store.set("coterie/attempt", json.dumps({"attempt": attempt, "words": words}))
+
+
+def _hear_attempt(store: Any, rank: int, word: str, deadline: float) -> int:
+    while time.monotonic() < deadline:
+        if store.check(["coterie/attempt"]):
+            told = json.loads(store.get("coterie/attempt"))
+            if rank < len(told["words"]) and told["words"][rank] == word:
+                return int(told["attempt"])
+        time.sleep(POLL_SECONDS)
+    raise RankLostError("rank 0 did not start in time: nobody has numbered the ranks", (0,))
+
+
+def ranks_per_node(seats: Sequence[Seat]) -> int:
+    """How many ranks each node has. Raises InputError, naming the node, unless all have as many, one after another."""
+    nodes: dict[str, list[int]] = {}
+    for seat in seats:
+        nodes.setdefault(seat.node, []).append(seat.rank)
+    (first, ranks), *others = nodes.items()
+    for node, found in others:
+        if len(found) != len(ranks):
+            raise InputError(
+                f"ranks per node: found {len(found)} on {node} and {len(ranks)} on {first}, expected as many on every node"
+            )
+    for node, found in nodes.items():
+        if found != list(range(found[0], found[0] + len(found))):
+            raise InputError(
+                f"ranks per node: found ranks {', '.join(map(str, found))} on {node}, expected consecutive ones "
+                "(mpirun --map-by slot, srun --distribution=block)"
+            )
+    return len(ranks)
+
+
+def check_seats(seats: Sequence[Seat]) -> None:
+    """Raises InputError if the ranks run different versions of coterie, or two of them share a GPU."""
+    for seat in seats:
+        if seat.version != seats[0].version:
+            raise InputError(
+                f"coterie: found version {seat.version} on rank {seat.rank} (host {seat.host}) and {seats[0].version} "
+                "on rank 0, expected the same everywhere"
+            )
+    taken: dict[str, Seat] = {}
+    for seat in seats:
+        if seat.device and taken.setdefault(seat.device, seat) is not seat:
+            raise InputError(
+                f"nccl: {taken[seat.device]} and rank {seat.rank} share a GPU, expected one for each; start fewer processes "
+                "on the node, or hide the GPUs: CUDA_VISIBLE_DEVICES="
+            )
