@@ -191,7 +191,11 @@ def _evaluate(verbs: Any) -> None:
 def _show(verbs: Any) -> None:
     p = _verb(verbs, "show", "commands", "a page of pictures: affinity, load, links, the plan")
     p.add_argument(
-        "files", type=Path, nargs="+", metavar="T|P", help="a trace, a plan, or both (the plan is drawn on the trace)"
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="T|P",
+        help="a trace, a plan, or both (the plan is drawn on the trace); or a timeline",
     )
     p.add_argument("--out", type=Path, required=True, metavar="HTML", help="the page to write")
 
@@ -239,6 +243,11 @@ def _generate(verbs: Any) -> None:
         action="store_true",
         help="print the memory that each rank of the plan needs and stop; one process is enough",
     )
+    p.add_argument(
+        "--batch-invariant", action="store_true", help="text that does not depend on the batch or the rank, to the last bit"
+    )
+    p.add_argument("--replan", metavar="R", help="while generating: auto follows the load; or a plan to take over")
+    p.add_argument("--trace-events", type=Path, metavar="F", help="write a timeline of all ranks, for chrome://tracing")
     p.add_argument(
         "--timeout",
         type=float,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coterie.launch.tables import table
 from coterie.placement.plan import read_plan
 from coterie.routing.errors import InputError, positive
 from coterie.routing.files import check_writable
 from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing, save_load, save_trace
+
+if TYPE_CHECKING:
+    from coterie.launch.timeline import Sums
 
 
 def say(text: str) -> None:
@@ -97,8 +100,13 @@ def comparison(plans: dict[str, dict[str, float | None]], known_only: bool = Fal
 def show(options: argparse.Namespace) -> dict[str, Any]:
     """Draw a trace, a plan, or a plan on a trace."""
     from coterie.launch.show import write_report
+    from coterie.launch.show_timeline import write_traffic_report
 
     check_writable(options.out)
+    if len(options.files) == 1 and (sums := _traffic(options.files[0])) is not None:
+        write_traffic_report(options.out, sums, options.files[0].name)
+        say(f"{options.out}: open it in a browser")
+        return {"report": str(options.out)}
     plans = [read_plan(p) for p in options.files if _is_plan(p)]
     traces = [read_routing(p) for p in options.files if not _is_plan(p)]
     if len(plans) > 1 or len(traces) > 1:
@@ -112,6 +120,12 @@ def show(options: argparse.Namespace) -> dict[str, Any]:
     write_report(options.out, plans[0] if plans else None, recorded)
     say(f"{options.out}: open it in a browser")
     return {"report": str(options.out)}
+
+
+def _traffic(path: Path) -> Sums | None:
+    from coterie.launch.timeline import read
+
+    return read(path) if _is_plan(path) else None
 
 
 def _is_plan(path: Path) -> bool:

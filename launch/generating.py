@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coterie.launch import timeline
 from coterie.launch.commands import say
 from coterie.launch.distributed import job, same_on_all, together
 from coterie.launch.inputs import found_here
@@ -42,6 +44,7 @@ class Asked:
     prompts: list[Prompt]
     requests: list[Request]
     sampling: Sampling
+    batch_invariant: bool
 
     def rows(self, kept: Journal | Held) -> Iterator[dict[str, Any]]:
         """Finished prompts in order, as `--out` and `--json` show them."""
@@ -75,7 +78,42 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
         too_large = check_memory(asked, options, group).too_large
         model = _load(asked, group)
         model.dispatcher.without = too_large
-        return _run(model, asked, options, resuming)
+        if options.replan is not None:
+            model.follow(
+                together(group, lambda: _new_plan(options.replan, model)), say if group.rank == 0 else lambda text: None
+            )
+        if options.trace_events is not None:
+            timeline.begin(group)
+        result = _run(model, asked, options, resuming)
+        if options.trace_events is not None:
+            _write_timeline(model, options.trace_events)
+        return result
+
+
+def _new_plan(wish: str, model: Model) -> PlacementPlan | str:
+    """What --replan asks for: `auto`, or a plan of this model for as many ranks."""
+    if model.group.size == 1:
+        raise InputError(f"--replan: found {wish!r} on one process, expected several (torchrun, mpirun)")
+    if wish == "auto":
+        return wish
+    if not Path(wish).is_file():
+        raise InputError(f"--replan: found {wish!r}, expected auto or a plan file")
+    from coterie.moe.relocate import transfers
+
+    plan = read_plan(Path(wish))
+    transfers(model.plan, plan)  # raises where the plans do not go together
+    return plan
+
+
+def _write_timeline(model: Model, path: Path) -> None:
+    started = model.group.traffic.events
+    seconds = max((e.start + e.seconds for e in started or []), default=0.0) - min(
+        (e.start for e in started or []), default=0.0
+    )
+    sums = timeline.write(path, model.group, len(model.shape.layer_ids))
+    if sums is not None:
+        say(timeline.describe(sums, max(seconds, 1e-9)))
+        say(f"{path}: open it in chrome://tracing or ui.perfetto.dev, or with coterie show")
 
 
 def settle(options: argparse.Namespace, group: Group) -> Asked:
@@ -90,8 +128,9 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
     if options.resume and options.out is None:
         raise InputError("--resume: found no --out, expected the one of the stopped run")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    if options.out is not None and group.rank == 0 and not options.dry_run:
-        check_writable(options.out)
+    for path in (options.out, options.trace_events):
+        if path is not None and group.rank == 0 and not options.dry_run:
+            check_writable(path)
     prompts = read_prompts(options.prompts) if options.prompts else [Prompt(text=options.prompt)]
     plan = None if options.plan is None else read_plan(options.plan)
     to_come = _group_to_come(plan, group, options.dry_run)
@@ -103,7 +142,9 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
             raise
         raise type(error)(f"{options.plan}: {error}") from error
     text = Text(share.shape)
-    return Asked(share, strategy, text, prompts, text.requests(prompts, options.max_new_tokens), sampling)
+    return Asked(
+        share, strategy, text, prompts, text.requests(prompts, options.max_new_tokens), sampling, options.batch_invariant
+    )
 
 
 def _group_to_come(plan: PlacementPlan | None, group: Group, dry_run: bool) -> Group:
@@ -131,7 +172,7 @@ def _load(asked: Asked, group: Group) -> Model:
             bar.update(count)
 
         read = together(group, lambda: asked.share.read(group.rank, on_bytes))
-    return assembled(asked.share, read, asked.strategy, group, asked.text)
+    return assembled(asked.share, read, asked.strategy, group, asked.text, asked.batch_invariant)
 
 
 def _run(model: Model, asked: Asked, options: argparse.Namespace, resuming: Resuming) -> dict[str, Any] | None:

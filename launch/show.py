@@ -95,7 +95,7 @@ def _numbers(plan: PlacementPlan, routing: RoutingTrace | LoadStatistics) -> str
         for name, values in plans.items()
     )
     legend = "; ".join(f"{f}: {COLUMNS[f]}" for f in fields)
-    return _section("What it saves", legend + ".", f"<table><tr><th>plan</th>{head}</tr>{rows}</table>")
+    return section("What it saves", legend + ".", f"<table><tr><th>plan</th>{head}</tr>{rows}</table>")
 
 
 def _before_and_after(plan: PlacementPlan, routing: RoutingTrace | LoadStatistics) -> list[str]:
@@ -107,32 +107,32 @@ def _before_and_after(plan: PlacementPlan, routing: RoutingTrace | LoadStatistic
 
 
 def _rank_load(before: CostReport, after: CostReport) -> str:
-    figure, axes = _axes(1, 2, 10, 3)
+    figure, axes = picture_axes(1, 2, 10, 3)
     scale = max(r.rank_load.max() for r in (before, after))
     for axis, report, name in zip(axes, (before, after), ("contiguous", "this plan"), strict=True):
         image = axis.imshow(report.rank_load, aspect="auto", cmap="Blues", vmin=0, vmax=scale)
         axis.set(title=f"{name}: busiest / mean {report.load:.3f}", xlabel="rank", ylabel="layer")
     figure.colorbar(image, ax=axes.tolist(), label="(token, expert) pairs")
-    return _section(
-        "Load of each rank", "Before and after; a dark cell keeps all other ranks waiting in that layer.", _svg(figure)
+    return section(
+        "Load of each rank", "Before and after; a dark cell keeps all other ranks waiting in that layer.", svg(figure)
     )
 
 
 def _links(before: CostReport, after: CostReport) -> str:
-    figure, axes = _axes(1, 2, 9, 3.8)
+    figure, axes = picture_axes(1, 2, 9, 3.8)
     means = [r.rows.mean(0) for r in (before, after) if r.rows is not None]
     remote = [m * ~np.eye(len(m), dtype=bool) for m in means]
     for axis, rows, name in zip(axes, remote, ("contiguous", "this plan"), strict=True):
         image = axis.imshow(rows, cmap="Oranges", vmin=0, vmax=max(r.max() for r in remote))
         axis.set(title=f"{name}: {rows.sum():.3f} rows per token", xlabel="to rank", ylabel="from rank")
     figure.colorbar(image, ax=axes.tolist(), label="rows per token and layer")
-    return _section("Rows on each link", "Dispatch rows from home rank to destination, mean over layers.", _svg(figure))
+    return section("Rows on each link", "Dispatch rows from home rank to destination, mean over layers.", svg(figure))
 
 
 def _plan_picture(plan: PlacementPlan) -> str:
     holds = plan.holds()
     owner = np.where(holds.any(2), holds.argmax(2), -1)
-    figure, axes = _axes(1, 1, 10, 0.8 + 0.3 * len(plan.layer_ids))
+    figure, axes = picture_axes(1, 1, 10, 0.8 + 0.3 * len(plan.layer_ids))
     colours = "tab10" if plan.ranks <= 10 else "tab20" if plan.ranks <= 20 else "turbo"
     axes[0].imshow(owner, aspect="auto", cmap=colours, vmin=0, vmax=max(plan.ranks - 1, 1), interpolation="nearest")
     if owner.size <= 1200:
@@ -140,18 +140,18 @@ def _plan_picture(plan: PlacementPlan) -> str:
             axes[0].text(expert, layer, str(rank), ha="center", va="center", fontsize=8, color="white")
     axes[0].set(xlabel="expert", ylabel="layer")
     axes[0].set_yticks(range(len(plan.layer_ids)), [str(i) for i in plan.layer_ids], fontsize=7)
-    return _section("The plan", "The rank of every expert (of several copies, the first).", _svg(figure))
+    return section("The plan", "The rank of every expert (of several copies, the first).", svg(figure))
 
 
 def _load_picture(routing: RoutingTrace | LoadStatistics) -> str:
     load = expert_load(routing) if isinstance(routing, RoutingTrace) else routing.expert_load.sum(0).astype(np.float64)
     share = load / np.maximum(load.mean(1, keepdims=True), 1e-12)
-    figure, axes = _axes(1, 1, 10, 0.8 + 0.3 * len(load))
+    figure, axes = picture_axes(1, 1, 10, 0.8 + 0.3 * len(load))
     image = axes[0].imshow(share, aspect="auto", cmap="Purples", vmin=0)
     axes[0].set(xlabel="expert", ylabel="layer")
     axes[0].set_yticks(range(len(load)), [str(i) for i in routing.layer_ids], fontsize=7)
     figure.colorbar(image, ax=axes.tolist(), label="load / mean")
-    return _section("Load of each expert", "How often each expert is picked, relative to the mean of its layer.", _svg(figure))
+    return section("Load of each expert", "How often each expert is picked, relative to the mean of its layer.", svg(figure))
 
 
 def _affinity_pictures(trace: RoutingTrace, plan: PlacementPlan | None) -> str:
@@ -159,7 +159,7 @@ def _affinity_pictures(trace: RoutingTrace, plan: PlacementPlan | None) -> str:
     chosen = np.unique(np.linspace(0, len(counts) - 1, min(len(counts), MAX_HEAT_MAPS)).astype(int))
     columns = min(3, len(chosen))
     lines = -(-len(chosen) // columns)
-    figure, axes = _axes(lines, columns, 3.6 * columns, 3.5 * lines)
+    figure, axes = picture_axes(lines, columns, 3.6 * columns, 3.5 * lines)
     chances = counts / np.maximum(counts.sum(2, keepdims=True), 1)
     brightest = max(0.2, float(chances[chosen].max()))
     for axis, pair in zip(axes, chosen, strict=False):
@@ -178,7 +178,7 @@ def _affinity_pictures(trace: RoutingTrace, plan: PlacementPlan | None) -> str:
     )
     even = 1 / trace.num_experts
     text = f"Mean of the largest probability of a row: {mean_affinity(trace):.3f}; even routing would give {even:.3f}."
-    return _section("Affinity of consecutive layers", text + (ordered if plan else ""), _svg(figure))
+    return section("Affinity of consecutive layers", text + (ordered if plan else ""), svg(figure))
 
 
 def _order(experts: int, plan: PlacementPlan | None, layer: int) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
@@ -191,7 +191,8 @@ def _order(experts: int, plan: PlacementPlan | None, layer: int) -> tuple[NDArra
     return rows, cols, np.cumsum(sizes)[:-1].tolist()
 
 
-def _axes(lines: int, columns: int, width: float, height: float) -> tuple[Any, NDArray[Any]]:
+def picture_axes(lines: int, columns: int, width: float, height: float) -> tuple[Any, NDArray[Any]]:
+    """A figure of `lines` x `columns` axes, flat; width, height: of all, in inches."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -203,7 +204,8 @@ def _axes(lines: int, columns: int, width: float, height: float) -> tuple[Any, N
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """The figure as an element of a page, the same text on every run."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -213,5 +215,6 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def _section(title: str, text: str, body: str) -> str:
+def section(title: str, text: str, body: str) -> str:
+    """A heading, a sentence, and what is drawn."""
     return f"<section><h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>{body}</section>"

@@ -106,8 +106,9 @@ class Generator:
         """
         queue = Queue(requests, 1 if shared else self.group.size, homes)
         done: list[Running] = []
+        traffic = self.group.traffic
         while True:
-            self.group.traffic.step += 1
+            traffic.step += 1
             told = 0 if boundary is None else boundary.notice()
             said = self.group.agree([self.executor.room(batch_size), self.executor.running, int(self.enough()), told])
             rooms, running, stops, notices = zip(*said, strict=True)
@@ -117,10 +118,12 @@ class Generator:
                 boundary.step(list(notices))
             taken = queue.assign(rooms[: 1 if shared else None])
             if any(running):
-                self._extend(self.executor.decode(running))
+                with traffic.span("decode"):
+                    self._extend(self.executor.decode(running))
             if any(taken):
                 newcomers = [[Running(request, home) for request in own] for home, own in enumerate(taken)]
-                self._extend(self.executor.prefill(newcomers))
+                with traffic.span("prefill"):
+                    self._extend(self.executor.prefill(newcomers))
             ended = [s for s in self.executor.sequences if s.finish_reason is not None and not s.reported]
             for sequence in ended:
                 sequence.reported = True

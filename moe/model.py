@@ -23,6 +23,7 @@ from coterie.moe.invariant import BLOCK_ROWS, make_invariant
 from coterie.moe.layer import attach
 from coterie.moe.placement_map import layer_maps
 from coterie.moe.prepare import Share, prepare
+from coterie.moe.replanning import AutoReplan, Boundary, TakeOver
 from coterie.moe.text import Output, Prompt, Text
 from coterie.offload.checkpoint import Checkpoint
 from coterie.placement.plan import PlacementPlan
@@ -67,6 +68,7 @@ class Model:
         maps = _maps_on(plan, group.rank, self.device)
         self.context = attach(transformers_model, maps, self.dispatcher.strategy(strategy))
         self.choice: Choice | None = None
+        self.boundary: Boundary | None = None
         self.text = Text(shape) if text is None else text
         self.tokenizer = self.text.tokenizer
 
@@ -119,6 +121,18 @@ class Model:
             return choice, None
         return choice, find_home_ranks(self, self.plan.homes, requests, batch_size, choice.prefill)
 
+    def follow(self, wish: PlacementPlan | str, say: Callable[[str], None]) -> None:
+        """From the next run on, take over the plan `wish` while generating, or plan anew when the load drifts ("auto")."""
+
+        def taken(plan: PlacementPlan) -> None:
+            self.plan = plan
+            say(f"the new plan has been taken over in step {self.group.traffic.step}")
+
+        if isinstance(wish, PlacementPlan):
+            self.boundary = TakeOver(self.transformers, self.group, self.plan, wish, lambda: taken(wish))
+        else:
+            self.boundary = AutoReplan(self.transformers, self.group, self.context, self.plan, say, taken)
+
     def run(
         self, requests: Sequence[Request], batch_size: int, sampling: Sampling, choice: Choice, on_token: OnToken | None = None,
         recorder: Recorder | None = None, homes: Sequence[int] | None = None,
@@ -130,8 +144,10 @@ class Model:
         enough = (lambda: False) if recorder is None else (lambda: recorder.full)
         generator = Generator(batch, self.group, self.transformers.generation_config, sampling, on_token, enough)
         try:
-            return generator.run(requests, batch_size, homes, shared, between)
+            return generator.run(requests, batch_size, homes, shared, between, self.boundary)
         finally:
+            if self.boundary is not None:
+                self.boundary.close()
             self.context.live = self.context.tokens = None  # the transformers model stays usable by itself
             self.context.strategy = self.dispatcher.strategy(self.dispatcher.asked)
 
