@@ -22,6 +22,7 @@ from coterie.moe.home_ranks import HomeRanks, find_home_ranks
 from coterie.moe.layer import attach
 from coterie.moe.placement_map import layer_maps
 from coterie.moe.prepare import Share, prepare
+from coterie.moe.replanning import Boundary
 from coterie.moe.text import Output, Prompt, Text
 from coterie.offload.checkpoint import Checkpoint
 from coterie.placement.plan import PlacementPlan
@@ -121,7 +122,7 @@ class Model:
     def run(
         self, requests: Sequence[Request], batch_size: int, sampling: Sampling, choice: Choice, on_token: OnToken | None = None,
         recorder: Recorder | None = None, homes: Sequence[int] | None = None,
-        between: Callable[[list[Running]], None] | None = None,
+        between: Callable[[list[Running]], None] | None = None, boundary: Boundary | None = None,
     ) -> list[Running]:  # fmt: skip
         """The loop beneath `generate`: as `Generator.run`, with the strategies of `choice`."""
         batch = self.dispatcher.executor(self.transformers, self.context, choice, recorder)
@@ -129,7 +130,7 @@ class Model:
         enough = (lambda: False) if recorder is None else (lambda: recorder.full)
         generator = Generator(batch, self.group, self.transformers.generation_config, sampling, on_token, enough)
         try:
-            return generator.run(requests, batch_size, homes, shared, between)
+            return generator.run(requests, batch_size, homes, shared, between, boundary)
         finally:
             self.context.live = self.context.tokens = None  # the transformers model stays usable by itself
             self.context.strategy = self.dispatcher.strategy(self.dispatcher.asked)
