@@ -71,7 +71,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
         if options.dry_run:
             told = check_memory(asked, options, group).told
             return told if group.rank == 0 else None
-        resuming = Resuming(options, asked)
+        resuming = together(group, lambda: Resuming(options, asked))
         complete = together(group, lambda: group.rank == 0 and resuming.complete())
         if group.gather(complete)[0]:
             return resuming.outputs(group.size) if group.rank == 0 else None

@@ -57,7 +57,7 @@ def _candidates(asked: Asked) -> list[str]:
     if asked.strategy is not None:
         return [asked.strategy]
     coherent = ["coherent"] if asked.share.shape.config.model_type in FAMILIES else []
-    return ["all_to_all", "hierarchical", "all_gather", "replicated", *coherent]
+    return ["all_to_all", "overlapped", "hierarchical", "all_gather", "replicated", *coherent]
 
 
 def _free_by_rank(group: Group, here: int | None, needed: list[int], apart: bool) -> dict[int, float]:

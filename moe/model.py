@@ -136,7 +136,7 @@ class Model:
     def run(
         self, requests: Sequence[Request], batch_size: int, sampling: Sampling, choice: Choice, on_token: OnToken | None = None,
         recorder: Recorder | None = None, homes: Sequence[int] | None = None,
-        between: Callable[[list[Running]], None] | None = None,
+        between: Callable[[list[Running]], None] | None = None, boundary: Boundary | None = None,
     ) -> list[Running]:  # fmt: skip
         """The loop beneath `generate`: as `Generator.run`, with the strategies of `choice`."""
         batch = self.dispatcher.executor(self.transformers, self.context, choice, recorder)
@@ -144,7 +144,7 @@ class Model:
         enough = (lambda: False) if recorder is None else (lambda: recorder.full)
         generator = Generator(batch, self.group, self.transformers.generation_config, sampling, on_token, enough)
         try:
-            return generator.run(requests, batch_size, homes, shared, between, self.boundary)
+            return generator.run(requests, batch_size, homes, shared, between, boundary or self.boundary)
         finally:
             if self.boundary is not None:
                 self.boundary.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_processes import tokens, torchrun
-from thread_ranks import on_ranks
+from thread_ranks import load, on_ranks
 from tiny_models import make_model
 
 import coterie
@@ -52,7 +52,7 @@ def test_rows_of_a_prefill_are_those_that_evaluate_predicts(folder: Path, trace,
     plan = plan_with(look_at)
 
     def work(group):
-        model = coterie.load(folder, plan, "float32", "all_to_all", group=group)
+        model = load(folder, plan, "float32", "all_to_all", group=group)
         requests = model.text.requests(PROMPTS, 1)
         choice, homes = model.settle(requests, len(PROMPTS))
         rows = group.traffic.rows
@@ -86,7 +86,7 @@ def test_the_text_does_not_depend_on_homes(folder: Path, strategy: str) -> None:
     expected = [o.token_ids for o in coterie.load(folder, dtype="float32").generate(PROMPTS, 7)[0]]
 
     def work(group):
-        model = coterie.load(folder, plan_with(4), "float32", strategy, group=group)
+        model = load(folder, plan_with(4), "float32", strategy, group=group)
         requests = model.text.requests(PROMPTS, 7)
         homes = model.settle(requests, 2)[1]
         return model.generate(PROMPTS, 7, batch_size=2)[0], homes
@@ -105,7 +105,7 @@ def test_a_sampled_text_is_the_same_on_any_ranks_and_in_any_batch(folder: Path, 
 
     def work(group):
         for plan in (None, plan_with(4, ranks=ranks)):
-            model = coterie.load(folder, plan, "float32", "all_to_all", group=group)
+            model = load(folder, plan, "float32", "all_to_all", group=group)
             for batch_size in (1, 2, 16):
                 texts = [o.token_ids for o in model.generate(same, 9, warm, batch_size=batch_size)[0]]
                 assert texts == expected, (plan is not None, batch_size)
@@ -117,7 +117,7 @@ def test_indices_of_a_continued_run_keep_their_homes_apart(folder: Path) -> None
     """Requests of a resumed run have gaps in their indices and any order."""
 
     def work(group):
-        model = coterie.load(folder, plan_with(4), "float32", "all_to_all", group=group)
+        model = load(folder, plan_with(4), "float32", "all_to_all", group=group)
         requests = [Request(i, PROMPTS[i].token_ids, 3) for i in (7, 2, 11, 5)]
         return model.settle(requests, 2)[1].ranks, model.settle(requests[::-1], 2)[1].ranks
 

@@ -20,6 +20,7 @@ import coterie
 from coterie.launch.available import system_bytes
 from coterie.launch.cli import main
 from coterie.moe.batch import Batch, Request
+from coterie.moe.choose import STRATEGIES
 from coterie.moe.generate import Sampling
 from coterie.moe.memory import SLACK, LayerState, ModelSizes, RankMemory, Room, Workload, check_fits, estimate, workload
 from coterie.moe.prepare import prepare
@@ -125,7 +126,7 @@ def test_a_dry_run_needs_one_process_for_any_plan(tmp_path: Path, capsys) -> Non
     told = json.loads(captured.out)
     assert told["ranks"] == 4 and told["strategy"] is None and told["memory"]["fits"] is None
     assert len(told["memory"]["ranks"]) == 4
-    assert set(told["memory"]["by_strategy"]) == {"all_to_all", "hierarchical", "all_gather", "replicated", "coherent"}
+    assert {*told["memory"]["by_strategy"], "local"} == set(STRATEGIES)
     assert all(r["total"] == r["dense"] + r["experts"] + r["states"] + r["buffers"] for r in told["memory"]["ranks"])
     assert "its ranks run elsewhere" in captured.err
     assert main([*arguments, "--json", "--strategy", "coherent"]) == 0

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dispatch import random_plan
 from test_processes import expected_texts, tokens, uneven_plan
-from thread_ranks import on_ranks
+from thread_ranks import load, on_ranks
 from tiny_models import make_model
 
 import coterie
@@ -45,7 +45,7 @@ def test_transfers_bring_each_rank_what_it_lacks_a_few_at_a_time(seed, ranks, pe
 
 
 def run(folder: Path, plan: PlacementPlan, group: Group, prompts: list[list[int]], make: Any, strategy: str, steps: int) -> Any:
-    model = coterie.load(folder, plan, strategy=strategy, dtype="float32", group=group)
+    model = load(folder, plan, strategy=strategy, dtype="float32", group=group)
     requests = [Request(i, tuple(p), steps) for i, p in enumerate(prompts)]
     dispatcher: Dispatcher = model.dispatcher
     executor = dispatcher.executor(model.transformers, model.context, dispatcher.choice(requests, 2, model.transformers), None)

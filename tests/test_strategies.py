@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dispatch import random_experts, random_plan, random_routing, share_of
-from thread_ranks import on_ranks
+from thread_ranks import load, on_ranks
 from tiny_models import ISSUE_FAMILIES, make_model
 
 import coterie
@@ -128,7 +128,7 @@ def test_every_strategy_writes_transformers_text(tmp_path: Path, name: str, rank
         expected = expected_texts(folder, prompts, 7)[0]
 
         def work(group: Group, folder: Path = folder):
-            model = coterie.load(folder, strategy=name, dtype="float32", group=group)
+            model = load(folder, strategy=name, dtype="float32", group=group)
             limits = [7, 3, 7, 5, 7]
             asked = [coterie.Prompt(token_ids=tuple(p), max_new_tokens=n) for p, n in zip(prompts, limits, strict=True)]
             return [list(o.token_ids) for o in model.generate(asked, 7, batch_size=2)[0]]
@@ -170,7 +170,7 @@ def test_coherent_rows_are_those_of_the_sets_and_anchors(tmp_path: Path, top_k: 
     trace = coterie.read_trace(tmp_path / "t.safetensors")
 
     def work(group: Group):
-        return coterie.load(folder, plan, strategy="coherent", dtype="float32", group=group).generate(prompts, 8)[1].rows_sent
+        return load(folder, plan, strategy="coherent", dtype="float32", group=group).generate(prompts, 8)[1].rows_sent
 
     assert on_ranks(4, work) == [coherent_rows_of(trace, plan, [len(p.token_ids) for p in prompts])] * 4
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import coterie
 from coterie.moe.collectives import Group
 
 TIMEOUT = 60.0
@@ -65,7 +66,13 @@ class ThreadTransport:
         return ThreadTransport(mine.index(self.rank), boxes, self.shared)
 
 
-_LOCK = threading.Lock()
+_LOCK, _LOADING = threading.Lock(), threading.Lock()
+
+
+def load(*arguments: Any, **options: Any) -> coterie.Model:
+    """`coterie.load`, one rank after the other: transformers' loader changes its own classes while it runs."""
+    with _LOADING:
+        return coterie.load(*arguments, **options)
 
 
 def on_ranks(size: int, work: Callable[[Group], Any], ranks_per_node: int | None = None) -> list[Any]:
