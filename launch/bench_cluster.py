@@ -18,13 +18,13 @@ from typing import Any
 
 from coterie.launch import cluster_cases as cases
 from coterie.launch.bench import Row
-from coterie.launch.cluster_cases import CHOSEN, CONTIGUOUS, HOMED, PEERS, PLANNED, Case
+from coterie.launch.cluster_cases import CHOSEN, CHOSEN_GLOO, CONTIGUOUS, HOMED, PEERS, PLANNED, Case
 from coterie.launch.cluster_driver import Workers, workers
 from coterie.launch.netns import Network, check_available, network
 from coterie.launch.quiet import quiet_transformers
 from coterie.routing.errors import InputError
 
-OURS = (CHOSEN, HOMED, PLANNED, CONTIGUOUS)
+OURS = (CHOSEN, CHOSEN_GLOO, HOMED, PLANNED, CONTIGUOUS)
 EP, LAYER = PEERS
 REPEATS = 5
 RATES = {1e8: "100 Mbit/s", 1e9: "1 Gbit/s", 1e10: "10 Gbit/s"}
@@ -177,7 +177,7 @@ def _limits(phase: str, rate: float, bars: Bars) -> dict[str, float]:
 
 def _equal_rows(name: str, cells: dict[float, dict[str, Any]]) -> Iterator[Row]:
     """The largest difference of logits from the contiguous all-to-all's, relative to the largest logit, over all cells."""
-    for side in (CHOSEN, HOMED, PLANNED, *PEERS):
+    for side in (*OURS[:-1], *PEERS):
         found = [cell["sides"][side]["difference"] for cell in cells.values() if side in cell["sides"]]
         why = _why(next(iter(cells.values())), side)
         yield Row(name, f"logits: {side} against {CONTIGUOUS}", "", max(found) if found else None, EQUAL, why=why)
@@ -186,7 +186,7 @@ def _equal_rows(name: str, cells: dict[float, dict[str, Any]]) -> Iterator[Row]:
 def _labelled(cell: dict[str, Any], side: str) -> str:
     """With the strategy that coterie chose."""
     found = cell["sides"].get(side, {}).get("strategy")
-    return f"{side} ({found})" if side == CHOSEN and found else side
+    return f"{side} ({found})" if side in (CHOSEN, CHOSEN_GLOO) and found else side
 
 
 def _sent(cell: dict[str, Any], side: str, phase: str) -> float | None:

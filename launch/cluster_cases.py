@@ -24,7 +24,8 @@ GROUPS, NOISE, PURITY = 8, 0.2, 0.7  # of the synthetic routing, see `company`
 SEEN_SEQUENCES = 96
 PLANNED_BETWEEN = Link(125e6, 1e-4)  # plans are made for 1 Gbit/s between nodes, whatever the cell's rate
 PLANNED_WITHIN = Link(4e9, 1e-5)
-CONTIGUOUS, PLANNED, HOMED, CHOSEN = "all_to_all, contiguous", "all_to_all, planned", "hierarchical, planned, homes", "chosen"
+CONTIGUOUS, PLANNED, HOMED = "all_to_all, contiguous", "all_to_all, planned", "hierarchical, planned, homes"
+CHOSEN, CHOSEN_GLOO = "chosen", "chosen, over gloo"
 PEERS = {"transformers all_to_all": TRANSFORMERS, "deepspeed MOELayer": DEEPSPEED}
 
 
@@ -177,13 +178,15 @@ def make_sides(case: Case, nodes: int, ranks_per_node: int, folder: Path, second
     planned = plan(case.seen, request, prove=False)
     homed = plan(case.seen, replace(request, strategy="hierarchical", homes=True), prove=False)
     homes = _homes(homed, case.prompts)
-    plans = {CONTIGUOUS: contiguous, PLANNED: planned, HOMED: homed, CHOSEN: replace(homed, strategy="all_to_all")}
-    strategies = {CONTIGUOUS: "all_to_all", PLANNED: "all_to_all", HOMED: "hierarchical", CHOSEN: None}
+    free = replace(homed, strategy="all_to_all")  # the strategy of another plan would be taken as asked for
+    plans = {CONTIGUOUS: contiguous, PLANNED: planned, HOMED: homed, CHOSEN: free, CHOSEN_GLOO: free}
+    strategies = {CONTIGUOUS: "all_to_all", PLANNED: "all_to_all", HOMED: "hierarchical", CHOSEN: None, CHOSEN_GLOO: None}
     sides = []
     for number, (name, made) in enumerate(plans.items()):
         path = folder / f"plan-{number}.json"
         coterie.save_plan(made, path)
-        sides.append(Side(name, OURS, dealt if made.homes is None else homes, str(path), strategies[name]))
+        transport = "gloo" if name == CHOSEN_GLOO else "tcp"
+        sides.append(Side(name, OURS, dealt if made.homes is None else homes, str(path), strategies[name], transport))
     return sides + [Side(name, kind, dealt) for name, kind in PEERS.items()]
 
 

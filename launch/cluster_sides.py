@@ -8,19 +8,23 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 import coterie
+from coterie.moe.batch import Request, Running, Scored
 from coterie.moe.collectives import Group
 from coterie.moe.families import resolve_model
+from coterie.moe.sockets import SocketTransport
 from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
 
@@ -33,7 +37,7 @@ LEAST_WEIGHT = 1e-30
 class Side:
     """What is measured. kind: OURS, TRANSFORMERS or DEEPSPEED; plan: a plan file; strategy: ours, None: as coterie chooses.
 
-    homes: the rank that runs each sequence, by sequence.
+    homes: the rank that runs each sequence, by sequence; transport: ours, tcp or gloo, which is what the peers use.
     """
 
     name: str
@@ -41,15 +45,29 @@ class Side:
     homes: tuple[int, ...]
     plan: str | None = None
     strategy: str | None = None
+    transport: str = "tcp"
 
 
-@dataclass
-class Loaded:
-    """A side in this process. strategy: by which ours runs; prepare: told the number of this rank's tokens before each call."""
+Logits = dict[int, torch.Tensor]  # by sequence, `[vocabulary]`; those that this rank computed
 
-    model: Any
-    strategy: str | None = None
-    prepare: Callable[[int], None] = lambda tokens: None
+
+class Loaded(Protocol):
+    """A side in this process. strategy, predicted: ours, as chosen, and its predicted seconds per layer by phase."""
+
+    strategy: str | None
+    predicted: dict[str, float]
+
+    def start(self, homes: Sequence[int], token_ids: torch.Tensor, prefill: int) -> None:
+        """Begin a run of the sequences `token_ids` `[sequences, positions]`, homes: by sequence, the rank that runs it."""
+        ...
+
+    def prefill(self) -> Logits:
+        """The first `prefill` positions."""
+        ...
+
+    def decode(self, position: int) -> Logits:
+        """One position more."""
+        ...
 
 
 @dataclass
@@ -63,8 +81,12 @@ class Replay:
     rows: torch.Tensor | None = field(default=None)
 
     def at(self, sequences: list[int], first: int, length: int) -> None:
-        """Tell which tokens the next call is about: `length` positions from `first` on, of these sequences."""
-        if self.ids is not None:
+        """Tell which tokens the next call is about: `length` positions from `first` on, of these sequences.
+
+        A rank without sequences runs a token that does not count, by its own routing.
+        """
+        self.rows = None
+        if self.ids is not None and sequences:
             self.rows = self.ids[sequences, first : first + length].flatten(0, 1)
 
     def layer(self, number: int, own: torch.Tensor) -> torch.Tensor:
@@ -84,24 +106,104 @@ class Replay:
 
 def load_side(side: Side, model: str, replay: Replay, group: Group) -> Loaded:
     """This rank's share of a side; all ranks load together. Raises InputError if it cannot be had here."""
-    loaded = LOADERS[side.kind](side, model, replay, group)
-    loaded.model.eval()
-    return loaded
+    return LOADERS[side.kind](side, model, replay, group)
+
+
+class Ours:
+    """Our model, run by what `generate` runs it with; what a step's loop agrees on is part of it."""
+
+    def __init__(self, side: Side, made: coterie.Model, replay: Replay) -> None:
+        self.made, self.replay, self.asked = made, replay, side.strategy
+        self.strategy: str | None = None
+        self.predicted: dict[str, float] = {}
+        replay.attach(made.transformers)
+
+    def start(self, homes: Sequence[int], token_ids: torch.Tensor, prefill: int) -> None:
+        """As `Loaded`; the strategies are chosen here, outside the timing."""
+        made, ranks = self.made, self.made.group.size
+        self.token_ids, length = token_ids, token_ids.shape[1]
+        requests = [Request(i, tuple(row[:prefill].tolist()), length - prefill) for i, row in enumerate(token_ids)]
+        choice = made.dispatcher.choice(requests, -(-len(requests) // ranks), made.transformers)
+        self.strategy = choice.name
+        times = {"prefill": (choice.prefill_seconds, choice.prefill), "decode": (choice.decode_seconds, choice.decode)}
+        self.predicted = {phase: seconds[name] for phase, (seconds, name) in times.items() if seconds}
+        self.executor = made.dispatcher.executor(made.transformers, made.context, choice, None)
+        shared = choice.decode == "replicated"
+        assigned = [[Running(r, 0 if shared else rank) for r in requests if shared or homes[r.index] == rank]
+                    for rank in range(1 if shared else ranks)]  # fmt: skip
+        self.assigned, self.at = assigned, prefill
+        self._tell(assigned[0 if shared else made.group.rank], 0, prefill)
+
+    def prefill(self) -> Logits:
+        """As `Loaded`."""
+        return self._grown(self.executor.prefill(self.assigned))
+
+    def decode(self, position: int) -> Logits:
+        """As `Loaded`."""
+        said = self.made.group.agree([0, self.executor.running, 0, 0])
+        self._tell(self.executor.sequences, position, 1)
+        return self._grown(self.executor.decode(tuple(running for _, running, _, _ in said)))
+
+    def _tell(self, sequences: Sequence[Running], first: int, length: int) -> None:
+        self.replay.at([s.request.index for s in sequences], first, length)
+
+    def _grown(self, scored: Scored) -> Logits:
+        """The sequences, each with the next given token if there is one."""
+        at, self.at = self.at, self.at + 1
+        if at < self.token_ids.shape[1]:
+            given = [(s, int(self.token_ids[s.request.index, at])) for s, _ in scored]
+            for sequence, token in self.executor.settle(given):
+                sequence.new_tokens.append(token)
+        return {s.request.index: logits for s, logits in scored}
+
+
+class Peer:
+    """Another's model, driven through transformers' `forward` with its cache."""
+
+    def __init__(self, model: Any, replay: Replay, group: Group) -> None:
+        self.strategy: str | None = None
+        self.model, self.replay, self.group = model.eval(), replay, group
+        self.predicted: dict[str, float] = {}
+
+    def start(self, homes: Sequence[int], token_ids: torch.Tensor, prefill: int) -> None:
+        """As `Loaded`."""
+        from transformers import DynamicCache
+
+        self.mine = [sequence for sequence, home in enumerate(homes) if home == self.group.rank]
+        self.ids, self.length, self.cache = token_ids[self.mine], prefill, DynamicCache(config=self.model.config)
+
+    def prefill(self) -> Logits:
+        """As `Loaded`."""
+        return self._step(0, self.length)
+
+    def decode(self, position: int) -> Logits:
+        """As `Loaded`."""
+        return self._step(position, 1)
+
+    def _step(self, first: int, length: int) -> Logits:
+        self.replay.at(self.mine, first, length)
+        ids = self.ids[:, first : first + length]
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return dict(zip(self.mine, out.logits[:, -1], strict=True))
 
 
 def _coterie(side: Side, model: str, replay: Replay, group: Group) -> Loaded:
     plan = coterie.read_plan(Path(side.plan)) if side.plan else None
-    own = Group(group.transport, group.ranks_per_node)  # counters of its own
+    transport = group.transport if side.transport == "gloo" else _tcp()
+    own = Group(transport, group.ranks_per_node)  # counters of its own
     made = coterie.load(model, plan, dtype="float32", strategy=side.strategy, device="cpu", group=own)
-    context = made.context
-    context.live = None
+    made.dispatcher.remember = False  # links are measured anew in every cell
+    if replay.ids is not None:
+        made.dispatcher.without = frozenset({"coherent"})  # it asks the routers themselves
+    return Ours(side, made, replay)
 
-    def agree(tokens: int) -> None:
-        """As our generation loop does once in every step; then no layer has to ask."""
-        context.tokens = tuple(count for (count,) in own.agree([tokens]))
 
-    replay.attach(made.transformers)
-    return Loaded(made.transformers, context.strategy.name, agree)
+@functools.cache
+def _tcp() -> SocketTransport:
+    """One mesh of connections for all of our sides."""
+    store = PrefixStore("tcp", dist.distributed_c10d._get_default_store())
+    master = os.environ["MASTER_ADDR"]
+    return SocketTransport.from_store(dist.get_rank(), dist.get_world_size(), store, master, timedelta(minutes=10))
 
 
 def _whole(model: str) -> Any:
@@ -129,7 +231,7 @@ def _transformers(side: Side, model: str, replay: Replay, group: Group) -> Loade
     assert AllToAllEP  # what "all_to_all" names
     apply_expert_parallelism(made, mesh["ep"], mesh["tp"], plan, "all_to_all")
     replay.attach(made)
-    return Loaded(made)
+    return Peer(made, replay, group)
 
 
 def _deepspeed(side: Side, model: str, replay: Replay, group: Group) -> Loaded:
@@ -140,7 +242,7 @@ def _deepspeed(side: Side, model: str, replay: Replay, group: Group) -> Loaded:
         block_name = name.rpartition(".")[0]
         block = made.get_submodule(block_name)
         made.set_submodule(block_name, DeepSpeedBlock(block.gate, experts, number, replay, group))
-    return Loaded(made)
+    return Peer(made, replay, group)
 
 
 def _start_deepspeed() -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from coterie.launch.cluster_sides import OURS, Loaded, Replay, Side, load_side
+from coterie.launch.cluster_sides import OURS, Loaded, Logits, Replay, Side, load_side
 from coterie.launch.distributed import job, leave
 from coterie.launch.netns import SENT
 from coterie.launch.quiet import quiet_transformers
@@ -36,14 +36,15 @@ WARM_UP = (2, 1)  # positions of prefill and decode steps that each side runs fi
 class Turn:
     """One side's run of one cell on this rank. bytes: sent by this node, told by its first rank only, else 0.
 
-    logits `[sequences, 2, vocabulary]` of the prompts' last position and of the last step.
+    first, last: logits after the prompts and after the last step, by sequence.
     """
 
     prefill_seconds: float
     decode_seconds: float
     prefill_bytes: int
     decode_bytes: int
-    logits: torch.Tensor
+    first: Logits
+    last: Logits
 
 
 class Worker:
@@ -57,7 +58,7 @@ class Worker:
         self.skipped: dict[str, str] = {}
 
     def load(self, case: str, model: str, sides: list[dict[str, Any]]) -> dict[str, Any]:
-        """Which sides cannot be had, and why; the strategies of ours."""
+        """Which sides cannot be had, and why."""
         tensors = load_file(Path(case) / "case.safetensors")
         self.model, self.token_ids = model, tensors["token_ids"]
         self.replay = Replay(tensors.get("expert_ids"))
@@ -65,7 +66,7 @@ class Worker:
         self.loaded, self.skipped = {}, {}
         for side in self.sides:
             self._load(side)
-        return {"skipped": self.skipped, "strategies": {name: made.strategy for name, made in self.loaded.items()}}
+        return {"skipped": self.skipped}
 
     def _load(self, side: Side) -> None:
         try:
@@ -86,36 +87,24 @@ class Worker:
             for side in sides[repeat % len(sides) :] + sides[: repeat % len(sides)]:
                 turns[side.name].append(self._turn(side, prefill, decode))
         found: dict[str, dict[str, Any]] = {name: self._summary(those) for name, those in turns.items()}
-        logits = {side.name: self._gathered(side, turns[side.name][-1].logits) for side in sides}
+        logits = {side.name: self._gathered(turns[side.name][-1]) for side in sides}
         first = logits[sides[0].name]
         for name, values in logits.items():
             found[name]["difference"] = float((values - first).abs().max() / first.abs().max())
             found[name]["strategy"] = self.loaded[name].strategy
+            found[name]["predicted"] = self.loaded[name].predicted
         return {"sides": found, "skipped": self.skipped}
 
     @torch.inference_mode()
     def _turn(self, side: Side, prefill: int, decode: int) -> Turn:
-        from transformers import DynamicCache
-
         loaded = self.loaded[side.name]
-        model = loaded.model
-        mine = [sequence for sequence, home in enumerate(side.homes) if home == self.group.rank]
-        ids, cache = self.token_ids[mine], DynamicCache(config=model.config)
-
-        def step(first: int, length: int) -> torch.Tensor:
-            self.replay.at(mine, first, length)
-            loaded.prepare(len(mine) * length)
-            out = model(input_ids=ids[:, first : first + length], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            last: torch.Tensor = out.logits[:, -1]
-            return last
-
+        loaded.start(side.homes, self.token_ids[:, : prefill + decode], prefill)
         with self._measured() as prefilling:
-            logits = [step(0, prefill)]
+            first = last = loaded.prefill()
         with self._measured() as decoding:
-            logits += [step(position, 1) for position in range(prefill, prefill + decode)]
-        return Turn(
-            prefilling.seconds, decoding.seconds, prefilling.bytes, decoding.bytes, torch.stack([logits[0], logits[-1]], 1)
-        )
+            for position in range(prefill, prefill + decode):
+                last = loaded.decode(position)
+        return Turn(prefilling.seconds, decoding.seconds, prefilling.bytes, decoding.bytes, first, last)
 
     def _measured(self) -> _Measured:
         return _Measured(self.counts_bytes)
@@ -132,12 +121,13 @@ class Worker:
             "prefill_bytes": sent[:, 0].tolist(), "decode_bytes": sent[:, 1].tolist(),
         }  # fmt: skip
 
-    def _gathered(self, side: Side, mine: torch.Tensor) -> torch.Tensor:
-        """All ranks' logits, in the order of sequences."""
-        parts = self.group.gather(mine)
-        here = [[s for s, home in enumerate(side.homes) if home == rank] for rank in range(self.group.size)]
-        order = torch.tensor([sequence for part in here for sequence in part])
-        return torch.cat(parts)[order.argsort()]
+    def _gathered(self, turn: Turn) -> torch.Tensor:
+        """All ranks' logits `[sequences, 2, vocabulary]`, of the prompts' last position and of the last step."""
+        both: list[dict[int, torch.Tensor]] = [{}, {}]
+        for said in self.group.gather((turn.first, turn.last)):
+            for known, more in zip(both, said, strict=True):
+                known.update(more)
+        return torch.stack([torch.stack([known[s] for known in both]) for s in sorted(both[0])])
 
     def transfer(self, bytes: int) -> dict[str, Any]:
         """Bits per second that rank 0 gets through to the last rank, which is on another node."""

@@ -191,9 +191,13 @@ class Choice:
 
 
 def decide(
-    traits: Traits, links: Links, group: Group, prefill_tokens: int, decode_tokens: int, without: Collection[str] = ()
-) -> Choice:
-    """The fastest strategies by prediction. tokens: of one rank in one step; without: strategies that cannot run here."""
+    traits: Traits, links: Links, group: Group, prefill_tokens: int, decode_tokens: int, decode_steps: float = 1.0,
+    without: Collection[str] = (),
+) -> Choice:  # fmt: skip
+    """The fastest strategies by prediction. tokens: of one rank in one step; without: strategies that cannot run here.
+
+    decode_steps: for each prefill.
+    """
 
     def times(names: Iterable[str], tokens: int) -> dict[str, float]:
         args = (traits, links, group.size, group.ranks_per_node, tokens, -1 if group.counts_inside else group.free_bytes)
@@ -205,10 +209,10 @@ def decide(
     after = times([*names, *({"coherent"} - set(without))], decode_tokens)
     first, then = choose(before), choose(after)
     if "replicated" in (first, then):  # it is another layout of the batch: both phases or none
-        both = before["replicated"] + after["replicated"]
+        both = before["replicated"] + decode_steps * after["replicated"]
         rest = [{n: s for n, s in t.items() if n != "replicated"} for t in (before, after)]
         first, then = choose(rest[0]), choose(rest[1])
-        if both < before[first] + after[then]:
+        if both < before[first] + decode_steps * after[then]:
             first = then = "replicated"
     return Choice(first, then, before, after)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from coterie.moe.batch import Batch, Request, SharedBatch
-from coterie.moe.choose import Choice, Links, check_group, decide, make_strategy, traits_of
+from coterie.moe.choose import Choice, Links, Traits, check_group, decide, make_strategy, traits_of
 from coterie.moe.coherent import FAMILIES, CoherentBatch, check_family
 from coterie.moe.collectives import Group
 from coterie.moe.families import ModelShape
@@ -38,8 +38,10 @@ class Dispatcher:
         self.group = group
         self.asked = asked
         self.links: Links | None = None
+        self.remember = True  # links that an earlier job measured may be taken
         self.without: frozenset[str] = frozenset()
         self._made: dict[str, Strategy] = {}
+        self._traits: Traits | None = None
 
     def strategy(self, name: str | None) -> Strategy:
         """The strategy object of that name; None: the one for calls outside `generate`."""
@@ -56,17 +58,18 @@ class Dispatcher:
         from coterie.moe.probe import dense_seconds_per_weight, free_bytes, measure
 
         if self.links is None:
-            self.links = measure(self.group)
+            self.links = measure(self.group, self.remember)
             self.group.free_bytes = free_bytes(self.links, self.group)
-        weight = next(model.parameters())
-        traits = traits_of(
-            self.shape, self.plan, weight.element_size(), dense_seconds_per_weight(weight.device, weight.dtype, self.group)
-        )
+            weight = next(model.parameters())
+            seconds = dense_seconds_per_weight(weight.device, weight.dtype, self.group)
+            self._traits = traits_of(self.shape, self.plan, weight.element_size(), seconds)
+        assert self._traits is not None
         rows = max(1, min(batch_size, -(-len(requests) // self.group.size)))
         mean = sum(len(r.token_ids) for r in requests) / len(requests)
         prompt_tokens = max(1, min(PREFILL_TOKENS, int(mean * rows)))
         without = self.without if self.shape.config.model_type in FAMILIES else self.without | {"coherent"}
-        return decide(traits, self.links, self.group, prompt_tokens, rows, without)
+        steps = sum(r.max_new_tokens for r in requests) / len(requests)
+        return decide(self._traits, self.links, self.group, prompt_tokens, rows, steps, without)
 
     def executor(self, model: Any, context: StepContext, choice: Choice, recorder: Recorder | None) -> Executor:
         """What runs the model by this choice."""
