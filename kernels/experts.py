@@ -94,15 +94,18 @@ def grouped_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor,
     flat = ids.reshape(-1)
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat + 1, minlength=experts.first.shape[0] + 1).tolist()
-    parts = torch.zeros(tokens * slots, x.shape[1], dtype=torch.float32, device=x.device)
+    used = ids >= 0
+    width = max(1, int(used.sum(1).max())) if tokens else 1
+    place = (torch.arange(tokens, device=x.device)[:, None] * width + used.cumsum(1) - 1).reshape(-1)
+    parts = torch.zeros(tokens * width, x.shape[1], dtype=torch.float32, device=x.device)
     start = counts[0]
     for chunk in _chunks(counts[1:]):
         rows = sum(count for _, count in chunk)
         pairs = order[start : start + rows]
         y = experts.run_many(chunk, x[pairs // slots])
-        parts[pairs] = y.float() * weights.reshape(-1)[pairs, None].float()
+        parts[place[pairs]] = y.float() * weights.reshape(-1)[pairs, None].float()
         start += rows
-    return parts.view(tokens, slots, x.shape[1]).sum(1).to(x.dtype)
+    return parts.view(tokens, width, x.shape[1]).sum(1).to(x.dtype)
 
 
 def _chunks(counts: list[int]) -> Iterator[list[tuple[int, int]]]:

@@ -20,7 +20,7 @@ def logits_by_prompt(folder: Path, group: Group, prompts: list[list[int]], batch
     """Of every prompt this rank runs: the logits of each step, of a greedy text."""
     model = coterie.load(folder, dtype="float32", strategy="all_to_all" if group.size > 1 else "local", group=group,
                          batch_invariant=invariant)  # fmt: skip
-    requests = model._requests([coterie.Prompt(token_ids=tuple(p)) for p in prompts], steps)
+    requests = model.text.requests([coterie.Prompt(token_ids=tuple(p)) for p in prompts], steps)
     found: dict[int, list[torch.Tensor]] = {}
     batch = Batch(model.transformers, model.context)
     with torch.inference_mode():
