@@ -13,16 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-HALF = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, vocab_size=4000, max_position_embeddings=4096)
+HALF = dict(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, vocab_size=4000, max_position_embeddings=4096)
 FAMILIES = {
     "mixtral": dict(intermediate_size=1024, head_dim=64, num_key_value_heads=4),
     "qwen3_moe": dict(moe_intermediate_size=1024, head_dim=64, num_key_value_heads=4),
     "deepseek_v3": dict(moe_intermediate_size=1024, kv_lora_rank=256, qk_rope_head_dim=64, num_key_value_heads=8),
     "gpt_oss": dict(intermediate_size=1024, head_dim=64, num_key_value_heads=4),
     "jamba": dict(intermediate_size=1024, num_key_value_heads=4),
-    "lfm2_moe": dict(moe_intermediate_size=1024, layer_types=["conv", "full_attention"] * 4, num_key_value_heads=4),
+    "lfm2_moe": dict(moe_intermediate_size=1024, layer_types=["conv", "full_attention"] * 3, num_key_value_heads=4),
 }
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 300, 41
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 200, 9
 
 
 def status(field: str) -> int:

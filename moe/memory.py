@@ -37,7 +37,7 @@ class LayerState:
 class ModelSizes:
     """Of a model in a dtype of `value` bytes. dense: all but experts, bytes; expert: one of each layer with experts, bytes.
 
-    eager_heads: attention heads whose scores are held, 0 where attention is fused.
+    eager_heads: attention heads whose scores are held, 0 where attention is fused. process: what running takes at any size.
     """
 
     value: int
@@ -48,6 +48,7 @@ class ModelSizes:
     vocabulary: int
     top_k: int
     eager_heads: int
+    process: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def estimate(sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Worklo
     states, buffers = state_bytes(sizes, strategy, work, plan.ranks), buffer_bytes(sizes, strategy, work, plan.ranks)
     stacking = 2 * (np.array(sizes.expert, dtype=np.int64)[:, None] * held).max(0)  # while a layer's experts are read
     return [
-        RankMemory(sizes.dense, int(here), states, max(buffers, int(reading) - states))
+        RankMemory(sizes.dense, int(here), states, max(buffers, int(reading) - states) + sizes.process)
         for here, reading in zip(experts, stacking, strict=True)
     ]
 
@@ -124,7 +125,7 @@ def buffer_bytes(sizes: ModelSizes, strategy: str, work: Workload, ranks: int) -
     tokens, length = work.step_tokens, work.prompt_tokens
     rows = max(tokens // length, 1)
     hidden = HIDDEN_COPIES * tokens * sizes.hidden * sizes.value
-    scores = rows * length * length * (1 + sizes.value + sizes.eager_heads * (2 * sizes.value + FLOAT32))
+    scores = rows * length * length * (1 + sizes.value + sizes.eager_heads * 3 * (sizes.value + FLOAT32))
     here = _expert_rows(strategy, tokens, sizes.top_k, ranks)
     experts = here * sizes.hidden * (sizes.top_k * FLOAT32 + 3 * sizes.value)
     growing = 2 * work.rows * max((state.bytes(work.tokens) for state in sizes.states), default=0)

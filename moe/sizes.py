@@ -17,6 +17,7 @@ from coterie.routing.errors import CoterieError, first_line
 from coterie.routing.record import expert_modules
 
 NO_EXPERTS = "coterie_none"
+PROCESS_BYTES = 40_000_000  # what coterie-tiny takes beyond its tensors: libraries that are loaded when first used
 PROBES = (2, 4)  # tokens; what a layer keeps of them tells what it keeps of any number
 
 
@@ -45,6 +46,7 @@ def sizes_of(shape: ModelShape, empty: Any, dtype: torch.dtype) -> ModelSizes:
         vocabulary=text.vocab_size,
         top_k=shape.top_k,
         eager_heads=text.num_attention_heads if eager else 0,
+        process=PROCESS_BYTES,
     )
 
 
