@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from coterie.placement import bounds, copies, local, rows
 from coterie.placement.baselines import Assignment
+from coterie.placement.company import clustered
 from coterie.placement.cost import destinations, needed_ranks
 from coterie.placement.deadline import Deadline
 from coterie.placement.homes import HomeClass, Homes, assign, first_tokens
 from coterie.placement.plan import PlacementPlan, slots_from_holders
-from coterie.placement.prices import Prices, minimised
+from coterie.placement.prices import Prices
 from coterie.placement.problem import Problem, dispatch_problem, on_nodes
-from coterie.placement.scenarios import summarised
+from coterie.placement.scenarios import DEFINITIONS, ROBUST
 from coterie.placement.task import Solution, Task
 from coterie.routing.errors import InputError, require
 from coterie.routing.trace import RoutingTrace
@@ -63,18 +64,31 @@ def alternate(task: Task, start: Solution, tokens: int | None = TOKENS) -> Solut
     """
     check_objective(task.request.objective_name)
     teller = _Teller(_traces(task), tokens)
-    here = best = _told(task, start.holds, teller)
-    searching, made, quiet = task.deadline.share(SEARCH_SHARE), start.iterations, 0
-    while not (task.copied or task.request.previous or searching.passed() or quiet == STALLED):
-        moved, more = _moved(task, here, task.request.seed + made, searching)
-        here = _told(task, copies.held(moved, task.ranks), teller)
-        made, quiet = made + more, 0 if here.paid < best.paid * (1 - 1e-6) else quiet + 1
-        best = min(best, here, key=lambda state: state.paid)
-        task.progress(best.value, None, made)
+    best, made = _told(task, start.holds, teller), start.iterations
+    if not (task.copied or task.request.previous):
+        searching = task.deadline.share(SEARCH_SHARE)
+        best, made = _turns(task, best, best, teller, made, searching.share(0.5))
+        if not searching.passed():
+            begin = clustered(_homed(task, best.at), _traces(task), task.prices, start.holds.argmax(2))
+            company = _told(task, copies.held(begin, task.ranks), teller)
+            best, made = _turns(task, company, best, teller, made, searching)
     bound = start.lower_bound
     if task.request.objective_name == "dispatch":
         bound = homes_bound(task, best.holds, task.deadline)
     return replace(start, holds=best.holds, lower_bound=bound, iterations=made, homes=best.homes)
+
+
+def _turns(task: Task, here: _State, best: _State, teller: _Teller, made: int, deadline: Deadline) -> tuple[_State, int]:
+    """Homes and placement in turns from `here` until the deadline or until nothing is gained: the best, and iterations made."""
+    quiet, least = 0, np.inf
+    while not (deadline.passed() or quiet == STALLED):
+        moved, more = _moved(task, here, task.request.seed + made, deadline)
+        here = _told(task, copies.held(moved, task.ranks), teller)
+        made, quiet = made + more, 0 if here.paid < least * (1 - 1e-6) else quiet + 1
+        least = min(least, here.paid)
+        best = min(best, here, key=lambda state: state.paid)
+        task.progress(best.value, None, made)
+    return best, made
 
 
 def _traces(task: Task) -> list[RoutingTrace]:
@@ -93,8 +107,10 @@ def _told(task: Task, holds: NDArray[np.bool_], teller: _Teller) -> _State:
     plan = PlacementPlan(
         slots_from_holders(holds, task.slots), holds.shape[1], layer_ids, topology, strategy=task.request.strategy, homes=homes
     )
-    value = summarised(plan, task.scenarios, task.request.objective_name, task.request.robust)
-    paid = minimised(plan, task.scenarios, task.request) if task.prices.matter else value
+    reports = [scenario.report(plan) for scenario in task.scenarios]
+    combine, field = ROBUST[task.request.robust], DEFINITIONS[task.request.objective_name][0]
+    value = float(combine([getattr(report, field) for report in reports]))
+    paid = float(combine([task.prices.paid(report) for report in reports])) if task.prices.matter else value
     return _State(holds, homes, tuple(assign(homes, trace) for trace in traces), value, paid)
 
 

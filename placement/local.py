@@ -251,9 +251,7 @@ def _begun(problem: Problem) -> Assignment:
         together = (members * problem.prices[layer].sum(1, keepdims=True)).T @ members
         grouped = np.empty_like(row)
         grouped[node_order(together, problem.slots)] = np.arange(problem.experts) // problem.slots
-        if problem.limits:
-            weights, caps = ([getattr(limit, name)[layer] for limit in problem.limits] for name in ("weights", "caps"))
-            limits.mend(grouped, np.stack(weights), np.stack(caps))
+        limits.mend_layer(problem, layer, grouped)
         if not problem.keeps(layer, row) or problem.layer_cost(layer, grouped) < problem.layer_cost(layer, row):
             start[layer] = grouped if problem.keeps(layer, grouped) else row
     return start

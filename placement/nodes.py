@@ -49,6 +49,7 @@ def node_order(traffic: NDArray[np.float64], per_node: int) -> NDArray[np.int64]
     """
     flow = traffic.copy()
     np.fill_diagonal(flow, 0.0)
+    rounding = 1e-12 * max(1.0, float(np.abs(flow).sum()))
     node = min((groups_of(flow, per_node), np.arange(len(flow)) // per_node), key=lambda n: crossing(flow, n))
     while True:
         member = (node[:, None] == np.arange(node.max() + 1)).astype(np.float64)
@@ -58,7 +59,7 @@ def node_order(traffic: NDArray[np.float64], per_node: int) -> NDArray[np.int64]
         gain = at_other + at_other.T - own[:, None] - own[None, :] - 2 * flow
         gain[node[:, None] == node[None, :]] = 0.0
         i, j = np.unravel_index(gain.argmax(), gain.shape)
-        if gain[i, j] <= 1e-12:
+        if gain[i, j] <= rounding:
             return np.argsort(node, kind="stable")
         node[i], node[j] = node[j], node[i]
 
@@ -91,12 +92,7 @@ def into_ranks(problem: Problem, at: Assignment, otherwise: Assignment) -> Assig
         for node in range(problem.ranks // problem.per_node):
             here = np.flatnonzero(row == node)
             found[layer, here] = node * problem.per_node + packed(heavy[None, layer, here], problem.per_node)[0]
-        if not problem.keeps(layer, found[layer]):
-            limits.mend(
-                found[layer],
-                np.stack([limit.weights[layer] for limit in problem.limits]),
-                np.stack([limit.caps[layer] for limit in problem.limits]),
-            )
+        limits.mend_layer(problem, layer, found[layer])
         if not problem.keeps(layer, found[layer]):
             found[layer] = otherwise[layer]
     return found

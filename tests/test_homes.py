@@ -306,7 +306,9 @@ def test_the_bound_holds_whatever_placement_and_homes(seed: int, copied: bool, t
     task = replace(task_of(trace, 2), slots=3 if copied else 2)
     for prove in (False, True):
         bound = homing.homes_bound(replace(task, prove=prove), start_of(trace, 2).holds, Deadline(3.0))
-        free = [homing.rows_by_home(trace, p.holds(), Prices(p.topology)) for p in plans(trace, Topology(1, 2), task.slots, copied)]
+        free = [
+            homing.rows_by_home(trace, p.holds(), Prices(p.topology)) for p in plans(trace, Topology(1, 2), task.slots, copied)
+        ]
         lengths = np.bincount(trace.sequence_ids, minlength=4)
         assert bound <= min((rows.min(1) * lengths[lengths > 0]).sum() for rows in free) / 40 + 1e-9
     assert homing.homes_bound(task_of(trace, 1), start_of(trace, 1).holds, Deadline(1.0)) == 0.0
