@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from coterie.placement.plan import PlacementPlan
     from coterie.placement.planner import PlanRequest
-    from coterie.placement.solve import Progress
+    from coterie.placement.task import Progress
 
 MOST_WORKERS = 8
 PREDICTING = 0.1  # of the time limit: a quick plan of half the sequences, judged on the others

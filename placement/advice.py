@@ -13,6 +13,7 @@ import numpy as np
 
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.planner import PlanRequest, baseline_plan, plan
+from coterie.placement.prices import minimised
 from coterie.placement.scenarios import DEFINITIONS, Scenario, gathered, summarised
 from coterie.routing.errors import InputError
 from coterie.routing.trace import LoadStatistics, RoutingTrace
@@ -72,9 +73,9 @@ def _unseen_gain(routings: Sequence[RoutingTrace | LoadStatistics], request: Pla
     except InputError:  # a cap that the whole trace can keep to, but not its half
         return None
     judged = gathered(unseen)
-    ours = summarised(trial, judged, request.objective_name, request.robust)
+    ours = minimised(trial, judged, request)
     base = baseline_plan("contiguous", seen[0], request.topology, request.strategy)
-    theirs = summarised(base, judged, request.objective_name, request.robust)
+    theirs = minimised(base, judged, request)
     return 1 - ours / theirs if theirs > 0 else 0.0
 
 
@@ -94,8 +95,7 @@ def _by_gain(
     made: PlacementPlan, base: PlacementPlan, judged: Sequence[Scenario], request: PlanRequest, gain: float | None
 ) -> list[str]:
     name = request.objective_name
-    before, after = summarised(base, judged, name, request.robust), made.objective.value
-    assert after is not None
+    before, after = minimised(base, judged, request), minimised(made, judged, request)
     seen = 1 - after / before if before > 0 else 0.0
     notes = []
     if (seen if gain is None else gain) < WORTH:

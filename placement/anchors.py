@@ -16,8 +16,9 @@ from coterie.placement import bounds, copies, local, solve
 from coterie.placement.baselines import Assignment
 from coterie.placement.cost import anchors, coherent_rows
 from coterie.placement.problem import Problem, dispatch_problem
+from coterie.placement.rows import dispatch, within_caps
 from coterie.placement.scenarios import Scenario
-from coterie.placement.solve import Solution, Task
+from coterie.placement.task import Solution, Task, replaced
 from coterie.placement.topology import Topology
 from coterie.routing.affinity import patterns
 
@@ -28,9 +29,9 @@ STALLED = 6
 def alternate(task: Task) -> Solution:
     """Starts from a plan for dispatch and one for hops, whichever pays fewer rows as evaluated."""
     scenarios, weights, topology = task.scenarios, task.weights, task.request.topology
-    halves = [solve.replaced(task, task.deadline.share(share), prove=False) for share in (0.2, 0.35)]
+    halves = [replaced(task, task.deadline.share(share), prove=False) for share in (0.2, 0.35)]
     plain = task.slots if task.short_of_memory else -(-scenarios[0].load.shape[1] // task.ranks)
-    starts = [s(replace(half, slots=plain)) for s, half in zip((solve.hops, solve.dispatch), halves, strict=True)]
+    starts = [s(replace(half, slots=plain)) for s, half in zip((solve.hops, dispatch), halves, strict=True)]
     begun = [s.holds.argmax(2) for s in starts]
     searching = task.deadline.share(0.8) if task.prove else task.deadline
     made = sum(s.iterations for s in starts)
@@ -57,7 +58,7 @@ def alternate(task: Task) -> Solution:
     holds = copies.held(best, task.ranks)
     if task.copied:
         transitions = sum(w * s.transitions / s.trace.tokens for w, s in zip(weights, scenarios, strict=True) if s.trace)
-        filled = solve.within_caps(task, holds, copies.for_hops(np.asarray(transitions), holds, task.open_slots))
+        filled = within_caps(task, holds, copies.for_hops(np.asarray(transitions), holds, task.open_slots))
         holds = min((holds, filled), key=lambda h: mean_rows(h, scenarios, weights, topology))
     bound = lower_bound(task)
     if task.prove and not task.copied:

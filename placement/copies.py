@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 
 from coterie.placement.baselines import Assignment
 from coterie.placement.cost import destinations
-from coterie.placement.problem import one_hot
+from coterie.placement.problem import on_nodes, one_hot
 from coterie.placement.topology import Topology
 from coterie.routing.affinity import Patterns
 
 Array = NDArray[np.float64]
 Holds = NDArray[np.bool_]  # [L, E, ranks]
 Slots = NDArray[np.int64]
-Cost = Callable[[int, Array, Array], float]  # layer, rows per token from rank to rank, pairs by rank
+Cost = Callable[[int, Array, Array, Array], float]
+"""Layer, rows per token from rank to rank `[ranks, ranks]` and into other nodes `[ranks, nodes]`, pairs by rank -> cost."""
 
 TRIED = 6  # candidates of each kind that are judged by the whole layer before one is taken
 
@@ -91,24 +92,30 @@ class _Traffic:
         self.members, self.weight, self.topology = members, weight, topology
         self.load = weight @ members
 
-    def of(self, holds: NDArray[np.bool_]) -> tuple[Array, Array]:
-        """Rows per token from home to rank `[ranks, ranks]`, and pairs by rank `[ranks]`; holds `[E, ranks]`."""
-        ranks = self.topology.ranks
+    def of(self, holds: NDArray[np.bool_]) -> tuple[Array, Array, Array]:
+        """Rows per token from home to rank `[ranks, ranks]` and into other nodes `[ranks, nodes]`, and pairs by rank `[ranks]`.
+
+        holds: bool `[E, ranks]`.
+        """
+        ranks, per_node = self.topology.ranks, self.topology.ranks_per_node
         table = destinations(holds, self.topology)
-        sent, pairs = np.zeros((ranks, ranks)), np.zeros(ranks)
-        known: dict[bytes, Array] = {}
+        sent, entered, pairs = np.zeros((ranks, ranks)), np.zeros((ranks, self.topology.nodes)), np.zeros(ranks)
+        known: dict[bytes, tuple[Array, Array]] = {}
         for home in range(ranks):
             key = table[home].tobytes()
             if key not in known:
-                hosts = one_hot(table[home].astype(np.int64), ranks).astype(np.float32)
-                known[key] = self.weight @ (self.members @ hosts > 0)
-            sent[home] = known[key] / ranks
+                hosts = self.members @ one_hot(table[home].astype(np.int64), ranks).astype(np.float32) > 0
+                known[key] = self.weight @ hosts / ranks, self.weight @ on_nodes(hosts, per_node) / ranks
+            sent[home], entered[home] = known[key]
+            entered[home, home // per_node] = 0.0
             pairs += np.bincount(table[home], weights=self.load, minlength=ranks) / ranks
         np.fill_diagonal(sent, 0.0)
-        return sent, pairs
+        return sent, entered, pairs
 
 
-def _fill_layer(traffic: _Traffic, holds: NDArray[np.bool_], slots: Slots, cost: Callable[[Array, Array], float]) -> None:
+def _fill_layer(
+    traffic: _Traffic, holds: NDArray[np.bool_], slots: Slots, cost: Callable[[Array, Array, Array], float]
+) -> None:
     room = slots - holds.sum(0)
     now = cost(*traffic.of(holds))
     while room.any():
@@ -132,7 +139,7 @@ def _candidates(traffic: _Traffic, holds: NDArray[np.bool_], room: NDArray[np.in
     gain[holds] = -1.0
     flat = np.argsort(-gain, axis=None, kind="stable")[:TRIED]
     found = [divmod(int(i), holds.shape[1]) for i in flat if gain.flat[i] > 0]
-    _, pairs = traffic.of(holds)
+    *_, pairs = traffic.of(holds)
     heavy = np.argsort(-np.where(holds[:, pairs.argmax()], traffic.load / holds.sum(1), -1.0), kind="stable")[:TRIED]
     light = min(np.flatnonzero(room), key=lambda rank: pairs[rank])
     return found + [(int(e), int(light)) for e in heavy if not holds[e, light]]

@@ -13,16 +13,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.placement import bounds, copies, local, solve
+from coterie.placement import bounds, copies, local, rows
 from coterie.placement.baselines import Assignment
-from coterie.placement.cost import destinations, evaluate, needed_ranks
+from coterie.placement.company import clustered
+from coterie.placement.cost import destinations, needed_ranks
 from coterie.placement.deadline import Deadline
 from coterie.placement.homes import HomeClass, Homes, assign, first_tokens
 from coterie.placement.plan import PlacementPlan, slots_from_holders
-from coterie.placement.problem import Problem, dispatch_problem
+from coterie.placement.prices import Prices
+from coterie.placement.problem import Problem, dispatch_problem, on_nodes
 from coterie.placement.scenarios import DEFINITIONS, ROBUST
-from coterie.placement.solve import Solution, Task
-from coterie.placement.topology import Topology
+from coterie.placement.task import Solution, Task
 from coterie.routing.errors import InputError, require
 from coterie.routing.trace import RoutingTrace
 
@@ -39,12 +40,16 @@ SEARCH_SHARE = 0.7  # of the time; the rest is for the bound
 
 @dataclass(frozen=True)
 class _State:
-    """holds: bool `[L, E, ranks]`; at: the home of each token, int64 `[tokens]`, by scenario; value: as evaluated."""
+    """holds: bool `[L, E, ranks]`; at: the home of each token, int64 `[tokens]`, by scenario.
+
+    value: the objective as evaluated; paid: what is minimised, the same but for `prices.Prices`.
+    """
 
     holds: NDArray[np.bool_]
     homes: Homes
     at: tuple[NDArray[np.int64], ...]
     value: float
+    paid: float
 
 
 def check_objective(objective: str) -> None:
@@ -59,18 +64,31 @@ def alternate(task: Task, start: Solution, tokens: int | None = TOKENS) -> Solut
     """
     check_objective(task.request.objective_name)
     teller = _Teller(_traces(task), tokens)
-    here = best = _told(task, start.holds, teller)
-    searching, made, quiet = task.deadline.share(SEARCH_SHARE), start.iterations, 0
-    while not (task.copied or task.request.previous or searching.passed() or quiet == STALLED):
-        moved, more = _moved(task, here, task.request.seed + made, searching)
-        here = _told(task, copies.held(moved, task.ranks), teller)
-        made, quiet = made + more, 0 if here.value < best.value * (1 - 1e-6) else quiet + 1
-        best = min(best, here, key=lambda state: state.value)
-        task.progress(best.value, None, made)
+    best, made = _told(task, start.holds, teller), start.iterations
+    if not (task.copied or task.request.previous):
+        searching = task.deadline.share(SEARCH_SHARE)
+        best, made = _turns(task, best, best, teller, made, searching.share(0.5))
+        if not searching.passed():
+            begin = clustered(_homed(task, best.at), _traces(task), task.prices, start.holds.argmax(2))
+            company = _told(task, copies.held(begin, task.ranks), teller)
+            best, made = _turns(task, company, best, teller, made, searching)
     bound = start.lower_bound
     if task.request.objective_name == "dispatch":
         bound = homes_bound(task, best.holds, task.deadline)
     return replace(start, holds=best.holds, lower_bound=bound, iterations=made, homes=best.homes)
+
+
+def _turns(task: Task, here: _State, best: _State, teller: _Teller, made: int, deadline: Deadline) -> tuple[_State, int]:
+    """Homes and placement in turns from `here` until the deadline or until nothing is gained: the best, and iterations made."""
+    quiet, least = 0, np.inf
+    while not (deadline.passed() or quiet == STALLED):
+        moved, more = _moved(task, here, task.request.seed + made, deadline)
+        here = _told(task, copies.held(moved, task.ranks), teller)
+        made, quiet = made + more, 0 if here.paid < least * (1 - 1e-6) else quiet + 1
+        least = min(least, here.paid)
+        best = min(best, here, key=lambda state: state.paid)
+        task.progress(best.value, None, made)
+    return best, made
 
 
 def _traces(task: Task) -> list[RoutingTrace]:
@@ -83,29 +101,35 @@ def _traces(task: Task) -> list[RoutingTrace]:
 def _told(task: Task, holds: NDArray[np.bool_], teller: _Teller) -> _State:
     """The placement with the homes that suit it."""
     traces, topology = _traces(task), task.request.topology
-    rows = [rows_by_home(trace, holds, topology) for trace in traces]
+    rows = [rows_by_home(trace, holds, task.prices) for trace in traces]
     homes = teller.learn(np.concatenate(rows))
     layer_ids = traces[0].layer_ids
     plan = PlacementPlan(
         slots_from_holders(holds, task.slots), holds.shape[1], layer_ids, topology, strategy=task.request.strategy, homes=homes
     )
-    field = DEFINITIONS[task.request.objective_name][0]
-    values = [getattr(evaluate(plan, trace), field) for trace in traces]
-    return _State(holds, homes, tuple(assign(homes, trace) for trace in traces), float(ROBUST[task.request.robust](values)))
+    reports = [scenario.report(plan) for scenario in task.scenarios]
+    combine, field = ROBUST[task.request.robust], DEFINITIONS[task.request.objective_name][0]
+    value = float(combine([getattr(report, field) for report in reports]))
+    paid = float(combine([task.prices.paid(report) for report in reports])) if task.prices.matter else value
+    return _State(holds, homes, tuple(assign(homes, trace) for trace in traces), value, paid)
 
 
-def rows_by_home(trace: RoutingTrace, holds: NDArray[np.bool_], topology: Topology) -> Array:
-    """Rows sent per token and layer by every sequence if a rank is its home, float64 `[sequences, ranks]`, by ascending id."""
-    ranks = topology.ranks
-    rows = np.zeros((trace.tokens, ranks), dtype=np.float32)
+def rows_by_home(trace: RoutingTrace, holds: NDArray[np.bool_], prices: Prices) -> Array:
+    """What every sequence sends per token and layer if a rank is its home, float64 `[sequences, ranks]`, by ascending id.
+
+    In rows; where it matters where they go, in rows inside a node.
+    """
+    topology = prices.topology
+    rows = np.zeros((trace.tokens, topology.ranks), dtype=np.float32)
     copied = bool((holds.sum(2) > 1).any())
+    by_rank, by_node = prices.by_rank.astype(np.float32), prices.by_node.astype(np.float32)
     for layer in range(trace.layers):
         table, ids = destinations(holds[layer], topology), trace.expert_ids[:, layer]
-        for home in range(ranks):
+        for home in range(topology.ranks):
             if copied or home == 0:
-                needed = needed_ranks(np.where(ids < 0, -1, table[home, ids]), ranks)
-                count = needed.sum(1)
-            rows[:, home] += count - needed[:, home]
+                needed = needed_ranks(np.where(ids < 0, -1, table[home, ids]), topology.ranks)
+                hosts, entered = needed.astype(np.float32), on_nodes(needed, topology.ranks_per_node).astype(np.float32)
+            rows[:, home] += hosts @ by_rank[home] + entered @ by_node[home]
     _, sequence, lengths = np.unique(trace.sequence_ids, return_inverse=True, return_counts=True)
     summed = np.stack([np.bincount(sequence, weights=column) for column in rows.T], axis=1)
     return np.asarray(summed / (lengths[:, None] * trace.layers))
@@ -163,17 +187,17 @@ def _uses(trace: RoutingTrace, tokens: int | None) -> NDArray[np.float32]:
 def _moved(task: Task, here: _State, seed: int, deadline: Deadline) -> tuple[Assignment, int]:
     """A placement for these homes, searched from the present one, and the search's iterations."""
     problem = _homed(task, here.at)
-    begin = solve.at_home(problem, here.holds.argmax(2))
+    begin = rows.at_home(problem, here.holds.argmax(2))
     score = None
     if task.request.objective_name == "time":
-        problem, score = solve.timed(task, problem)
+        problem, score = rows.timed(task, problem)
     return local.search(problem, seed, 1, deadline, begin=begin, score=score)
 
 
 def _homed(task: Task, at: Sequence[NDArray[np.int64]]) -> Problem:
     """The dispatch problem in which tokens have these homes."""
     homed = [s.patterns_by_home(task.ranks, homes) for s, homes in zip(task.scenarios, at, strict=True)]
-    return dispatch_problem(homed, task.weights, task.ranks, task.slots, task.limits, known_homes=True)
+    return dispatch_problem(homed, task.weights, task.ranks, task.slots, task.limits, True, task.prices)
 
 
 def homes_bound(task: Task, holds: NDArray[np.bool_], deadline: Deadline) -> float:

@@ -130,3 +130,10 @@ def mend(here: NDArray[np.int64], weights: NDArray[np.float64], caps: NDArray[np
         if gain[i, o] <= 1e-12 + 1e-9 * excess.sum():
             return float(excess.sum())
         here[inside[i]], here[outside[o]] = here[outside[o]], here[inside[i]]
+
+
+def mend_layer(problem: Problem, layer: int, here: NDArray[np.int64]) -> None:
+    """`mend` for one layer `[E]` of a problem, if it needs to be."""
+    if not problem.keeps(layer, here):
+        weights = np.stack([limit.weights[layer] for limit in problem.limits])
+        mend(here, weights, np.stack([limit.caps[layer] for limit in problem.limits]))

@@ -17,6 +17,7 @@ from coterie.placement import limits
 from coterie.placement.baselines import Assignment
 from coterie.placement.chain import Report, allowed_swaps
 from coterie.placement.deadline import Deadline
+from coterie.placement.nodes import node_order
 from coterie.placement.problem import Problem, held_by, one_hot
 
 BURST = 150  # tabu steps of one layer in one iteration
@@ -58,11 +59,15 @@ class Layer:
         saved = np.diagonal(self.freed)
         return np.asarray(self.freed - saved[:, None] + self.joining.T[self.here])
 
-    def swap(self, e: int, f: int, change: NDArray[np.float64]) -> None:
-        """Let e and f change places; change: as `changes` gave it."""
+    def cost(self) -> float:
+        """All that is paid."""
+        return float(self.rows.sum())
+
+    def swap(self, e: int, f: int) -> None:
+        """Let e and f change places."""
         a, b = int(self.here[e]), int(self.here[f])
-        self.rows[a] += change[e, f]
-        self.rows[b] += change[f, e]
+        self.rows[a] += self.freed[e, f] - self.freed[e, e] + self.joining[f, a]
+        self.rows[b] += self.freed[f, e] - self.freed[f, f] + self.joining[e, b]
         one, two = self.with_expert[e], self.with_expert[f]
         touched = np.concatenate([one[self.members[one, f] == 0], two[self.members[two, e] == 0]])
         sign = np.where(self.members[touched, e] > 0, 1, -1).astype(np.float32)
@@ -82,20 +87,59 @@ class Layer:
             self.freed[expert] = lone @ self.members[patterns]
 
 
+class TieredLayer(Layer):
+    """A layer whose patterns also pay for every node that hosts one of their experts: the same tables once more, by node."""
+
+    def __init__(
+        self, members: NDArray[np.bool_], prices: NDArray[np.float64], node_prices: NDArray[np.float64], here: NDArray[np.int64]
+    ) -> None:
+        self.per_node = prices.shape[1] // node_prices.shape[1]
+        self.by_node = Layer(members, node_prices, here // self.per_node)
+        super().__init__(members, prices, here)
+
+    def place(self, here: NDArray[np.int64]) -> None:
+        """Start from another placement `[E]`."""
+        super().place(here)
+        self.by_node.place(here // self.per_node)
+
+    def changes(self) -> NDArray[np.float64]:
+        """As of a layer; what e's node changes by is counted with e's rank."""
+        node = self.by_node.here
+        return super().changes() + np.where(node[:, None] == node[None, :], 0.0, self.by_node.changes())
+
+    def cost(self) -> float:
+        """All that is paid, by rank and by node."""
+        return super().cost() + self.by_node.cost()
+
+    def swap(self, e: int, f: int) -> None:
+        """Let e and f change places."""
+        super().swap(e, f)
+        if self.by_node.here[e] != self.by_node.here[f]:
+            self.by_node.swap(e, f)
+
+
+def layer_of(problem: Problem, layer: int, here: NDArray[np.int64]) -> Layer:
+    """The tables of a layer with its experts at `here` `[E]`."""
+    members, prices = problem.members[layer], problem.prices[layer]
+    if problem.node_prices:
+        return TieredLayer(members, prices, problem.node_prices[layer], here)
+    return Layer(members, prices, here)
+
+
 def search(
     problem: Problem, seed: int, iterations: int | None, deadline: Deadline, begin: Assignment | None = None,
     score: Score | None = None, report: Report | None = None,
 ) -> tuple[Assignment, int]:  # fmt: skip
     """The best placement found, int64 `[L, E]`, and the iterations (bursts of every layer) made.
 
-    begin: where to start, else balanced packing. score: what to minimise in place of all rows paid, given rows and load
+    begin: where to start, else `_begun`. score: what to minimise in place of all rows paid, given rows and load
     of every rank; the first limit's weights are the load. Every layer gets its share of
     the time in the first iteration.
     """
     if problem.ranks == 1:
         return np.zeros((problem.layers, problem.experts), dtype=np.int64), 0
     padded = problem.padded()
-    start = limits.start(padded) if begin is None else _padded_start(padded, begin)
+    start = _begun(padded) if begin is None else _padded_start(padded, begin)
     layers = [_Tabu(padded, layer, start[layer], np.random.default_rng([seed, layer]), score) for layer in range(padded.layers)]
     made = 0
     for made in itertools.count():
@@ -115,7 +159,7 @@ class _Tabu:
         self, problem: Problem, layer: int, here: NDArray[np.int64], rng: np.random.Generator, score: Score | None
     ) -> None:
         self.problem, self.layer, self.rng, self.score = problem, layer, rng, score
-        self.state = Layer(problem.members[layer], problem.prices[layer], here)
+        self.state = layer_of(problem, layer, here)
         self.load = problem.limits[0].weights[layer] if problem.limits else np.zeros(problem.experts)
         self.until = np.zeros((problem.experts, problem.ranks), dtype=np.int64)
         self.step, self.quiet = 0, 0
@@ -123,7 +167,7 @@ class _Tabu:
 
     def _cost(self) -> float:
         if self.score is None:
-            return float(self.state.rows.sum())
+            return self.state.cost()
         held = held_by(self.state.here, self.load, self.problem.ranks)
         return float(self.score(self.layer, self.state.rows[None], held[None])[0])
 
@@ -151,14 +195,14 @@ class _Tabu:
         e, f = np.unravel_index(value.argmin(), value.shape)
         if not np.isfinite(value[e, f]):
             return False
-        self._take(int(e), int(f), change)
+        self._take(int(e), int(f))
         if (cost := self._cost()) < self.best_cost * (1 - 1e-9):
             self.best, self.best_cost = state.here.copy(), cost
         return True
 
-    def _take(self, e: int, f: int, change: NDArray[np.float64]) -> None:
+    def _take(self, e: int, f: int) -> None:
         a, b = self.state.here[e], self.state.here[f]
-        self.state.swap(e, f, change)
+        self.state.swap(e, f)
         self.step += 1
         tenure = self.rng.integers(*TENURE, size=2)
         self.until[e, a], self.until[f, b] = self.step + tenure
@@ -169,7 +213,7 @@ class _Tabu:
             if not len(possible):
                 return
             e, f = divmod(int(self.rng.choice(possible)), self.problem.experts)
-            self._take(e, f, self.state.changes())
+            self._take(e, f)
 
 
 def scored(
@@ -194,6 +238,23 @@ def scored(
         loads[n, b] += load[e] - load[others]
         value[e, others] = score(layer, rows, loads)
     return value
+
+
+def _begun(problem: Problem) -> Assignment:
+    """Where to start, int64 `[L, E]`: of every layer balanced packing, or experts grouped with those that they are picked with.
+
+    Tabu steps move single experts and seldom find a way to other groups. problem: padded.
+    """
+    start = limits.start(problem)
+    for layer, row in enumerate(start):
+        members = problem.members[layer].astype(np.float64)
+        together = (members * problem.prices[layer].sum(1, keepdims=True)).T @ members
+        grouped = np.empty_like(row)
+        grouped[node_order(together, problem.slots)] = np.arange(problem.experts) // problem.slots
+        limits.mend_layer(problem, layer, grouped)
+        if not problem.keeps(layer, row) or problem.layer_cost(layer, grouped) < problem.layer_cost(layer, row):
+            start[layer] = grouped if problem.keeps(layer, grouped) else row
+    return start
 
 
 def _padded_start(problem: Problem, begin: Assignment) -> Assignment:

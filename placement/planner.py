@@ -1,6 +1,6 @@
 """From recordings to a plan: gathers the scenarios, runs a solver, evaluates the result with the dispatcher's own rules.
 
-The seam for further planners is `solve.Solver`: a function from a `Task` to a `Solution`, in `solve.SOLVERS` by objective; for
+The seam for further planners is `task.Solver`: a function from a `Task` to a `Solution`, in `solve.SOLVERS` by objective; for
 other methods than our own, a `Method` in `METHODS`.
 """
 
@@ -35,8 +35,9 @@ from coterie.placement.plan import (
 from coterie.placement.problem import Limit
 from coterie.placement.replan import check, from_previous
 from coterie.placement.scenarios import ROBUST, Scenario, gathered, summarised
-from coterie.placement.solve import SOLVERS, Progress, Solution, Solver, Task
+from coterie.placement.solve import SOLVERS
 from coterie.placement.spread import World, world
+from coterie.placement.task import Progress, Solution, Solver, Task
 from coterie.placement.topology import Topology
 from coterie.routing.affinity import expert_load
 from coterie.routing.errors import InputError
@@ -227,7 +228,7 @@ def _worst(task: Task) -> Solution:
     for turn in range(WORST_ROUNDS):
         share = task.deadline.share(1 / (WORST_ROUNDS - turn))
         found = _agreed(_solver(task.request)(replace(task, weights=tuple(weights), deadline=share)), task.world)
-        values = np.array([replace(task, scenarios=(s,)).evaluated(found.holds) for s in task.scenarios])
+        values = np.array([replace(task, scenarios=(s,)).minimised(found.holds) for s in task.scenarios])
         made += found.iterations
         bound = found.lower_bound if bound is None else max(bound, found.lower_bound or 0.0)
         if values.max() < least:

@@ -93,7 +93,7 @@ class Rows(Layer):
         """Rows paid, or the score."""
         assert self.table is not None
         if self.score is None:
-            return float(self.table.rows.sum())
+            return self.table.cost()
         load: Array = np.bincount(self.here, weights=self._load(), minlength=self.ranks).astype(np.float64)
         return float(self.score(self.number, self.table.rows[None], load[None])[0])
 
@@ -116,7 +116,7 @@ class Rows(Layer):
 
     def _swap(self, i: int, j: int) -> None:
         assert self.table is not None
-        self.table.swap(i, j, self.table.changes())
+        self.table.swap(i, j)
         self.here = self.table.here.copy()
 
 

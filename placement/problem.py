@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coterie.placement.baselines import Assignment
 from coterie.routing.affinity import Patterns
+
+if TYPE_CHECKING:
+    from coterie.placement.prices import Prices
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,9 @@ class Problem:
 
     transitions: float64 `[L-1, E, E]`, what is paid if the pair is apart (hops), else None.
     members: bool `[patterns, E]` and prices: float64 `[patterns, ranks]`, per layer: what is paid if the rank hosts any
-    expert of the pattern (dispatch), else empty. integral: costs are whole numbers, so bounds may be rounded up.
+    expert of the pattern (dispatch), else empty. node_prices: float64 `[patterns, nodes]`, per layer: what is paid besides if
+    any rank of the node does, ranks / nodes consecutive ones each, else empty.
+    integral: costs are whole numbers, so bounds may be rounded up.
     """
 
     layers: int
@@ -52,7 +58,13 @@ class Problem:
     transitions: NDArray[np.float64] | None = None
     members: tuple[NDArray[np.bool_], ...] = ()
     prices: tuple[NDArray[np.float64], ...] = ()
+    node_prices: tuple[NDArray[np.float64], ...] = ()
     integral: bool = False
+
+    @property
+    def per_node(self) -> int:
+        """Ranks of a node; all where nodes have no price."""
+        return self.ranks // self.node_prices[0].shape[1] if self.node_prices else self.ranks
 
     def cost(self, assignment: Assignment) -> float:
         """The objective, in counts, of the rank of every expert `[L, E]`."""
@@ -63,7 +75,11 @@ class Problem:
 
     def layer_cost(self, layer: int, ranks_of: NDArray[np.int64]) -> float:
         """The dispatch cost of one layer; ranks_of `[E]`."""
-        return float((self.prices[layer] * (self.held(layer, ranks_of) > 0)).sum())
+        hosts = self.held(layer, ranks_of) > 0
+        paid = float((self.prices[layer] * hosts).sum())
+        if self.node_prices:
+            paid += float((self.node_prices[layer] * on_nodes(hosts, self.per_node)).sum())
+        return paid
 
     def held(self, layer: int, ranks_of: NDArray[np.int64]) -> NDArray[np.float32]:
         """How many of each pattern's experts every rank hosts, float32 `[patterns, ranks]`; ranks_of `[E]`."""
@@ -97,6 +113,11 @@ class Problem:
     def interchangeable(self) -> bool:
         """Whether ranks may change names without breaking a limit."""
         return all(limit.even for limit in self.limits)
+
+
+def on_nodes(hosts: NDArray[np.bool_], per_node: int) -> NDArray[np.bool_]:
+    """Which nodes have a rank that hosts any of a pattern's experts, bool `[patterns, nodes]`; hosts `[patterns, ranks]`."""
+    return np.asarray(hosts.reshape(len(hosts), -1, per_node).any(2))
 
 
 def carried(limit: Limit, assignment: Assignment, ranks: int) -> NDArray[np.float64]:
@@ -133,33 +154,47 @@ def hops_problem(
 
 def dispatch_problem(
     scenarios: Sequence[tuple[Patterns, ...]], weights: Sequence[float], ranks: int, slots: int, limits: tuple[Limit, ...],
-    known_homes: bool,
+    known_homes: bool, tolls: Prices | None = None,
 ) -> Problem:  # fmt: skip
     """Distinct destination ranks per token, home left out: every home equally likely, or the homes of the traces.
 
     scenarios: the patterns of each, by layer; with known homes they must carry `by_home`.
-    Several scenarios' rows count by weight over tokens.
+    Several scenarios' rows count by weight over tokens. tolls: what a row costs by where it goes; None: each row 1.
     """
     single = len(scenarios) == 1
-    members, prices = [], []
+    shares = [w / parts[0].tokens for parts, w in zip(scenarios, weights, strict=True)]
+    members, prices, node_prices = [], [], []
     for parts in zip(*scenarios, strict=True):
-        rows = [priced(p, ranks, known_homes) for p in parts]
-        if not single:
-            rows = [r * (w / p.tokens) for r, w, p in zip(rows, weights, parts, strict=True)]
         members.append(np.concatenate([p.experts for p in parts]))
-        prices.append(np.concatenate(rows))
-    first = scenarios[0][0]
-    layers, experts = len(members), first.num_experts
-    scale = 1 / layers / (first.tokens if single else 1)
+        prices.append(_mixed([priced(p, ranks, known_homes, tolls) for p in parts], shares))
+        if tolls is not None and tolls.tiered:
+            node_prices.append(_mixed([_expected(p, known_homes, tolls.by_node) for p in parts], shares))
+    layers, experts = len(members), scenarios[0][0].num_experts
+    scale = 1 / layers / (scenarios[0][0].tokens if single else 1)
     return Problem(
         layers, experts, ranks, slots, scale, limits, members=tuple(members), prices=tuple(prices),
-        integral=single and known_homes,
+        node_prices=tuple(node_prices), integral=single and known_homes and (tolls is None or not tolls.matter),
     )  # fmt: skip
 
 
-def priced(patterns: Patterns, ranks: int, known_homes: bool) -> NDArray[np.float64]:
+def _mixed(rows: Sequence[NDArray[np.float64]], shares: Sequence[float]) -> NDArray[np.float64]:
+    """Of all scenarios' patterns; counts where there is one scenario, else shares of its tokens."""
+    return rows[0] if len(rows) == 1 else np.concatenate([r * share for r, share in zip(rows, shares, strict=True)])
+
+
+def priced(patterns: Patterns, ranks: int, known_homes: bool, tolls: Prices | None = None) -> NDArray[np.float64]:
     """What a pattern pays for each rank that hosts one of its experts, float64 `[patterns, ranks]`."""
+    if tolls is not None and tolls.matter:
+        return _expected(patterns, known_homes, tolls.by_rank)
     if known_homes:
         assert patterns.by_home is not None
         return np.asarray(patterns.weight[:, None] - patterns.by_home)
     return np.tile(patterns.weight[:, None] * (1 - 1 / ranks), (1, ranks))
+
+
+def _expected(patterns: Patterns, known_homes: bool, prices: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What a pattern pays for each place with one of its experts, `[patterns, places]`; prices `[ranks, places]`, by home."""
+    if known_homes:
+        assert patterns.by_home is not None
+        return np.asarray(patterns.by_home @ prices)
+    return np.asarray(patterns.weight[:, None] * prices.mean(0))

@@ -18,7 +18,7 @@ from coterie.placement import solve
 from coterie.placement.moving import Given
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.scenarios import Scenario
-from coterie.placement.solve import Solution, Task
+from coterie.placement.task import Solution, Task
 from coterie.placement.within import FINDERS, Search
 from coterie.routing.errors import InputError
 
@@ -52,7 +52,7 @@ def check(previous: PlacementPlan, scenarios: Sequence[Scenario], ranks: int, sl
 
 
 def from_previous(task: Task) -> Solution:
-    """`solve.Solver` for a request with an old plan."""
+    """`task.Solver` for a request with an old plan."""
     assert task.request.previous is not None and task.request.max_moves is not None
     return replan(task, task.request.previous.holds(), task.request.max_moves)
 

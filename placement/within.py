@@ -10,14 +10,15 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.placement import anchors, balance, solve
+from coterie.placement import anchors, balance
 from coterie.placement.budget import EPS, Board, Option, combined
 from coterie.placement.cost import destinations, homes_of, layer_seconds, needed_ranks
 from coterie.placement.moving import Array, Given, Holds, Layer, State, holds_of, state_of
 from coterie.placement.plan import slots_from_holders
 from coterie.placement.pricing import Chain, Even, Rows
 from coterie.placement.problem import Problem, dispatch_problem, hops_problem, one_hot
-from coterie.placement.solve import Task, TimeScore
+from coterie.placement.rows import TimeScore
+from coterie.placement.task import Task, replaced
 from coterie.placement.timing import LayerTime
 from coterie.placement.topology import Topology
 from coterie.routing.errors import InputError
@@ -311,7 +312,7 @@ def _load(s: Search) -> NDArray[np.bool_]:
 def _evened(s: Search, relative: Array, mix: Array, share: float) -> NDArray[np.bool_]:
     """The best for one mixture of the scenarios; mix `[scenarios]`, share: of the time that is left."""
     layers = [Even(relative[:, n], mix, g) for n, g in enumerate(s.given)]
-    part = replace(s, task=solve.replaced(s.task, s.task.deadline.share(share)))
+    part = replace(s, task=replaced(s.task, s.task.deadline.share(share)))
     return _independent(part, layers, lambda n, holds: float(mix @ _peaks(relative[:, n : n + 1], holds[None])))
 
 
@@ -336,7 +337,7 @@ def _coherent(s: Search) -> NDArray[np.bool_]:
     start = s.holds(s.board(_rows(s, anchors.anchored(task, s.old))).best)
     if s.budget == 0:
         return start
-    early = replace(s, task=solve.replaced(task, task.deadline.share(0.2)))
+    early = replace(s, task=replaced(task, task.deadline.share(0.2)))
     best = min([start, _hops(early), *s.whole()], key=rows)
     least, quiet = rows(best), 0
     for number in range(ROUNDS):

@@ -18,7 +18,7 @@ from coterie.placement.deadline import Deadline
 from coterie.placement.planner import PlanRequest, plan
 from coterie.placement.problem import Limit, Problem, one_hot
 from coterie.placement.scenarios import gathered
-from coterie.placement.solve import Task
+from coterie.placement.task import Task
 from coterie.placement.topology import Link, Topology
 from coterie.routing.trace import LoadStatistics
 

@@ -23,8 +23,9 @@ from coterie.placement.deadline import Deadline
 from coterie.placement.homes import HomeClass, Homes, assign, balanced
 from coterie.placement.plan import PlacementPlan, read_plan, save_plan, slots_from_assignment
 from coterie.placement.planner import PlanRequest, baseline_plan, compare, plan
+from coterie.placement.prices import Prices
 from coterie.placement.scenarios import gathered
-from coterie.placement.solve import Solution, Task
+from coterie.placement.task import Solution, Task
 from coterie.placement.topology import Topology
 from coterie.routing.errors import InputError
 from coterie.routing.trace import LoadStatistics, RoutingTrace
@@ -262,7 +263,7 @@ def test_rows_by_home_are_what_evaluate_counts() -> None:
     single = baseline_plan("packed", trace, Topology(1, 4), "all_to_all")
     twice = np.tile(np.array([0, 1, 2, 3, 4, 5, 6, 7, 1, 0, 4, -1], np.int32), (3, 1))
     for made in (single, replace(single, physical_to_logical=twice)):
-        rows = homing.rows_by_home(trace, made.holds(), made.topology)
+        rows = homing.rows_by_home(trace, made.holds(), Prices(made.topology))
         for home in range(4):
             there = replace(trace, sequence_ids=np.full(90, home, np.int32))
             assert rows[0, home] == pytest.approx(evaluate(made, there).dispatch, abs=1e-6)
@@ -305,7 +306,9 @@ def test_the_bound_holds_whatever_placement_and_homes(seed: int, copied: bool, t
     task = replace(task_of(trace, 2), slots=3 if copied else 2)
     for prove in (False, True):
         bound = homing.homes_bound(replace(task, prove=prove), start_of(trace, 2).holds, Deadline(3.0))
-        free = [homing.rows_by_home(trace, p.holds(), p.topology) for p in plans(trace, Topology(1, 2), task.slots, copied)]
+        free = [
+            homing.rows_by_home(trace, p.holds(), Prices(p.topology)) for p in plans(trace, Topology(1, 2), task.slots, copied)
+        ]
         lengths = np.bincount(trace.sequence_ids, minlength=4)
         assert bound <= min((rows.min(1) * lengths[lengths > 0]).sum() for rows in free) / 40 + 1e-9
     assert homing.homes_bound(task_of(trace, 1), start_of(trace, 1).holds, Deadline(1.0)) == 0.0

@@ -12,14 +12,15 @@ from conftest import make_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.placement import anchors, chain, exact, ilp, local, nodes, solve
+from coterie.placement import anchors, chain, exact, ilp, local, nodes, rows, solve
 from coterie.placement.copies import held
 from coterie.placement.cost import coherent_rows, evaluate, hops, layer_seconds
 from coterie.placement.deadline import Deadline
 from coterie.placement.planner import PlanRequest
 from coterie.placement.problem import Limit, Problem, dispatch_problem, one_hot
+from coterie.placement.rows import TimeScore
 from coterie.placement.scenarios import gathered
-from coterie.placement.solve import Task, TimeScore
+from coterie.placement.task import Task
 from coterie.placement.timing import TIE, LayerTime
 from coterie.placement.topology import Link, Topology
 
@@ -195,7 +196,7 @@ def test_tables_after_swaps_equal_tables_made_anew(seed, ranks, top_k, known) ->
     for _ in range(12):
         e, f = rng.integers(0, 8, 2)
         if layer.here[e] != layer.here[f]:
-            layer.swap(e, f, layer.changes())
+            layer.swap(e, f)
     tables_agree(layer, local.Layer(members, prices, layer.here))
 
 
@@ -270,7 +271,7 @@ def test_the_time_search_improves_on_where_it_began() -> None:
     trace = make_trace(tokens=300, layers=2, experts=8, top_k=3)
     task = task_of(trace, Topology(2, 2, Link(1e8, 0), Link(1e8, 0)), 2, objective="time", iterations=3)
     model = LayerTime(task.request.topology, task.scenarios, task.weights)
-    base = solve._dispatch(task, False)
+    base = rows._dispatch(task, False)
     problem = replace(base, limits=(Limit(model.weight, np.full((2, 4), np.inf)),))
     score = TimeScore(model, base.scale * base.layers)
     begin = np.stack([allowed(base, layer)[0] for layer in range(2)])
@@ -295,10 +296,10 @@ def test_at_top_1_the_coherent_rows_are_the_hops(seed, ranks, layers) -> None:
 def test_the_anchored_search_never_ends_worse_than_its_starts(seed) -> None:
     trace = make_trace(tokens=300, layers=4, experts=8, top_k=2, seed=seed)
     task = task_of(trace, Topology(1, 4), 2, strategy="coherent", iterations=2, seed=seed)
-    rows = lambda s: coherent_rows(trace, s.holds, Topology(1, 4))[0]  # noqa: E731
+    paid = lambda s: coherent_rows(trace, s.holds, Topology(1, 4))[0]  # noqa: E731
     found = anchors.alternate(task)
-    assert rows(found) <= min(rows(solve.hops(task)), rows(solve.dispatch(task)))
-    assert found.lower_bound <= rows(found)
+    assert paid(found) <= min(paid(solve.hops(task)), paid(rows.dispatch(task)))
+    assert found.lower_bound <= paid(found)
 
 
 # --- nodes ---
