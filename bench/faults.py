@@ -12,6 +12,7 @@ import random
 import secrets
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -38,8 +39,15 @@ def launcher(name: str, ranks: int = RANKS) -> list[str]:
     if name == "torchrun":
         return [found, "--standalone", "--nproc-per-node", str(ranks), "-m", "coterie"]
     if name == "deepspeed":
-        return [found, "--num_accelerators", str(ranks), "--module", "coterie"]
+        return [found, "--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module", "coterie"]
     return [found, "--map-by", ":OVERSUBSCRIBE", "-n", str(ranks), sys.executable, "-m", "coterie"]
+
+
+def free_port() -> int:
+    """One that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -273,28 +281,37 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(rows)
 
 
+def finished(file: Path) -> list[Outcome]:
+    """The runs that an earlier call has written."""
+    runs = json.loads(file.read_text())["runs"] if file.is_file() else []
+    return [Outcome(**{k: Fault(**v) if k == "fault" else v for k, v in run.items() if k != "ok"}) for run in runs]
+
+
 def main() -> int:
     """Run the faults; writes one JSON object and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--first", type=int, default=0, help="seed of the first run")
     parser.add_argument("--launchers", nargs="+", default=["torchrun", "deepspeed", "mpirun"])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "faults.json")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that are in --out, do the others")
     options = parser.parse_args()
     there = [name for name in options.launchers if launcher(name)]
-    expected, outcomes = undisturbed(), []
-    for seed in range(options.first, options.first + options.runs):
-        outcome = run(draw(seed, there), expected)
-        outcomes.append(outcome)
-        f = outcome.fault
-        print(
-            f"{seed}: {f.launcher} {f.kind} rank {f.rank} after {f.after}: {'ok' if outcome.ok else 'NOT OK'}, "
-            f"{outcome.survivors:.1f} s, {outcome.gone:.1f} s, exit {outcome.exit_code}: {outcome.message[:160]}", flush=True
-        )  # fmt: skip
+    outcomes = finished(options.out) if options.resume else []
+    done, expected = {o.fault.seed for o in outcomes}, undisturbed()
+    for seed in sorted(set(range(options.runs)) - done):
+        outcomes.append(run(draw(seed, there), expected))
+        print(line(outcomes[-1]), flush=True)
         result = {"timeout": TIMEOUT, "ranks": RANKS, "runs": [{**asdict(o), "ok": o.ok} for o in outcomes]}
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(outcomes))
     return 0 if all(o.ok for o in outcomes) else 1
+
+
+def line(o: Outcome) -> str:
+    """One run in a line."""
+    done = f"{o.fault.seed}: {o.fault.launcher} {o.fault.kind} rank {o.fault.rank} after {o.fault.after} characters"
+    how = f"survivors {o.survivors:.1f} s, nothing left {o.gone:.1f} s, exit {o.exit_code}"
+    return f"{done}: {'ok' if o.ok else 'NOT OK'}, {how}: {o.message[:160]}"
 
 
 if __name__ == "__main__":

@@ -166,15 +166,16 @@ def test_times_add_up_to_less_than_promised() -> None:
     assert w.GUARD_SECONDS + w.GRACE_SECONDS + 2 * w.BEAT_SECONDS + w.LINGER_SECONDS <= 5
 
 
+@pytest.fixture(scope="module")
+def text() -> str:
+    return undisturbed()
+
+
 @pytest.mark.processes
 class TestJobs:
     """Real jobs on 4 processes; their times are measured by bench/faults.py, not here."""
 
-    @pytest.fixture(scope="class")
-    def text(self) -> str:
-        return undisturbed()
-
-    @pytest.mark.parametrize("seed", [0, 3, 6, 9, 11])
+    @pytest.mark.parametrize("seed", [0, 3, 4, 6])
     def test_a_rank_is_killed_stopped_delayed_or_late(self, seed: int, text: str) -> None:
         there = [name for name in ("torchrun", "mpirun") if launcher(name)]
         fault = draw(seed, there, KINDS)
@@ -193,7 +194,7 @@ class TestJobs:
 
     def limited(self, limit: str, *arguments: str) -> Job:
         worker = [str(ROOT / "tests" / "limited_rank.py"), limit, "generate", "coterie-tiny", "--timeout", "5", *arguments]
-        job = Job([*launcher("torchrun")[:4], *worker])
+        job = Job([*launcher("torchrun")[:-2], *worker])
         assert wait_for(lambda: job.process.poll() is not None and not job.processes(), 180), job.err
         return job
 
