@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,16 +28,19 @@ TOKENS, FIRST, LAST = 400, 5, 120  # new tokens of a run; the fault comes after 
 MARK = "COTERIE_FAULT_RUN"
 START_SECONDS, END_SECONDS = 180.0, 120.0
 KINDS = ("kill", "stop", "delay", "late")
+RESTART = "restart"  # SIGKILL under torchrun --max-restarts, with --resume
+PROMPTS, RESTARTS = 60, 3
 
 
-def launcher(name: str, ranks: int = RANKS) -> list[str]:
-    """The command line of a launcher, up to the module's name; empty if it is not installed."""
+def launcher(name: str, ranks: int = RANKS, restarts: int = 0) -> list[str]:
+    """The command line of a launcher, up to the module's name; empty if it is not installed. restarts: torchrun's."""
     beside = Path(sys.executable).parent
     found = shutil.which(name, path=f"{beside}{os.pathsep}{os.environ['PATH']}")
     if found is None:
         return []
     if name == "torchrun":
-        return [found, "--standalone", "--nproc-per-node", str(ranks), "-m", "coterie"]
+        again = ["--max-restarts", str(restarts)] if restarts else []
+        return [found, "--standalone", "--nproc-per-node", str(ranks), *again, "-m", "coterie"]
     if name == "deepspeed":
         return [found, "--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module", "coterie"]
     return [found, "--map-by", ":OVERSUBSCRIBE", "-n", str(ranks), sys.executable, "-m", "coterie"]
@@ -166,7 +169,7 @@ def wait_for(what: Callable[[], bool], seconds: float) -> bool:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done. after: characters of text; delay: seconds until SIGCONT, 0 for never."""
+    """What is done. after: characters of text, or finished prompts for a restart; delay: seconds until SIGCONT, 0 for never."""
 
     seed: int
     launcher: str
@@ -194,14 +197,16 @@ class Outcome:
     def ok(self) -> bool:
         """Whether all is as promised."""
         clean = not self.processes_left and not self.ports_left
-        if self.fault.kind == "delay":
+        if self.fault.kind in ("delay", RESTART):
             return clean and self.exit_code == 0 and bool(self.text_equal)
         return clean and self.exit_code != 0 and self.named and self.survivors <= TIMEOUT + SLACK
 
 
 def draw(seed: int, launchers: Sequence[str], kinds: Sequence[str] = KINDS) -> Fault:
-    """The fault of a seed: launchers and kinds take turns, the rest is drawn."""
+    """The fault of a seed: launchers and kinds take turns, every fifth is a restart, the rest is drawn."""
     rng = random.Random(seed)
+    if seed % 5 == 4:
+        return Fault(seed, "torchrun", RESTART, rng.randrange(RANKS), rng.randint(1, PROMPTS * 2 // 3), 0.0)
     kind = kinds[seed // len(launchers) % len(kinds)]
     delay = {"delay": rng.uniform(0.3, TIMEOUT - 2), "late": TIMEOUT + 8}.get(kind, 0.0)
     return Fault(seed, launchers[seed % len(launchers)], kind, rng.randrange(RANKS), rng.randint(FIRST, LAST), delay)
@@ -212,12 +217,48 @@ def generate(tokens: int = TOKENS) -> list[str]:
     return ["generate", "coterie-tiny", "--prompt", "The river", "--max-new-tokens", str(tokens), "--timeout", f"{TIMEOUT:g}"]
 
 
+def offline(folder: Path, out: Path) -> list[str]:
+    """The arguments of a run over many prompts that can be resumed."""
+    prompts = folder / "prompts.jsonl"
+    if not prompts.exists():
+        lines = [{"prompt": f"{'The river ' * (i % 5)}{i}", "id": i, "max_new_tokens": 10 + 7 * i % 40} for i in range(PROMPTS)]
+        prompts.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    more = ["--batch-size", "3", "--timeout", f"{TIMEOUT:g}"]
+    return ["generate", "coterie-tiny", "--prompts", str(prompts), "--out", str(out), "--resume", *more]
+
+
 def undisturbed() -> str:
     """The text of one process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "coterie", *generate()], env=environment(), capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
+    command = [sys.executable, "-m", "coterie", *generate()]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout.strip()
+
+
+def restart(fault: Fault, expected: bytes) -> Outcome:
+    """Kill a rank of a job that torchrun starts again; the output must be that of an undisturbed one, to the byte."""
+    with tempfile.TemporaryDirectory(prefix="coterie-fault-") as name:
+        out, journal = Path(name) / "out.jsonl", Path(name) / ".out.jsonl.journal"
+        job = Job([*launcher("torchrun", restarts=RESTARTS), *offline(Path(name), out)])
+
+        def finished() -> int:  # behind the header
+            return journal.read_bytes().count(b"\n") - 1 if journal.is_file() else 0
+
+        try:
+            if not wait_for(lambda: finished() >= fault.after or job.process.poll() is not None, START_SECONDS):
+                raise RuntimeError(f"{fault}: too few prompts within {START_SECONDS:.0f} s: {job.err[-2000:]}")
+            struck = _strike(job, fault, job.ranks(), job.ports(), "")
+            same = out.is_file() and out.read_bytes() == expected
+            return replace(struck, text_equal=same)
+        finally:
+            job.end()
+
+
+def undisturbed_file() -> bytes:
+    """What one process writes for `offline`."""
+    with tempfile.TemporaryDirectory(prefix="coterie-fault-") as name:
+        out = Path(name) / "out.jsonl"
+        command = [sys.executable, "-m", "coterie", *offline(Path(name), out)]
+        subprocess.run(command, env=environment(), capture_output=True, check=True)
+        return out.read_bytes()
 
 
 def run(fault: Fault, expected: str) -> Outcome:
@@ -236,7 +277,7 @@ def run(fault: Fault, expected: str) -> Outcome:
 
 def _strike(job: Job, fault: Fault, pids: dict[int, int], ports: set[int], expected: str) -> Outcome:
     began = time.monotonic()
-    _signal(pids[fault.rank], signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+    _signal(pids[fault.rank], signal.SIGKILL if fault.kind in ("kill", RESTART) else signal.SIGSTOP)
     if fault.kind == "delay":
         time.sleep(fault.delay)
         _signal(pids[fault.rank], signal.SIGCONT)
@@ -271,12 +312,12 @@ def table(outcomes: Sequence[Outcome]) -> str:
     rows = ["| launcher | fault | runs | as promised | survivors' exit, s (median, worst) | nothing left after, s (worst) |",
             "|---|---|---|---|---|---|"]  # fmt: skip
     for name in dict.fromkeys(o.fault.launcher for o in outcomes):
-        for kind in KINDS:
+        for kind in (*KINDS, RESTART):
             found = [o for o in outcomes if (o.fault.launcher, o.fault.kind) == (name, kind)]
             if found:
                 exits = [o.survivors for o in found]
-                times = "" if kind == "delay" else f"{statistics.median(exits):.1f}, {max(exits):.1f}"
-                after = "" if kind == "delay" else f"{max(o.gone for o in found):.1f}"
+                times = "" if kind in ("delay", RESTART) else f"{statistics.median(exits):.1f}, {max(exits):.1f}"
+                after = "" if kind in ("delay", RESTART) else f"{max(o.gone for o in found):.1f}"
                 rows.append(f"| {name} | {kind} | {len(found)} | {sum(o.ok for o in found)} | {times} | {after} |")
     return "\n".join(rows)
 
@@ -297,9 +338,10 @@ def main() -> int:
     options = parser.parse_args()
     there = [name for name in options.launchers if launcher(name)]
     outcomes = finished(options.out) if options.resume else []
-    done, expected = {o.fault.seed for o in outcomes}, undisturbed()
+    done, text, file = {o.fault.seed for o in outcomes}, undisturbed(), undisturbed_file()
     for seed in sorted(set(range(options.runs)) - done):
-        outcomes.append(run(draw(seed, there), expected))
+        fault = draw(seed, there)
+        outcomes.append(restart(fault, file) if fault.kind == RESTART else run(fault, text))
         print(line(outcomes[-1]), flush=True)
         result = {"timeout": TIMEOUT, "ranks": RANKS, "runs": [{**asdict(o), "ok": o.ok} for o in outcomes]}
         options.out.write_text(json.dumps(result, indent=1) + "\n")

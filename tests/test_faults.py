@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
-from faults import KINDS, Fault, Job, draw, launcher, run, undisturbed, wait_for
+from faults import KINDS, RESTART, Fault, Job, draw, launcher, restart, run, undisturbed, undisturbed_file, wait_for
 
 from coterie.moe import watch as watch_module
 from coterie.moe.beats import Beat, Heard, Seat, blame, late, seat_here, system_says
@@ -191,6 +191,10 @@ class TestJobs:
             pytest.skip("deepspeed is not installed")
         outcome = run(Fault(0, "deepspeed", "kill", 0, 40, 0.0), text)
         assert outcome.named and outcome.exit_code != 0 and not outcome.processes_left and not outcome.ports_left, outcome
+
+    def test_a_job_that_is_started_again_and_resumes_writes_the_same_file(self) -> None:
+        outcome = restart(Fault(0, "torchrun", RESTART, 2, 15, 0.0), undisturbed_file())
+        assert outcome.exit_code == 0 and outcome.text_equal and not outcome.processes_left and not outcome.ports_left, outcome
 
     def limited(self, limit: str, *arguments: str) -> Job:
         worker = [str(ROOT / "tests" / "limited_rank.py"), limit, "generate", "coterie-tiny", "--timeout", "5", *arguments]
