@@ -12,13 +12,14 @@ import random
 import secrets
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,19 +28,29 @@ TOKENS, FIRST, LAST = 400, 5, 120  # new tokens of a run; the fault comes after 
 MARK = "COTERIE_FAULT_RUN"
 START_SECONDS, END_SECONDS = 180.0, 120.0
 KINDS = ("kill", "stop", "delay", "late")
+RESTART = "restart"  # SIGKILL under torchrun --max-restarts, with --resume
+PROMPTS, RESTARTS = 60, 3
 
 
-def launcher(name: str, ranks: int = RANKS) -> list[str]:
-    """The command line of a launcher, up to the module's name; empty if it is not installed."""
+def launcher(name: str, ranks: int = RANKS, restarts: int = 0) -> list[str]:
+    """The command line of a launcher, up to the module's name; empty if it is not installed. restarts: torchrun's."""
     beside = Path(sys.executable).parent
     found = shutil.which(name, path=f"{beside}{os.pathsep}{os.environ['PATH']}")
     if found is None:
         return []
     if name == "torchrun":
-        return [found, "--standalone", "--nproc-per-node", str(ranks), "-m", "coterie"]
+        again = ["--max-restarts", str(restarts)] if restarts else []
+        return [found, "--standalone", "--nproc-per-node", str(ranks), *again, "-m", "coterie"]
     if name == "deepspeed":
-        return [found, "--num_accelerators", str(ranks), "--module", "coterie"]
+        return [found, "--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module", "coterie"]
     return [found, "--map-by", ":OVERSUBSCRIBE", "-n", str(ranks), sys.executable, "-m", "coterie"]
+
+
+def free_port() -> int:
+    """One that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -158,7 +169,7 @@ def wait_for(what: Callable[[], bool], seconds: float) -> bool:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done. after: characters of text; delay: seconds until SIGCONT, 0 for never."""
+    """What is done. after: characters of text, or finished prompts for a restart; delay: seconds until SIGCONT, 0 for never."""
 
     seed: int
     launcher: str
@@ -186,14 +197,16 @@ class Outcome:
     def ok(self) -> bool:
         """Whether all is as promised."""
         clean = not self.processes_left and not self.ports_left
-        if self.fault.kind == "delay":
+        if self.fault.kind in ("delay", RESTART):
             return clean and self.exit_code == 0 and bool(self.text_equal)
         return clean and self.exit_code != 0 and self.named and self.survivors <= TIMEOUT + SLACK
 
 
 def draw(seed: int, launchers: Sequence[str], kinds: Sequence[str] = KINDS) -> Fault:
-    """The fault of a seed: launchers and kinds take turns, the rest is drawn."""
+    """The fault of a seed: launchers and kinds take turns, every fifth is a restart, the rest is drawn."""
     rng = random.Random(seed)
+    if seed % 5 == 4:
+        return Fault(seed, "torchrun", RESTART, rng.randrange(RANKS), rng.randint(1, PROMPTS * 2 // 3), 0.0)
     kind = kinds[seed // len(launchers) % len(kinds)]
     delay = {"delay": rng.uniform(0.3, TIMEOUT - 2), "late": TIMEOUT + 8}.get(kind, 0.0)
     return Fault(seed, launchers[seed % len(launchers)], kind, rng.randrange(RANKS), rng.randint(FIRST, LAST), delay)
@@ -204,12 +217,48 @@ def generate(tokens: int = TOKENS) -> list[str]:
     return ["generate", "coterie-tiny", "--prompt", "The river", "--max-new-tokens", str(tokens), "--timeout", f"{TIMEOUT:g}"]
 
 
+def offline(folder: Path, out: Path) -> list[str]:
+    """The arguments of a run over many prompts that can be resumed."""
+    prompts = folder / "prompts.jsonl"
+    if not prompts.exists():
+        lines = [{"prompt": f"{'The river ' * (i % 5)}{i}", "id": i, "max_new_tokens": 10 + 7 * i % 40} for i in range(PROMPTS)]
+        prompts.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    more = ["--batch-size", "3", "--timeout", f"{TIMEOUT:g}"]
+    return ["generate", "coterie-tiny", "--prompts", str(prompts), "--out", str(out), "--resume", *more]
+
+
 def undisturbed() -> str:
     """The text of one process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "coterie", *generate()], env=environment(), capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
+    command = [sys.executable, "-m", "coterie", *generate()]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout.strip()
+
+
+def restart(fault: Fault, expected: bytes) -> Outcome:
+    """Kill a rank of a job that torchrun starts again; the output must be that of an undisturbed one, to the byte."""
+    with tempfile.TemporaryDirectory(prefix="coterie-fault-") as name:
+        out, journal = Path(name) / "out.jsonl", Path(name) / ".out.jsonl.journal"
+        job = Job([*launcher("torchrun", restarts=RESTARTS), *offline(Path(name), out)])
+
+        def finished() -> int:  # behind the header
+            return journal.read_bytes().count(b"\n") - 1 if journal.is_file() else 0
+
+        try:
+            if not wait_for(lambda: finished() >= fault.after or job.process.poll() is not None, START_SECONDS):
+                raise RuntimeError(f"{fault}: too few prompts within {START_SECONDS:.0f} s: {job.err[-2000:]}")
+            struck = _strike(job, fault, job.ranks(), job.ports(), "")
+            same = out.is_file() and out.read_bytes() == expected
+            return replace(struck, text_equal=same)
+        finally:
+            job.end()
+
+
+def undisturbed_file() -> bytes:
+    """What one process writes for `offline`."""
+    with tempfile.TemporaryDirectory(prefix="coterie-fault-") as name:
+        out = Path(name) / "out.jsonl"
+        command = [sys.executable, "-m", "coterie", *offline(Path(name), out)]
+        subprocess.run(command, env=environment(), capture_output=True, check=True)
+        return out.read_bytes()
 
 
 def run(fault: Fault, expected: str) -> Outcome:
@@ -228,7 +277,7 @@ def run(fault: Fault, expected: str) -> Outcome:
 
 def _strike(job: Job, fault: Fault, pids: dict[int, int], ports: set[int], expected: str) -> Outcome:
     began = time.monotonic()
-    _signal(pids[fault.rank], signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+    _signal(pids[fault.rank], signal.SIGKILL if fault.kind in ("kill", RESTART) else signal.SIGSTOP)
     if fault.kind == "delay":
         time.sleep(fault.delay)
         _signal(pids[fault.rank], signal.SIGCONT)
@@ -263,38 +312,48 @@ def table(outcomes: Sequence[Outcome]) -> str:
     rows = ["| launcher | fault | runs | as promised | survivors' exit, s (median, worst) | nothing left after, s (worst) |",
             "|---|---|---|---|---|---|"]  # fmt: skip
     for name in dict.fromkeys(o.fault.launcher for o in outcomes):
-        for kind in KINDS:
+        for kind in (*KINDS, RESTART):
             found = [o for o in outcomes if (o.fault.launcher, o.fault.kind) == (name, kind)]
             if found:
                 exits = [o.survivors for o in found]
-                times = "" if kind == "delay" else f"{statistics.median(exits):.1f}, {max(exits):.1f}"
-                after = "" if kind == "delay" else f"{max(o.gone for o in found):.1f}"
+                times = "" if kind in ("delay", RESTART) else f"{statistics.median(exits):.1f}, {max(exits):.1f}"
+                after = "" if kind in ("delay", RESTART) else f"{max(o.gone for o in found):.1f}"
                 rows.append(f"| {name} | {kind} | {len(found)} | {sum(o.ok for o in found)} | {times} | {after} |")
     return "\n".join(rows)
+
+
+def finished(file: Path) -> list[Outcome]:
+    """The runs that an earlier call has written."""
+    runs = json.loads(file.read_text())["runs"] if file.is_file() else []
+    return [Outcome(**{k: Fault(**v) if k == "fault" else v for k, v in run.items() if k != "ok"}) for run in runs]
 
 
 def main() -> int:
     """Run the faults; writes one JSON object and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--first", type=int, default=0, help="seed of the first run")
     parser.add_argument("--launchers", nargs="+", default=["torchrun", "deepspeed", "mpirun"])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "faults.json")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that are in --out, do the others")
     options = parser.parse_args()
     there = [name for name in options.launchers if launcher(name)]
-    expected, outcomes = undisturbed(), []
-    for seed in range(options.first, options.first + options.runs):
-        outcome = run(draw(seed, there), expected)
-        outcomes.append(outcome)
-        f = outcome.fault
-        print(
-            f"{seed}: {f.launcher} {f.kind} rank {f.rank} after {f.after}: {'ok' if outcome.ok else 'NOT OK'}, "
-            f"{outcome.survivors:.1f} s, {outcome.gone:.1f} s, exit {outcome.exit_code}: {outcome.message[:160]}", flush=True
-        )  # fmt: skip
+    outcomes = finished(options.out) if options.resume else []
+    done, text, file = {o.fault.seed for o in outcomes}, undisturbed(), undisturbed_file()
+    for seed in sorted(set(range(options.runs)) - done):
+        fault = draw(seed, there)
+        outcomes.append(restart(fault, file) if fault.kind == RESTART else run(fault, text))
+        print(line(outcomes[-1]), flush=True)
         result = {"timeout": TIMEOUT, "ranks": RANKS, "runs": [{**asdict(o), "ok": o.ok} for o in outcomes]}
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(outcomes))
     return 0 if all(o.ok for o in outcomes) else 1
+
+
+def line(o: Outcome) -> str:
+    """One run in a line."""
+    done = f"{o.fault.seed}: {o.fault.launcher} {o.fault.kind} rank {o.fault.rank} after {o.fault.after} characters"
+    how = f"survivors {o.survivors:.1f} s, nothing left {o.gone:.1f} s, exit {o.exit_code}"
+    return f"{done}: {'ok' if o.ok else 'NOT OK'}, {how}: {o.message[:160]}"
 
 
 if __name__ == "__main__":

@@ -96,14 +96,18 @@ def _compute() -> list[Finding]:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     backends = [b for b, there in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if there]
-    used = "nccl" if gpus else "gloo"
+    used = "nccl" if gpus else "tcp (mpi under mpirun)"
     return [
         (
             "GPU",
             "ok" if gpus else "optional",
             ", ".join(gpus) or "none: models run on the CPU, in float32 unless --dtype says otherwise",
         ),
-        ("several processes", "ok" if used in backends else "missing", f"{', '.join(backends)}; {used} will be used"),
+        (
+            "several processes",
+            "ok" if not gpus or "nccl" in backends else "missing",
+            f"{', '.join([*backends, 'tcp'])}; {used} will be used",
+        ),
         (
             "mpirun",
             "ok" if shutil.which("mpirun") else "optional",

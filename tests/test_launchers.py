@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
-from faults import Job, environment, launcher, wait_for
+from faults import Job, environment, free_port, launcher, wait_for
 
 import coterie
 
@@ -99,12 +99,6 @@ def by_hand(
     finally:
         for process in started:
             process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def slurm(rank: int, size: int = 4, per_node: int = 2) -> dict[str, str]:

@@ -176,6 +176,8 @@ def test_the_command_line_prints_one_object_on_rank_0_alone(tmp_path: Path) -> N
         "--json",
         "--dtype",
         "float32",
+        "--strategy",
+        "all_to_all",
         "--out",
         str(tmp_path / "o.jsonl"),
     )
