@@ -52,6 +52,8 @@ def next_anchor(target: torch.Tensor, weights: torch.Tensor, here: int, ranks: i
 
     target: int64 `[T, K]`, ranks of its experts, -1 for none; weights `[T, K]`. Of equal masses the lowest rank.
     """
+    if target.shape[1] == 1:
+        return target[:, 0].masked_fill(target[:, 0] < 0, here)
     mass = torch.zeros(len(target), ranks + 1, dtype=torch.float64, device=target.device)
     mass.scatter_add_(1, target + 1, weights.double())
     needed = needed_ranks(target, ranks)
@@ -63,6 +65,9 @@ def plan_moves(
     target: torch.Tensor, where: torch.Tensor, weights: torch.Tensor, anchor: torch.Tensor, ranks: int
 ) -> DispatchPlan:
     """The rows of one layer: one to each rank of a token's experts, and one to its next anchor in any case."""
+    if target.shape[1] == 1:  # the next anchor is the only one
+        mine = where.masked_fill(target < 0, -1)
+        return plan_rows(anchor[:, None], mine, weights, ranks)
     plan = plan_rows(
         torch.cat([target, anchor[:, None]], 1), torch.cat([where, torch.full_like(anchor[:, None], -1)], 1),
         torch.cat([weights.float(), torch.zeros_like(weights[:, :1], dtype=torch.float32)], 1), ranks,
@@ -272,14 +277,9 @@ class CoherentBatch:
     def settle(self, chosen: list[tuple[Running, int]]) -> list[tuple[Running, int]]:
         """The tokens of all sequences, whichever rank chose them; with them, the keys and values of the step go round."""
         number = {id(s): i for i, s in enumerate(self.sequences)}
-        mine = [0] * len(self.sequences)
-        for sequence, token in chosen:
-            mine[number[id(sequence)]] = token + 1
-        said = self.group.agree([self.kv.pending, *mine])
-        self.kv.spread(self.group, [pending for pending, *_ in said])
-        tokens = torch.tensor([row for _, *row in said], device=self.device)
-        self.anchors = torch.where(tokens.any(0), tokens.argmax(0), self.anchors)
-        return [(s, t - 1) for s, t in zip(self.sequences, tokens.amax(0).tolist(), strict=True) if t]
+        settled = self.kv.spread(self.group, {number[id(s)]: token for s, token in chosen})
+        self.anchors[[i for i, _, _ in settled]] = torch.tensor([rank for _, _, rank in settled], device=self.device)
+        return [(self.sequences[i], token) for i, token, _ in settled]
 
     def drop_finished(self) -> None:
         """Forget finished sequences and their keys and values."""

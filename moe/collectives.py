@@ -178,6 +178,17 @@ class Group:
         kept = [everything[r, :count] for r, count in enumerate(counts)]
         return from_bytes(torch.cat(kept), rows.dtype)
 
+    def share_rows(self, rows: torch.Tensor, bound: int, name: str) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Every rank's rows on every rank, by rank, and how many each has, where that is not known; all of it is overhead.
+
+        bound: the most rows that any rank has, known to all alike.
+        """
+        traffic, before = self.traffic, (self.traffic.rows, self.traffic.bytes, self.traffic.rows_by_layer.copy())
+        out, counts = self.exchange(rows.repeat(self.size, 1), [len(rows)] * self.size, bound, name)
+        traffic.overhead += traffic.bytes - before[1]
+        traffic.rows, traffic.bytes, traffic.rows_by_layer = before
+        return out, counts
+
     def agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
         """What each rank says, by rank: equally many integers from each. One small collective."""
         if self.size == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,13 @@ from coterie.moe.dispatch import as_bytes, from_bytes
 from coterie.routing.errors import InputError
 
 SLACK = 64  # positions allocated ahead
+HEAD_BYTES = 8
 
 
 class SharedKV:
     """Per layer, keys and values `[sequences, heads, positions, head size]`, left-padded to the longest sequence.
 
-    A step's own are kept aside (`pending` of them on this rank, one per layer and sequence) until `spread` has brought those of
-    all ranks to every rank.
+    A step's own are kept aside, by layer and sequence, until `spread` has brought those of all ranks to every rank.
     """
 
     def __init__(self, layers: int, device: torch.device) -> None:
@@ -29,11 +29,6 @@ class SharedKV:
         self.length = 0
         self.valid = torch.zeros((0, 0), dtype=torch.bool, device=device)  # [sequences, positions]
         self._aside: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-
-    @property
-    def pending(self) -> int:
-        """Rows of keys and values that this rank has made and no other has yet."""
-        return sum(len(at) for _, at, _, _ in self._aside)
 
     def add(self, group: Group, cache: Any, mask: torch.Tensor, lengths: Sequence[Sequence[int]]) -> None:
         """Take in newly prefilled sequences of all ranks. cache, mask: this rank's; lengths: prompt tokens, by rank."""
@@ -91,35 +86,48 @@ class SharedKV:
             :, None, None
         ]
 
-    def spread(self, group: Group, counts: Sequence[int]) -> None:
-        """Bring the rows kept aside on each rank (`counts` of them) to every rank, as the next position of all sequences."""
-        if not any(counts):
-            return
+    def spread(self, group: Group, tokens: Mapping[int, int]) -> list[tuple[int, int, int]]:
+        """Bring what is kept aside on each rank to every rank, as the next position of all sequences, and the chosen tokens.
+
+        tokens: by sequence, what this rank chose. Returns (sequence, token, rank that chose it) of all ranks, by sequence. One
+        collective: a token travels like the keys and values of one layer more.
+        """
         sequences = len(self.valid)
-        rows = group.gather_rows(self._rows(sequences), counts, "keys and values", beside=True)
-        code = from_bytes(rows[:, :4], torch.int32).long()[:, 0]
+        mine = self._rows(sequences, tokens)
+        rows, counts = group.share_rows(mine, sequences * (self.layers + 1), "keys and values")
+        head = from_bytes(rows[:, :HEAD_BYTES], torch.int32).long()
+        layer, at = head[:, 0] // sequences, head[:, 0] % sequences
+        if int((layer < self.layers).sum()):
+            self._take(rows, layer, at)
+        source = torch.repeat_interleave(torch.tensor(counts)).to(rows.device)
+        told = layer == self.layers
+        found = torch.stack([at[told], head[told, 1], source[told]], 1).tolist()
+        return sorted((s, token, rank) for s, token, rank in found)
+
+    def _take(self, rows: torch.Tensor, layers: torch.Tensor, at: torch.Tensor) -> None:
         self._grow()
         heads, key, value = self.keys[0].shape[1], self.keys[0].shape[3], self.values[0].shape[3]
-        body = from_bytes(rows[:, 4:], self.keys[0].dtype)
+        body = from_bytes(rows[:, HEAD_BYTES:], self.keys[0].dtype)
         for layer in range(self.layers):
-            here = (code // sequences == layer).nonzero()[:, 0]
-            at = code[here] % sequences
-            self.keys[layer][at, :, self.length] = body[here, : heads * key].reshape(-1, heads, key)
-            self.values[layer][at, :, self.length] = body[here, heads * key :].reshape(-1, heads, value)
+            here = (layers == layer).nonzero()[:, 0]
+            self.keys[layer][at[here], :, self.length] = body[here, : heads * key].reshape(-1, heads, key)
+            self.values[layer][at[here], :, self.length] = body[here, heads * key :].reshape(-1, heads, value)
         self.valid = F.pad(self.valid, (0, 1), value=True)
         self.length += 1
         self._aside = []
 
-    def _rows(self, sequences: int) -> torch.Tensor:
-        """uint8: int32 layer x sequences + sequence, then keys, then values."""
-        parts = [
-            torch.cat(
-                [as_bytes((layer * sequences + at).to(torch.int32)[:, None]), as_bytes(k.flatten(1)), as_bytes(v.flatten(1))], 1
-            )
-            for layer, at, k, v in self._aside
-        ]
-        width = 4 + self.keys[0].shape[1] * (self.keys[0].shape[3] + self.values[0].shape[3]) * self.keys[0].element_size()
-        return torch.cat(parts) if parts else torch.empty((0, width), dtype=torch.uint8, device=self.valid.device)
+    def _rows(self, sequences: int, tokens: Mapping[int, int]) -> torch.Tensor:
+        """uint8: int32 layer x sequences + sequence, int32 token, then keys, then values; tokens in a layer after the last."""
+        device = self.valid.device
+        width = self.keys[0].shape[1] * (self.keys[0].shape[3] + self.values[0].shape[3]) * self.keys[0].element_size()
+        parts = []
+        for layer, at, keys, values in self._aside:
+            head = torch.stack([layer * sequences + at, torch.zeros_like(at)], 1).to(torch.int32)
+            parts.append(torch.cat([as_bytes(head), as_bytes(keys.flatten(1)), as_bytes(values.flatten(1))], 1))
+        chosen = [(self.layers * sequences + s, token) for s, token in tokens.items()]
+        head = torch.tensor(chosen, dtype=torch.int32, device=device).view(-1, 2)
+        parts.append(F.pad(as_bytes(head), (0, width)))
+        return torch.cat(parts)
 
     def _grow(self) -> None:
         for store in (self.keys, self.values):
