@@ -103,10 +103,10 @@ class Job:
                 found[int(rank)] = pid
         return found
 
-    def ports(self) -> set[int]:
-        """Ports on which a process of the job listens."""
+    def ports(self) -> set[tuple[int, str]]:
+        """Ports on which a process of the job listens, each with the socket: others may take the number later."""
         inodes = {inode for pid in self.processes() for inode in _sockets(pid)}
-        return {port for port, inode in _listening().items() if inode in inodes}
+        return {(port, inode) for port, inode in _listening() if inode in inodes}
 
     def end(self) -> None:
         """Kill what is left of it and remove its files."""
@@ -139,14 +139,14 @@ def _sockets(pid: int) -> set[str]:
     return {link[8:-1] for link in links if link.startswith("socket:")}
 
 
-def _listening() -> dict[int, str]:
-    """Port to inode, of every listening TCP socket."""
-    found = {}
+def _listening() -> set[tuple[int, str]]:
+    """Port and inode of every listening TCP socket."""
+    found = set()
     for file in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(file).read_text().splitlines()[1:] if Path(file).is_file() else []:
             fields = line.split()
             if fields[3] == "0A":
-                found[int(fields[1].rpartition(":")[2], 16)] = fields[9]
+                found.add((int(fields[1].rpartition(":")[2], 16), fields[9]))
     return found
 
 
@@ -275,7 +275,7 @@ def run(fault: Fault, expected: str) -> Outcome:
         job.end()
 
 
-def _strike(job: Job, fault: Fault, pids: dict[int, int], ports: set[int], expected: str) -> Outcome:
+def _strike(job: Job, fault: Fault, pids: dict[int, int], ports: set[tuple[int, str]], expected: str) -> Outcome:
     began = time.monotonic()
     _signal(pids[fault.rank], signal.SIGKILL if fault.kind in ("kill", RESTART) else signal.SIGSTOP)
     if fault.kind == "delay":
@@ -292,7 +292,7 @@ def _strike(job: Job, fault: Fault, pids: dict[int, int], ports: set[int], expec
     said = [line for line in job.err.splitlines() if line.startswith("coterie: ")]
     named = any(f"rank {fault.rank} (host " in line for line in said)
     equal = job.out.strip().endswith(expected) if fault.kind == "delay" else None
-    left = ports & set(_listening())
+    left = ports & _listening()
     code = job.process.poll()
     return Outcome(
         fault,
