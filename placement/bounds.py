@@ -115,6 +115,15 @@ def chain_bound(problem: Problem, deadline: Deadline, report: Callable[[float], 
     return max(0.0, total - together)
 
 
+def both_bounds(problem: Problem, deadline: Deadline, report: Callable[[float], None] | None = None) -> float:
+    """The better of the cheap bound and the semidefinite one."""
+    cheap = lower_bound(problem, deadline.share(0.2))
+    if report is not None:
+        report(cheap)
+    hear = None if report is None else (lambda bound: report(max(cheap, bound)))
+    return max(cheap, chain_bound(problem, deadline, hear))
+
+
 def _capped(problem: Problem) -> list[Array]:
     """Every limit's weights over the layer's largest cap, `[L, E]`, where there is one."""
     found = []

@@ -27,6 +27,7 @@ FAR = 16  # in a larger problem every FAR-th anneal only is from scratch
 POOL = 12
 PATIENCE = 60  # anneals without a better placement after which it ends
 HOT, WARM, COLD = 0.5, 0.2, 0.01  # temperatures, in the mean traffic of an expert with the next layer
+LARGE_WARM = 0.25  # in place of WARM: few sweeps forget less
 ROUNDS = 8  # swap rounds per refresh of the gains
 SWEEPS = (40, 1500)
 WORK = 1.3e9  # multiply-adds of all gain refreshes of one anneal
@@ -47,14 +48,14 @@ def search(
     first = limits.start(padded)
     best = polish(padded, grown(padded) if not padded.limits else first, deadline)
     best_cost, kept, made = padded.cost(best), padded.feasible(best), 0
-    pool, large, found_at = [best], sweeps(padded.layers, padded.experts, padded.ranks) < LONG, 0
+    pool, large, found_at = [best], is_large(padded), 0
     for made in itertools.count():
         done = kept and (best_cost <= target + 1e-9 or made - found_at > PATIENCE)
         if done or made == iterations or deadline.passed():
             break
         fresh = made > 0 and made % FAR == 0 if large else made < STARTS or made % STARTS == 0
         begin = _shuffled(padded, first, rng) if fresh else best
-        trial = polish(padded, anneal(padded, begin, rng, HOT if fresh else WARM, deadline), deadline)
+        trial = polish(padded, anneal(padded, begin, rng, HOT if fresh else LARGE_WARM if large else WARM, deadline), deadline)
         pool = [best, trial, *pool[1 : POOL - 1]]
         if padded.interchangeable and (large or made + 1 >= STARTS):
             trial = min(trial, polish(padded, recombined(padded, pool), deadline), key=padded.cost)
@@ -98,6 +99,11 @@ def anneal(problem: Problem, begin: Assignment, rng: np.random.Generator, hot: f
                 for _ in range(ROUNDS):
                     _swap_round(problem, current, layers, kept, temperature, rng)
     return current
+
+
+def is_large(problem: Problem) -> bool:
+    """Whether there is no time for anneals from scratch."""
+    return sweeps(problem.layers, problem.experts, problem.ranks) < LONG
 
 
 def sweeps(layers: int, experts: int, ranks: int) -> int:
@@ -152,17 +158,30 @@ def polish(problem: Problem, assignment: Assignment, deadline: Deadline) -> Assi
     """Each layer best given its neighbours, to and fro, until nothing changes: exact without limits, else by swaps."""
     assert problem.transitions is not None
     weights = problem.transitions.astype(np.float32)
-    current, before = assignment.copy(), np.inf
+    current, settled = assignment.copy(), np.zeros(problem.layers, dtype=bool)  # settled: best given its present neighbours
+    before = np.inf
     order = [*range(problem.layers), *range(problem.layers - 2, 0, -1)]
     while (cost := problem.cost(current)) < before - 1e-9 and not deadline.passed():
         before = cost
         for layer in order:
-            kept = gains(weights, current, np.array([layer]), problem.ranks)[0].astype(np.float64)
-            if problem.limits:
-                _descend(problem, current, layer, kept)
-            else:
-                current[layer] = transport(kept, problem.slots)
+            if not settled[layer]:
+                _settle(problem, weights, current, settled, layer)
     return current
+
+
+def _settle(
+    problem: Problem, weights: NDArray[np.float32], current: Assignment, settled: NDArray[np.bool_], layer: int
+) -> None:
+    """One layer placed best given its neighbours, in place; if it changes they are settled no more."""
+    kept = gains(weights, current, np.array([layer]), problem.ranks)[0].astype(np.float64)
+    was = current[layer].copy()
+    if problem.limits:
+        _descend(problem, current, layer, kept)
+    else:
+        current[layer] = transport(kept, problem.slots)
+    if not np.array_equal(was, current[layer]):
+        settled[max(0, layer - 1) : layer + 2] = False
+    settled[layer] = True
 
 
 def transport(kept: NDArray[np.float64], slots: int) -> NDArray[np.int64]:

@@ -61,12 +61,15 @@ class _Proof:
 
     def __init__(self, task: Task, problem: Problem) -> None:
         self.task, self.problem = task, problem
-        self.cheap = 0.0 if task.copied else bounds.lower_bound(problem, task.deadline.share(0.2))
         self.bound: float | None = None
         self.child: Child | None = None
         self.wanted = task.prove and not task.copied and problem.layers > 1 and task.world.rank == 0
-        if self.wanted and task.request.workers > 1:
-            self.child = Child("coterie.placement.bounds:chain_bound", {"problem": problem}, task.deadline, self._hear).start()
+        apart = self.wanted and task.request.workers > 1
+        late = apart and chain.is_large(problem)  # then the search need not wait for the cheap bound either
+        self.cheap = 0.0 if task.copied or late else bounds.lower_bound(problem, task.deadline.share(0.2))
+        if apart:
+            function = f"coterie.placement.bounds:{'both_bounds' if late else 'chain_bound'}"
+            self.child = Child(function, {"problem": problem}, task.deadline, self._hear).start()
 
     def _hear(self, bound: float) -> None:
         self.bound = bound * self.problem.scale
