@@ -18,8 +18,9 @@ from typing import Any
 
 from coterie.launch import cluster_cases as cases
 from coterie.launch.bench import Row
-from coterie.launch.cluster_cases import CHOSEN, CHOSEN_GLOO, CONTIGUOUS, HOMED, PEERS, PLANNED, Case
+from coterie.launch.cluster_cases import CHOSEN, CHOSEN_GLOO, CONTIGUOUS, HOMED, PEERS, PLANNED, RETURNING, STAYING, Case
 from coterie.launch.cluster_driver import Workers, workers
+from coterie.launch.cluster_sides import Side
 from coterie.launch.netns import Network, check_available, network
 from coterie.launch.quiet import quiet_transformers
 from coterie.routing.errors import InputError
@@ -30,7 +31,7 @@ REPEATS = 5
 RATES = {1e8: "100 Mbit/s", 1e9: "1 Gbit/s", 1e10: "10 Gbit/s"}
 LIMITED = 1e8  # the rate at which the network is the limit
 NEVER_BELOW = 0.97
-DECODE_BAR, LAYER_BAR = 1.4, 2.5
+DECODE_BAR, LAYER_BAR, COHERENT_BAR = 1.4, 2.5, 1.3
 EQUAL = 1e-4
 LINK_BYTES_SECONDS = 0.4  # how long a link is tried
 
@@ -49,6 +50,7 @@ class Work:
 
     make: Callable[[Path, argparse.Namespace], Case]
     bars: Bars
+    sides: Callable[[Case, int, int, Path, float], list[Side]] = cases.make_sides
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ WORKS = {
     "embedded": Work(lambda folder, options: cases.embedded(folder, **(SMALL if options.quick else {})), Bars(0.50, 1.8)),
     "synthetic": Work(lambda folder, options: cases.synthetic(folder, **(SMALL if options.quick else {})), Bars(0.28, 2.8)),
     "recorded": Work(lambda folder, options: cases.recorded(folder, options.traces), Bars()),
+    "single": Work(lambda folder, options: cases.single(folder), Bars(), cases.coherent_sides),
 }
-FULL = (Layout(2, 2, tuple(RATES), tuple(WORKS)), Layout(4, 1, tuple(RATES), ("embedded", "synthetic")))
+FULL = (Layout(2, 2, tuple(RATES), tuple(WORKS)), Layout(4, 1, tuple(RATES), ("embedded", "synthetic", "single")))
 QUICK = (Layout(2, 2, (1e8, 1e9), ("embedded", "synthetic")),)
 PLAN_SECONDS, QUICK_PLAN_SECONDS = 15.0, 3.0
 
@@ -97,7 +100,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def _layout(layout: Layout, made: dict[str, Case], root: Path, plan_seconds: float) -> Iterator[Row]:
-    sides = {work: _planned(case, layout, root / work, plan_seconds) for work, case in made.items()}
+    sides = {work: _planned(work, case, layout, root / work, plan_seconds) for work, case in made.items()}
     with network(layout.nodes, max(layout.rates)) as links, workers(links, layout.ranks_per_node, root) as running:
         yield from _links(layout, links, running)
         for work, case in made.items():
@@ -107,13 +110,14 @@ def _layout(layout: Layout, made: dict[str, Case], root: Path, plan_seconds: flo
             for rate in layout.rates:
                 links.shape(rate)
                 cells[rate] = running.ask("cell", prefill=case.prefill, decode=case.decode, repeats=REPEATS)
-            yield from case_rows(case, layout, WORKS[work].bars, cells)
+            made_rows = coherent_rows if work == "single" else case_rows
+            yield from made_rows(case, layout, WORKS[work].bars, cells)
 
 
-def _planned(case: Case, layout: Layout, folder: Path, seconds: float) -> Any:
+def _planned(work: str, case: Case, layout: Layout, folder: Path, seconds: float) -> Any:
     plans = folder / str(layout)
     plans.mkdir()
-    return cases.make_sides(case, layout.nodes, layout.ranks_per_node, plans, seconds)
+    return WORKS[work].sides(case, layout.nodes, layout.ranks_per_node, plans, seconds)
 
 
 def _links(layout: Layout, links: Network, running: Workers) -> Iterator[Row]:
@@ -128,13 +132,29 @@ def _links(layout: Layout, links: Network, running: Workers) -> Iterator[Row]:
 def case_rows(case: Case, layout: Layout, bars: Bars, cells: dict[float, dict[str, Any]]) -> Iterator[Row]:
     """All rows of a case on a layout, from what the workers found at each rate.
 
-    The place for what a chooser predicts beside what was measured: `cells[rate]["sides"][CHOSEN]`, where `strategy` is.
+    Among them what the chooser predicts, beside what was measured.
     """
     name = f"{case.name}, {layout}"
     yield from _sent_rows(name, bars, cells[max(cells)])
     for rate, cell in cells.items():
         yield from _speed_rows(f"{name}, {RATES[rate]}", case, rate, bars, cell)
+        yield from _predicted_rows(f"{name}, {RATES[rate]}", case, cell)
     yield from _equal_rows(name, cells)
+
+
+def coherent_rows(case: Case, layout: Layout, bars: Bars, cells: dict[float, dict[str, Any]]) -> Iterator[Row]:
+    """Tokens that stay beside tokens that return, one expert per token."""
+    name = f"{case.name}, {layout}"
+    for rate, cell in cells.items():
+        where = f"{name}, {RATES[rate]}"
+        tokens = case.decode * case.sequences
+        theirs = {side: _speed(cell, side, "decode", tokens) for side in (RETURNING, EP)}
+        value = _speed(cell, STAYING, "decode", tokens)
+        yield Row(where, f"decode: {STAYING}", "tokens/s", value, None, theirs, higher=True, why=_why(cell, STAYING, EP))
+        bar = COHERENT_BAR if rate > LIMITED else None
+        yield Row(where, f"decode: {STAYING} over {RETURNING}", "x", _over(value, theirs[RETURNING]), bar, higher=True)
+    worst = max(cell["sides"][RETURNING]["difference"] for cell in cells.values())
+    yield Row(name, f"logits: {RETURNING} against {STAYING}", "", worst, EQUAL)
 
 
 def _sent_rows(name: str, bars: Bars, cell: dict[str, Any]) -> Iterator[Row]:
@@ -166,6 +186,16 @@ def _speed_rows(name: str, case: Case, rate: float, bars: Bars, cell: dict[str, 
         for peer, bar in limits.items():
             yield Row(name, f"{phase}: {CHOSEN} over {peer}", "x", _over(value, peers[peer]), bar, higher=True,
                       why=_why(cell, CHOSEN, peer))  # fmt: skip
+
+
+def _predicted_rows(name: str, case: Case, cell: dict[str, Any]) -> Iterator[Row]:
+    """What the chooser predicts of a layer's communication, beside what the ranks spent in collectives."""
+    found = cell["sides"].get(CHOSEN, {})
+    for phase, seconds in found.get("predicted", {}).items():
+        measured = found["communication"][phase]
+        yield Row(
+            name, f"{phase}: communication of a layer, measured over predicted", "x", measured / seconds if seconds else None
+        )
 
 
 def _limits(phase: str, rate: float, bars: Bars) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 import coterie
 from coterie.launch.cluster_sides import DEEPSPEED, OURS, TRANSFORMERS, Side
+from coterie.moe.families import EMBEDDED, EMBEDDED_FOLDER
 from coterie.placement.cost import plan_homes
 from coterie.placement.planner import PlanRequest, baseline_plan, plan
 from coterie.placement.topology import Link, Topology
@@ -26,6 +28,7 @@ PLANNED_BETWEEN = Link(125e6, 1e-4)  # plans are made for 1 Gbit/s between nodes
 PLANNED_WITHIN = Link(4e9, 1e-5)
 CONTIGUOUS, PLANNED, HOMED = "all_to_all, contiguous", "all_to_all, planned", "hierarchical, planned, homes"
 CHOSEN, CHOSEN_GLOO = "chosen", "chosen, over gloo"
+STAYING, RETURNING = "coherent, planned", "all_to_all, planned"
 MAX_LOAD = 1.2  # links are what is slow here: rows saved are worth more than the last of the balance (docs/cluster.md)
 PEERS = {"transformers all_to_all": TRANSFORMERS, "deepspeed MOELayer": DEEPSPEED}
 
@@ -61,11 +64,9 @@ class Case:
         save_file({"token_ids": np.ascontiguousarray(self.token_ids), **replayed}, folder / "case.safetensors")
 
 
-def embedded(folder: Path, per_rank: int = 8, prefill: int = 96, decode: int = 6) -> Case:
+def embedded(folder: Path, per_rank: int = 8, prefill: int = 96, decode: int = 6, checkpoint: str = EMBEDDED) -> Case:
     """The embedded model on held-out text, by its own routers; planned from its calibration text."""
-    from coterie.moe.families import EMBEDDED, EMBEDDED_FOLDER
-
-    model = coterie.load(EMBEDDED, dtype="float32", device="cpu")
+    model = coterie.load(checkpoint, dtype="float32", device="cpu")
     texts = {name: _texts(EMBEDDED_FOLDER / "prompts" / f"{name}.jsonl") for name in ("calibration", "heldout")}
     model.record(texts["calibration"], folder / "seen.safetensors")
     long = [ids for ids in map(model.text.encode, texts["heldout"]) if len(ids) >= prefill + decode]
@@ -75,7 +76,30 @@ def embedded(folder: Path, per_rank: int = 8, prefill: int = 96, decode: int = 6
     model.record(asked, folder / "prompts.safetensors")
     seen, prompts = (read_trace(folder / f"{name}.safetensors") for name in ("seen", "prompts"))
     name = f"{EMBEDDED}, top-{model.shape.top_k}"
-    return Case(name, EMBEDDED, model.shape.top_k, prefill, decode, token_ids, None, seen, prompts)
+    return Case(name, checkpoint, model.shape.top_k, prefill, decode, token_ids, None, seen, prompts)
+
+
+def single(folder: Path, per_rank: int = 1, prefill: int = 32, decode: int = 32) -> Case:
+    """The embedded model run with one expert per token, in batches so small that latency rules."""
+    model = folder / "single-expert"
+    shutil.copytree(EMBEDDED_FOLDER, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 1}))
+    case = embedded(folder, per_rank, prefill, decode, str(model))
+    return replace(case, name="coterie-tiny, one expert per token")
+
+
+def coherent_sides(case: Case, nodes: int, ranks_per_node: int, folder: Path, seconds: float) -> list[Side]:
+    """Tokens that stay with their experts beside tokens that return home, each with a plan of its own."""
+    dealt = tuple(sequence % RANKS for sequence in range(case.sequences))
+    topology = Topology(nodes, ranks_per_node, PLANNED_WITHIN, PLANNED_BETWEEN, row_bytes=4.0 * 128)
+    sides = []
+    for name, strategy in ((STAYING, "coherent"), (RETURNING, "all_to_all")):
+        path = folder / f"plan-{strategy}.json"
+        request = PlanRequest(topology, strategy=strategy, max_load=MAX_LOAD, time_limit=seconds, workers=2)
+        coterie.save_plan(plan(case.seen, request, prove=False), path)
+        sides.append(Side(name, OURS, dealt, str(path), strategy))
+    return sides + [Side(name, kind, dealt) for name, kind in PEERS.items() if kind == TRANSFORMERS]
 
 
 def _texts(file: Path) -> list[coterie.Prompt]:

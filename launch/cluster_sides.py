@@ -56,6 +56,11 @@ class Loaded(Protocol):
 
     strategy: str | None
     predicted: dict[str, float]
+    model: Any
+
+    def communication(self) -> float:
+        """Seconds spent in the layers' collectives so far; 0 where that is not known."""
+        ...
 
     def start(self, homes: Sequence[int], token_ids: torch.Tensor, prefill: int) -> None:
         """Begin a run of the sequences `token_ids` `[sequences, positions]`, homes: by sequence, the rank that runs it."""
@@ -116,7 +121,12 @@ class Ours:
         self.made, self.replay, self.asked = made, replay, side.strategy
         self.strategy: str | None = None
         self.predicted: dict[str, float] = {}
+        self.model = made.transformers
         replay.attach(made.transformers)
+
+    def communication(self) -> float:
+        """As `Loaded`."""
+        return sum(seconds for name, seconds in self.made.group.traffic.seconds.items() if name not in ("experts", "agree"))
 
     def start(self, homes: Sequence[int], token_ids: torch.Tensor, prefill: int) -> None:
         """As `Loaded`; the strategies are chosen here, outside the timing."""
@@ -164,6 +174,10 @@ class Peer:
         self.strategy: str | None = None
         self.model, self.replay, self.group = model.eval(), replay, group
         self.predicted: dict[str, float] = {}
+
+    def communication(self) -> float:
+        """Not known."""
+        return 0.0
 
     def start(self, homes: Sequence[int], token_ids: torch.Tensor, prefill: int) -> None:
         """As `Loaded`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from coterie.launch.netns import SENT
 from coterie.launch.quiet import quiet_transformers
 from coterie.moe.collectives import Group
 from coterie.routing.errors import InputError
+from coterie.routing.record import expert_modules
 
 WARM_UP = (2, 1)  # positions of prefill and decode steps that each side runs first, without counting
 
@@ -36,7 +38,8 @@ WARM_UP = (2, 1)  # positions of prefill and decode steps that each side runs fi
 class Turn:
     """One side's run of one cell on this rank. bytes: sent by this node, told by its first rank only, else 0.
 
-    first, last: logits after the prompts and after the last step, by sequence.
+    first, last: logits after the prompts and after the last step, by sequence. communication: seconds in the layers'
+    collectives, 0 where that is not known.
     """
 
     prefill_seconds: float
@@ -45,6 +48,9 @@ class Turn:
     decode_bytes: int
     first: Logits
     last: Logits
+    prefill_communication: float
+    decode_communication: float
+    decode_steps: int
 
 
 class Worker:
@@ -93,18 +99,22 @@ class Worker:
             found[name]["difference"] = float((values - first).abs().max() / first.abs().max())
             found[name]["strategy"] = self.loaded[name].strategy
             found[name]["predicted"] = self.loaded[name].predicted
+            found[name]["communication"] = self._communication(self.loaded[name], turns[name])
         return {"sides": found, "skipped": self.skipped}
 
     @torch.inference_mode()
     def _turn(self, side: Side, prefill: int, decode: int) -> Turn:
         loaded = self.loaded[side.name]
         loaded.start(side.homes, self.token_ids[:, : prefill + decode], prefill)
+        before = loaded.communication()
         with self._measured() as prefilling:
             first = last = loaded.prefill()
+        between = loaded.communication()
         with self._measured() as decoding:
             for position in range(prefill, prefill + decode):
                 last = loaded.decode(position)
-        return Turn(prefilling.seconds, decoding.seconds, prefilling.bytes, decoding.bytes, first, last)
+        spent = between - before, loaded.communication() - between
+        return Turn(prefilling.seconds, decoding.seconds, prefilling.bytes, decoding.bytes, first, last, *spent, decode)
 
     def _measured(self) -> _Measured:
         return _Measured(self.counts_bytes)
@@ -128,6 +138,15 @@ class Worker:
             for known, more in zip(both, said, strict=True):
                 known.update(more)
         return torch.stack([torch.stack([known[s] for known in both]) for s in sorted(both[0])])
+
+    def _communication(self, loaded: Loaded, turns: list[Turn]) -> dict[str, float]:
+        """Median seconds in collectives per layer with experts and call, by phase; of the rank that waits least."""
+        layers = len(expert_modules(loaded.model).values())
+        calls = max(1, turns[0].decode_steps) * layers
+        mine = (statistics.median(t.prefill_communication for t in turns) / layers,
+                statistics.median(t.decode_communication for t in turns) / calls)  # fmt: skip
+        said = self.group.gather(mine)
+        return {"prefill": min(p for p, _ in said), "decode": min(d for _, d in said)}
 
     def transfer(self, bytes: int) -> dict[str, Any]:
         """Bits per second that rank 0 gets through to the last rank, which is on another node."""
