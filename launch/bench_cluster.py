@@ -66,7 +66,7 @@ class Layout:
         return f"{self.nodes}x{self.ranks_per_node}"
 
 
-SMALL = {"per_rank": 2, "decode": 3}  # of a quick run
+SMALL: dict[str, Any] = {"per_rank": 2, "decode": 3}  # of a quick run
 WORKS = {
     "embedded": Work(lambda folder, options: cases.embedded(folder, **(SMALL if options.quick else {})), Bars(0.50, 1.8)),
     "synthetic": Work(lambda folder, options: cases.synthetic(folder, **(SMALL if options.quick else {})), Bars(0.28, 2.8)),

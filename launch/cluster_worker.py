@@ -141,7 +141,7 @@ class Worker:
 
     def _communication(self, loaded: Loaded, turns: list[Turn]) -> dict[str, float]:
         """Median seconds in collectives per layer with experts and call, by phase; of the rank that waits least."""
-        layers = len(expert_modules(loaded.model).values())
+        layers = max(1, len(expert_modules(loaded.model)))  # a peer may have put its own in their place
         calls = max(1, turns[0].decode_steps) * layers
         mine = (statistics.median(t.prefill_communication for t in turns) / layers,
                 statistics.median(t.decode_communication for t in turns) / calls)  # fmt: skip
