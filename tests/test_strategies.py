@@ -137,6 +137,22 @@ def test_every_strategy_writes_transformers_text(tmp_path: Path, name: str, rank
             assert texts == [e[:n] for e, n in zip(expected, (7, 3, 7, 5, 7), strict=True)], family
 
 
+@pytest.mark.parametrize("name", list(MADE))
+def test_prompts_of_one_to_two_thousand_tokens_run_together(tmp_path: Path, name: str) -> None:
+    from test_processes import expected_texts, tokens
+
+    folder = make_model("qwen3_moe", tmp_path / "m", max_position_embeddings=4096)
+    prompts = [tokens(n, n) for n in (1, 2000, 17, 400)]
+    expected = expected_texts(folder, prompts, 4)[0]
+
+    def work(group: Group):
+        model = coterie.load(folder, strategy=name, dtype="float32", group=group)
+        asked = [coterie.Prompt(token_ids=tuple(p)) for p in prompts]
+        return [list(o.token_ids) for o in model.generate(asked, 4, batch_size=4)[0]]
+
+    assert on_ranks(3, work) == [expected] * 3
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), ranks=st.integers(1, 5), tokens=st.integers(1, 12), here=st.integers(0, 4))
 def test_the_next_anchor_is_the_planners(seed, ranks, tokens, here) -> None:
