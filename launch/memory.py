@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from coterie.launch.available import free_bytes, machine
 from coterie.launch.commands import say
 from coterie.launch.tables import table
+from coterie.routing.errors import InputError
 
 if TYPE_CHECKING:
     from coterie.launch.generating import Asked
@@ -43,7 +44,11 @@ def check_memory(asked: Asked, options: argparse.Namespace, group: Group) -> Che
     if group.rank == 0:
         _print(needed, options, share.plan.ranks, here, found)
     if found:
-        check_fits(sizes, first, work, Room(share.plan, found))
+        try:
+            check_fits(sizes, first, work, Room(share.plan, found))
+        except InputError as error:
+            error.alone = False  # all ranks know what all have
+            raise
     too_large = {name for name, ranks in needed.items() if any(ranks[r].total > free for r, free in (found or {}).items())}
     return Checked(_json(needed, asked, here, found), frozenset(too_large))
 

@@ -112,6 +112,7 @@ def _header(asked: Asked, max_new_tokens: int) -> dict[str, Any]:
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
         "seed": sampling.seed,
+        "batch_invariant": asked.batch_invariant,
         "prompt_count": len(asked.prompts),
         "prompts": digest(asked.prompts, asked.requests),
     }

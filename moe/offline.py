@@ -107,7 +107,9 @@ class Collector:
         failure = self.group.gather(failure)[0]
         if failure is not None:
             kind, message = failure
-            raise kind(message)
+            raised = kind(message)
+            raised.alone = False
+            raise raised
 
 
 def run(

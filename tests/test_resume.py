@@ -120,6 +120,7 @@ def test_a_journal_of_something_else_is_refused(job: Path, tmp_path: Path, monke
         "seed: found 0, expected 3": ["--seed", "3"],
         "temperature: found 0.0, expected 0.5": ["--temperature", "0.5"],
         "dtype: found float32, expected bfloat16": ["--dtype", "bfloat16"],
+        "batch_invariant: found False, expected True": ["--batch-invariant"],
         "prompts: found ": ["--prompts", str(other)],
     }
     for message, options in changes.items():
