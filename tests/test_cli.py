@@ -24,6 +24,7 @@ from coterie.routing.trace import LoadStatistics, read_routing, save_load, save_
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    capsys.readouterr()  # what libraries printed before is not ours
     code = main([str(a) for a in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
@@ -362,8 +363,8 @@ def test_bench_states_what_it_could_not_measure(tmp_path: Path, capsys, monkeypa
 
 @pytest.mark.parametrize("verb", ["trace", "evaluate", "doctor"])
 def test_verbs_for_one_process_refuse_several(verb: str, trace_file: Path, plan_file: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("RANK", "0")
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     arguments = {
         "trace": ["coterie-tiny", "--prompts", "x", "--out", "y"],
         "evaluate": [plan_file, trace_file],

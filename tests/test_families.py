@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from thread_ranks import on_ranks
+from thread_ranks import load, on_ranks
 from tiny_models import COMMON, FAMILIES, make_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -203,10 +203,10 @@ def test_a_plan_for_a_strategy_is_run_by_it(tmp_path: Path) -> None:
     planned = replace(model.plan, strategy="coherent")
     assert coterie.load(tmp_path, planned).dispatcher.asked is None  # one process: every expert is here
     two = replace(contiguous_plan(model.shape, 2), strategy="coherent")
-    assert on_ranks(2, lambda group: coterie.load(tmp_path, two, group=group).dispatcher.asked) == ["coherent"] * 2
+    assert on_ranks(2, lambda group: load(tmp_path, two, group=group).dispatcher.asked) == ["coherent"] * 2
     jamba = make_model("jamba", tmp_path / "jamba")
     with pytest.raises(InputError, match="found 'coherent' for model_type 'jamba', expected one of mixtral"):
-        on_ranks(2, lambda group: coterie.load(jamba, strategy="coherent", group=group))
+        on_ranks(2, lambda group: load(jamba, strategy="coherent", group=group))
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:

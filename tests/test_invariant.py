@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_processes import tokens
-from thread_ranks import on_ranks
+from thread_ranks import load, on_ranks
 from tiny_models import ISSUE_FAMILIES, make_model
 
 import coterie
@@ -18,7 +18,7 @@ from coterie.moe.collectives import Group
 
 def logits_by_prompt(folder: Path, group: Group, prompts: list[list[int]], batch_size: int, invariant: bool, steps: int = 4):
     """Of every prompt this rank runs: the logits of each step, of a greedy text."""
-    model = coterie.load(folder, dtype="float32", strategy="all_to_all" if group.size > 1 else "local", group=group,
+    model = load(folder, dtype="float32", strategy="all_to_all" if group.size > 1 else "local", group=group,
                          batch_invariant=invariant)  # fmt: skip
     requests = model.text.requests([coterie.Prompt(token_ids=tuple(p)) for p in prompts], steps)
     found: dict[int, list[torch.Tensor]] = {}

@@ -146,7 +146,7 @@ def test_prompts_of_one_to_two_thousand_tokens_run_together(tmp_path: Path, name
     expected = expected_texts(folder, prompts, 4)[0]
 
     def work(group: Group):
-        model = coterie.load(folder, strategy=name, dtype="float32", group=group)
+        model = load(folder, strategy=name, dtype="float32", group=group)
         asked = [coterie.Prompt(token_ids=tuple(p)) for p in prompts]
         return [list(o.token_ids) for o in model.generate(asked, 4, batch_size=4)[0]]
 
