@@ -220,9 +220,8 @@ def test_sides_of_a_case_run_every_sequence_once(tmp_path: Path) -> None:
 
 
 def reversed_ours() -> list[str]:
-    return [side for side in reversed(bench_cluster.OURS) if side != bench_cluster.CHOSEN_GLOO][:-1] + [
-        bench_cluster.CHOSEN, bench_cluster.CHOSEN_GLOO,
-    ]  # fmt: skip
+    names = cluster_cases
+    return [names.CONTIGUOUS, names.PLANNED, names.HOMED, names.CHOSEN, names.CHOSEN_GLOO]
 
 
 @pytest.mark.processes
