@@ -14,9 +14,7 @@ from brute_force import plans
 from conftest import make_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import make_model
 
-from coterie.launch.cli import main
 from coterie.placement import homing
 from coterie.placement.cost import evaluate, plan_homes
 from coterie.placement.deadline import Deadline
@@ -347,22 +345,3 @@ def test_homes_need_single_tokens() -> None:
     made = baseline_plan("packed", statistics, Topology(1, 2), "all_to_all")
     homes = Homes(tuple(HomeClass(r, 0.0, ()) for r in range(2)), ())
     assert "plan_without_homes" not in compare(replace(made, homes=homes), statistics)
-
-
-def test_generate_says_that_homes_are_not_carried_out(tmp_path: Path, capsys) -> None:
-    from coterie.moe.families import inspect
-
-    folder = make_model("mixtral", tmp_path / "m")
-    shape, _ = inspect(str(folder))
-    slots = np.tile(np.arange(shape.num_experts, dtype=np.int32), (len(shape.layer_ids), 1))
-    homes = Homes((HomeClass(0, 0.0, ()),), ())
-    save_plan(
-        PlacementPlan(slots, shape.num_experts, shape.layer_ids, Topology(1, 1), shape.name, homes=homes), tmp_path / "p.json"
-    )
-    prompts = tmp_path / "p.jsonl"
-    prompts.write_text('{"token_ids": [5, 6, 7]}\n')
-    arguments = ["generate", str(folder), "--prompts", str(prompts), "--max-new-tokens", "2", "--json"]
-    assert main([*arguments, "--plan", str(tmp_path / "p.json")]) == 0
-    assert "p.json: its homes are not carried out yet: prompts are spread over the ranks in turn" in capsys.readouterr().err
-    assert main(arguments) == 0
-    assert "homes" not in capsys.readouterr().err
