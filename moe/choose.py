@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from coterie.moe.collectives import FREE_BYTES, Group
+from coterie.moe.collectives import Group
 from coterie.moe.families import ModelShape
 from coterie.moe.strategy import CHUNKS, AllGather, AllToAll, Coherent, Hierarchical, Local, Overlapped, Replicated, Strategy
 from coterie.placement.plan import PlacementPlan
@@ -22,7 +22,6 @@ MADE: dict[str, Callable[[Group], Strategy]] = {
     "replicated": Replicated, "all_gather": AllGather, "all_to_all": AllToAll, "hierarchical": Hierarchical,
     "overlapped": Overlapped, "coherent": Coherent,
 }  # fmt: skip
-SMALL_BYTES = FREE_BYTES
 STRATEGIES = ("local", *MADE)
 
 
@@ -54,12 +53,15 @@ class Traits:
     expert_seconds: float = 0.0
 
 
-def predict(name: str, traits: Traits, links: Links, ranks: int, ranks_per_node: int, tokens: int, free_bytes: int) -> float:
+def predict(
+    name: str, traits: Traits, links: Links, ranks: int, ranks_per_node: int, tokens: int, free_bytes: int,
+    counts_inside: bool = False,
+) -> float:  # fmt: skip
     """Seconds per layer for `tokens` on every rank; what strategy `name` adds to computing the experts.
 
-    free_bytes: padding up to which counts are not exchanged beforehand, -1 where they need not be at all.
+    free_bytes, counts_inside: as `Group` has them.
     """
-    t = _Times(links, ranks, ranks_per_node, tokens, free_bytes)
+    t = _Times(links, ranks, ranks_per_node, tokens, free_bytes, counts_inside)
     out, back, m, n = traits.row_bytes, traits.back_bytes, traits.ranks, traits.nodes
     between = t.between_share(m)
     if name == "all_to_all":
@@ -77,7 +79,7 @@ def predict(name: str, traits: Traits, links: Links, ranks: int, ranks_per_node:
         return t.known(ranks - 1, t.elsewhere, out) + t.known(ranks - 1, t.elsewhere, back)
     if name == "replicated":
         share = t.known(ranks - 1, t.elsewhere, back)
-        small = (ranks - 1) * tokens * ranks * back <= max(free_bytes, SMALL_BYTES)
+        small = (ranks - 1) * tokens * ranks * back <= free_bytes
         dense = (ranks - 1) * tokens * traits.dense_seconds
         return dense + (t.known((ranks - 1) * ranks, t.elsewhere * ranks, back) if small else 2 * share)
     if name == "coherent":
@@ -95,6 +97,7 @@ class _Times:
     ranks_per_node: int
     tokens: int
     free_bytes: int
+    counts_inside: bool
 
     @property
     def elsewhere(self) -> float:
@@ -112,7 +115,7 @@ class _Times:
 
     def counted(self, rows: float, between: float, row_bytes: float, bound: int) -> float:
         """The same, with counts before it or, if they are small, padded messages."""
-        if self.free_bytes < 0:
+        if self.counts_inside:
             return self.known(rows, between, row_bytes)
         if (self.ranks - 1) * bound * row_bytes <= self.free_bytes:
             rows, between = (self.ranks - 1) * bound / self.tokens, self.elsewhere * bound / self.tokens
@@ -200,7 +203,7 @@ def decide(
     """
 
     def times(names: Iterable[str], tokens: int) -> dict[str, float]:
-        args = (traits, links, group.size, group.ranks_per_node, tokens, -1 if group.counts_inside else group.free_bytes)
+        args = (traits, links, group.size, group.ranks_per_node, tokens, group.free_bytes, group.counts_inside)
         return {name: predict(name, *args) for name in names}
 
     layers = ["hierarchical"] if 1 < group.nodes < group.size else []

@@ -96,9 +96,8 @@ class Model:
         rows = self.group.traffic.rows
         started = time.perf_counter()
         choice, homes = self.settle(requests, batch_size)
-        mine = self.run(
-            requests, batch_size, sampling or Sampling(), choice, watch, homes=None if homes is None else homes.ranks
-        )
+        at = None if homes is None else homes.ranks
+        mine = self.run(requests, batch_size, sampling or Sampling(), choice, watch, homes=at, boundary=self.boundary)
         finished = [r for part in self.group.gather(mine) for r in part]
         seconds = time.perf_counter() - started
         if streamer is not None:
@@ -138,16 +137,16 @@ class Model:
         recorder: Recorder | None = None, homes: Sequence[int] | None = None,
         between: Callable[[list[Running]], None] | None = None, boundary: Boundary | None = None,
     ) -> list[Running]:  # fmt: skip
-        """The loop beneath `generate`: as `Generator.run`, with the strategies of `choice`."""
+        """The loop beneath `generate`: as `Generator.run`, with the strategies of `choice`. Closes the boundary."""
         batch = self.dispatcher.executor(self.transformers, self.context, choice, recorder)
         shared = choice.decode == "replicated"
         enough = (lambda: False) if recorder is None else (lambda: recorder.full)
         generator = Generator(batch, self.group, self.transformers.generation_config, sampling, on_token, enough)
         try:
-            return generator.run(requests, batch_size, homes, shared, between, boundary or self.boundary)
+            return generator.run(requests, batch_size, homes, shared, between, boundary)
         finally:
-            if self.boundary is not None:
-                self.boundary.close()
+            if boundary is not None:
+                boundary.close()
             self.context.live = self.context.tokens = None  # the transformers model stays usable by itself
             self.context.strategy = self.dispatcher.strategy(self.dispatcher.asked)
 

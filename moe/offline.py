@@ -125,7 +125,7 @@ def run(
     choice, homes = model.settle(requests, batch_size, use_homes)
     told_homes(homes)
     at = None if homes is None else homes.ranks
-    model.run(requests, batch_size, sampling, choice, on_token, homes=at, between=collector)
+    model.run(requests, batch_size, sampling, choice, on_token, homes=at, between=collector, boundary=model.boundary)
     collector.gather()
     totals, seconds = collector.totals, time.perf_counter() - started
     return model.statistics(totals.prompt_tokens, totals.new_tokens, seconds, model.group.traffic.rows - rows)

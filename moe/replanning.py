@@ -87,7 +87,6 @@ class AutoReplan:
         self._relocation: Relocation | None = None
         device = next(model.parameters()).device
         self._loads = torch.zeros((len(plan.layer_ids), plan.num_experts), dtype=torch.int64, device=device)
-        context.loads = self._loads
 
     def notice(self) -> int:
         """1 on rank 0 when a plan has been made."""
@@ -95,6 +94,7 @@ class AutoReplan:
 
     def step(self, notices: list[int]) -> None:
         """Look at the load now and then; take over a better plan."""
+        self.context.loads = self._loads
         self.steps += 1
         if self._relocation is not None:
             if self._relocation.step():
