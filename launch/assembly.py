@@ -46,8 +46,10 @@ def open_store(launch: Launch, seconds: float) -> Any:
     except RuntimeError as error:
         where = f"{launch.address}:{launch.port}"
         if keeper:
-            raise _own(f"MASTER_PORT: rank 0 cannot listen at {where} ({first_line(error)}); choose another") from error
-        raise _own(f"MASTER_ADDR:MASTER_PORT {where} answers, but not as a job's store ({first_line(error)})") from error
+            message = f"MASTER_PORT: rank 0 cannot listen at {where} ({first_line(error)}); choose another"
+        else:
+            message = f"MASTER_ADDR:MASTER_PORT {where} answers, but not as a job's store ({first_line(error)})"
+        raise CoterieError(message).known(alone=True) from error
 
 
 def reach(address: str, port: int, seconds: float) -> None:
@@ -60,17 +62,10 @@ def reach(address: str, port: int, seconds: float) -> None:
         except OSError as error:
             refusal = error.strerror or str(error)
             time.sleep(min(0.2, left))
-    raise _own(
+    raise CoterieError(
         f"MASTER_ADDR:MASTER_PORT: {address}:{port} cannot be reached from {socket.gethostname()} within {seconds:.0f} s "
         f"({refusal}); check that rank 0 runs there, that the name resolves and that no firewall closes the port"
-    )
-
-
-def _own(message: str) -> CoterieError:
-    """An error that only this rank knows of."""
-    error = CoterieError(message)
-    error.alone = True
-    return error
+    ).known(alone=True)
 
 
 def assemble(store: Any, mine: Seat, size: int, seconds: float) -> Assembly:
@@ -95,7 +90,12 @@ def assemble(store: Any, mine: Seat, size: int, seconds: float) -> Assembly:
         if time.monotonic() > deadline:
             raise _absent(missing, size, seconds)
         time.sleep(POLL_SECONDS)
-    return Assembly(job, tuple(Seat(**json.loads(data)) for data in job.multi_get(keys)))
+    seats = tuple(Seat(**json.loads(data)) for data in job.multi_get(keys))
+    read = int(job.add("read", 1))
+    while mine.rank == 0 and read < size and time.monotonic() < deadline:  # with rank 0 the store may go
+        time.sleep(POLL_SECONDS)
+        read = int(job.add("read", 0))
+    return Assembly(job, seats)
 
 
 def _absent(missing: Sequence[int], size: int, seconds: float) -> RankLostError:

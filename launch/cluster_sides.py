@@ -126,7 +126,7 @@ class Ours:
 
     def communication(self) -> float:
         """As `Loaded`."""
-        return sum(seconds for name, seconds in self.made.group.traffic.seconds.items() if name not in ("experts", "agree"))
+        return self.made.group.traffic.exchanging()
 
     def start(self, homes: Sequence[int], token_ids: torch.Tensor, prefill: int) -> None:
         """As `Loaded`; the strategies are chosen here, outside the timing."""
@@ -138,7 +138,7 @@ class Ours:
         times = {"prefill": (choice.prefill_seconds, choice.prefill), "decode": (choice.decode_seconds, choice.decode)}
         self.predicted = {phase: seconds[name] for phase, (seconds, name) in times.items() if seconds}
         self.executor = made.dispatcher.executor(made.transformers, made.context, choice, None)
-        shared = choice.decode == "replicated"
+        shared = choice.shared
         assigned = [[Running(r, 0 if shared else rank) for r in requests if shared or homes[r.index] == rank]
                     for rank in range(1 if shared else ranks)]  # fmt: skip
         self.assigned, self.at = assigned, prefill

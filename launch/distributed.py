@@ -304,9 +304,7 @@ def together(group: Group, work: Callable[[], T]) -> T:
         if found is not None:
             kind, message = found
             where = f"rank {rank}: " if group.size > 1 and any(f is None for f in failures) else ""
-            raised = kind(where + message)
-            raised.alone = False
-            raise raised
+            raise kind(where + message).known(alone=False)
     return result  # type: ignore[return-value]
 
 
@@ -323,9 +321,7 @@ def same_on_all(group: Group, found: Mapping[str, str]) -> None:
     for what in found:
         for rank, (host, others) in enumerate(said):
             if others.get(what) != said[0][1].get(what):
-                error = InputError(
+                raise InputError(
                     f"{what}: differs between ranks: rank {rank} (host {host}) found {others.get(what)}, "
                     f"rank 0 (host {said[0][0]}) {said[0][1].get(what)}; give every rank the same"
-                )
-                error.alone = False
-                raise error
+                ).known(alone=False)

@@ -47,7 +47,7 @@ def check_memory(asked: Asked, options: argparse.Namespace, group: Group) -> Che
         try:
             check_fits(sizes, first, work, Room(share.plan, found))
         except InputError as error:
-            error.alone = False  # all ranks know what all have
+            error.known(alone=False)  # all ranks know what all have
             raise
     too_large = {name for name, ranks in needed.items() if any(ranks[r].total > free for r, free in (found or {}).items())}
     return Checked(_json(needed, asked, here, found), frozenset(too_large))

@@ -19,8 +19,6 @@ from coterie.routing.files import read_json, write_text
 if TYPE_CHECKING:
     from coterie.moe.collectives import Group
 
-WAITING = ("agree", "dispatch", "combine", "dispatch between nodes", "combine between nodes", "counts", "keys and values")
-
 
 @dataclass(frozen=True)
 class Sums:
@@ -46,7 +44,7 @@ def write(path: Path, group: Group, layers: int) -> Sums | None:
     traffic = group.traffic
     mine = (
         socket.gethostname(), [traffic.bytes_to[r] for r in range(group.size)],
-        [traffic.rows_by_layer[layer] for layer in range(layers)], sum(traffic.seconds[n] for n in WAITING),
+        [traffic.rows_by_layer[layer] for layer in range(layers)], traffic.exchanging() + traffic.seconds["agree"],
         traffic.seconds["experts"], [(e.name, e.start, e.seconds, e.layer) for e in traffic.events or []],
     )  # fmt: skip
     gathered = group.gather(mine)

@@ -177,6 +177,11 @@ class Choice:
     decode_seconds: dict[str, float]
 
     @property
+    def shared(self) -> bool:
+        """Whether every rank runs all sequences, instead of its own."""
+        return self.decode == "replicated"
+
+    @property
     def name(self) -> str:
         """One name where both phases run alike."""
         return self.decode if self.prefill == self.decode or self.decode == "coherent" else f"{self.prefill}/{self.decode}"

@@ -73,23 +73,26 @@ class Group:
         return Group(transport, min(self.ranks_per_node, len(mine)), self.traffic, [self.members[r] for r in mine])
 
     def exchange(
-        self, rows: torch.Tensor, send: Sequence[int], bound: int, name: str = "dispatch"
+        self, rows: torch.Tensor, send: Sequence[int], bound: int, name: str = "dispatch", beside: bool = False
     ) -> tuple[torch.Tensor, tuple[int, ...]]:
         """All-to-all of rows where the receiver does not know how many come: (rows by source, how many from each).
 
         rows: `[sum(send), width]`, by destination. bound: the most rows that any rank sends to any other, at least 1,
-        known to all alike.
+        known to all alike. beside: these are not rows of tokens and are counted as overhead.
         """
         if self.size == 1:
             return rows, tuple(send)
         sent = as_bytes(rows)
-        padded = (self.size - 1) * bound * sent.shape[1] <= self.free_bytes
+        width = sent.shape[1]
+        padded = (self.size - 1) * bound * width <= self.free_bytes
         with self.traffic.span(name):
             if isinstance(self.transport, CountsInside):
-                out, receive = self._at_once(self.transport, sent, send)
+                out, receive = self.transport.all_to_all_counted(sent, send)
             else:
                 out, receive = self._padded(sent, send, bound) if padded else self._counted(sent, send)
-        return from_bytes(out, rows.dtype), receive
+        filled = bound if padded and not self.counts_inside else 0
+        self._count(send, width, [COUNT_BYTES + max(filled - count, 0) * width for count in send], beside)
+        return from_bytes(out, rows.dtype), tuple(receive)
 
     def _padded(self, rows: torch.Tensor, send: Sequence[int], bound: int) -> tuple[torch.Tensor, tuple[int, ...]]:
         """One collective: blocks of `bound` rows, each behind its number of rows."""
@@ -101,8 +104,6 @@ class Group:
             message[to, COUNT_BYTES : COUNT_BYTES + part.numel()] = part.view(-1)
         out = torch.empty_like(message)
         self._swap(out, message, [1] * self.size, [1] * self.size)
-        for rank, count in self._others(send):
-            self.traffic.sent(self.members[rank], count, width, block - count * width)
         receive = out[:, :COUNT_BYTES].contiguous().view(torch.int64)[:, 0].tolist()
         came = [out[r, COUNT_BYTES : COUNT_BYTES + count * width] for r, count in enumerate(receive)]
         return torch.cat(came).view(sum(receive), width), tuple(receive)
@@ -116,33 +117,17 @@ class Group:
         receive = tuple(theirs[:, 0].tolist())
         out = rows.new_empty((sum(receive), rows.shape[1]))
         self._swap(out, rows, receive, send)
-        for rank, count in self._others(send):
-            self.traffic.sent(self.members[rank], count, rows.shape[1], COUNT_BYTES)
         return out, receive
-
-    def _at_once(
-        self, transport: CountsInside, rows: torch.Tensor, send: Sequence[int]
-    ) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """As many rows as there are, each block behind their number, where the transport can."""
-        out, receive = transport.all_to_all_counted(rows, send)
-        for rank, count in self._others(send):
-            self.traffic.sent(self.members[rank], count, rows.shape[1], COUNT_BYTES)
-        return out, tuple(receive)
 
     def start_exchange(
         self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], name: str = "combine", beside: bool = False
     ) -> Callable[[], torch.Tensor]:
-        """Begin an all-to-all whose numbers of rows both sides know; the result, called once, waits and returns the rows.
-
-        beside: these are not rows of tokens and are counted as overhead.
-        """
+        """Begin an all-to-all whose numbers of rows both sides know; the result, called once, waits and returns the rows."""
         if self.size == 1:
             return lambda: rows
         sent = as_bytes(rows)
         out = sent.new_empty((sum(receive), sent.shape[1]))
-        for rank, count in self._others(send):
-            told = 0 if beside else count
-            self.traffic.sent(self.members[rank], told, sent.shape[1], (count - told) * sent.shape[1])
+        self._count(send, sent.shape[1], [0] * self.size, beside)
         wait = self._transport().start_all_to_all(out, sent, receive, send)
 
         def finish() -> torch.Tensor:
@@ -155,16 +140,13 @@ class Group:
     def exchange_known(
         self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], name: str = "combine", beside: bool = False
     ) -> torch.Tensor:
-        """All-to-all of rows whose numbers both sides know: `[sum(receive), width]`, by source; beside as `start_exchange`."""
+        """All-to-all of rows whose numbers both sides know: `[sum(receive), width]`, by source."""
         return self.start_exchange(rows, send, receive, name, beside)()
 
     def gather_rows(
         self, rows: torch.Tensor, counts: Sequence[int], name: str = "dispatch", beside: bool = False
     ) -> torch.Tensor:
-        """Every rank's rows on every rank, `[sum(counts), width]`, by rank. counts: rows of each rank, known to all alike.
-
-        beside: these are not rows of tokens and are counted as overhead.
-        """
+        """Every rank's rows on every rank, `[sum(counts), width]`, by rank. counts: rows of each rank, known to all alike."""
         if self.size == 1:
             return rows
         most, sent = max(counts), as_bytes(rows)
@@ -172,9 +154,8 @@ class Group:
         mine[: len(sent)] = sent
         with self.traffic.span(name):
             everything = self._transport().all_gather(mine)
-        told = 0 if beside else len(sent)
-        for rank, _ in self._others(counts):
-            self.traffic.sent(self.members[rank], told, sent.shape[1], (most - told) * sent.shape[1])
+        width = sent.shape[1]
+        self._count([len(sent)] * self.size, width, [(most - len(sent)) * width] * self.size, beside)
         kept = [everything[r, :count] for r, count in enumerate(counts)]
         return from_bytes(torch.cat(kept), rows.dtype)
 
@@ -183,11 +164,7 @@ class Group:
 
         bound: the most rows that any rank has, known to all alike.
         """
-        traffic, before = self.traffic, (self.traffic.rows, self.traffic.bytes, self.traffic.rows_by_layer.copy())
-        out, counts = self.exchange(rows.repeat(self.size, 1), [len(rows)] * self.size, bound, name)
-        traffic.overhead += traffic.bytes - before[1]
-        traffic.rows, traffic.bytes, traffic.rows_by_layer = before
-        return out, counts
+        return self.exchange(rows.repeat(self.size, 1), [len(rows)] * self.size, bound, name, beside=True)
 
     def agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
         """What each rank says, by rank: equally many integers from each. One small collective."""
@@ -196,14 +173,8 @@ class Group:
         mine = torch.tensor(values, dtype=torch.int64, device=self._transport().device())
         with self.traffic.span("agree"):
             said = self._transport().all_gather(mine)
-        for rank in range(self.size):
-            if rank != self.rank:
-                self.traffic.sent(self.members[rank], 0, 0, 8 * len(values))
+        self._count([0] * self.size, 0, [8 * len(values)] * self.size)
         return [tuple(row) for row in said.tolist()]
-
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says so. Every rank must ask."""
-        return any(said for (said,) in self.agree([int(flag)]))
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank, by rank."""
@@ -212,8 +183,12 @@ class Group:
     def _swap(self, out: torch.Tensor, rows: torch.Tensor, receive: Sequence[int], send: Sequence[int]) -> None:
         self._transport().start_all_to_all(out, rows, receive, send)()
 
-    def _others(self, counts: Sequence[int]) -> list[tuple[int, int]]:
-        return [(rank, count) for rank, count in enumerate(counts) if rank != self.rank]
+    def _count(self, send: Sequence[int], row_bytes: int, overhead: Sequence[int], beside: bool = False) -> None:
+        """Count what went to each other rank: rows, and bytes beside them; with `beside` the rows are such bytes, too."""
+        for rank, (count, more) in enumerate(zip(send, overhead, strict=True)):
+            if rank != self.rank:
+                rows = 0 if beside else count
+                self.traffic.sent(self.members[rank], rows, row_bytes, more + (count - rows) * row_bytes)
 
     def _transport(self) -> Transport:
         assert self.transport is not None  # the callers have returned already if the group is of one

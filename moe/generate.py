@@ -61,7 +61,6 @@ class Sampling:
 
 
 OnToken = Callable[[int, int], None]  # (prompt index, token id), in order within a prompt
-OnFinished = Callable[[list[Running]], None]
 
 
 class Executor(Protocol):

@@ -80,8 +80,12 @@ class Journal:
             raise InputError(f"{path}: cannot be written: {error.strerror}") from error
         journal = cls(path, file)
         journal._lock()
-        journal._write(json.dumps({"format": FORMAT, **header}).encode() + b"\n")
-        journal.sync()
+        try:
+            journal._write(json.dumps({"format": FORMAT, **header}).encode() + b"\n")
+            journal.sync()
+        except CoterieError:
+            path.unlink()  # there is nothing in it to go on from
+            raise
         return journal
 
     @classmethod
@@ -117,6 +121,8 @@ class Journal:
 
     def way_on(self) -> str:
         """For people whose run ends early."""
+        if not self.finished:
+            return "--resume begins again, nothing was finished"
         return f"--resume continues after the {len(self.finished)} finished prompts in {self.path}"
 
     def sync(self) -> None:

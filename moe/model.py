@@ -116,7 +116,7 @@ class Model:
         None where the plan has no homes or they mean nothing: on one rank, or if every rank runs all requests.
         """
         self.choice = choice = self.dispatcher.choice(requests, batch_size, self.transformers)
-        if not use_homes or self.plan.homes is None or self.group.size == 1 or choice.decode == "replicated":
+        if not use_homes or self.plan.homes is None or self.group.size == 1 or choice.shared:
             return choice, None
         return choice, find_home_ranks(self, self.plan.homes, requests, batch_size, choice.prefill)
 
@@ -139,11 +139,10 @@ class Model:
     ) -> list[Running]:  # fmt: skip
         """The loop beneath `generate`: as `Generator.run`, with the strategies of `choice`. Closes the boundary."""
         batch = self.dispatcher.executor(self.transformers, self.context, choice, recorder)
-        shared = choice.decode == "replicated"
         enough = (lambda: False) if recorder is None else (lambda: recorder.full)
         generator = Generator(batch, self.group, self.transformers.generation_config, sampling, on_token, enough)
         try:
-            return generator.run(requests, batch_size, homes, shared, between, boundary)
+            return generator.run(requests, batch_size, homes, choice.shared, between, boundary)
         finally:
             if boundary is not None:
                 boundary.close()

@@ -107,9 +107,7 @@ class Collector:
         failure = self.group.gather(failure)[0]
         if failure is not None:
             kind, message = failure
-            raised = kind(message)
-            raised.alone = False
-            raise raised
+            raise kind(message).known(alone=False)
 
 
 def run(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from coterie.moe.families import ModelShape
 from coterie.placement.baselines import contiguous
@@ -63,17 +64,16 @@ def check_plan(plan: PlacementPlan, shape: ModelShape, ranks: int) -> None:
 
 def layer_maps(plan: PlacementPlan, rank: int) -> list[LayerMap]:
     """The plan's layers as `rank` sees them."""
-    return [layer_map(plan, layer, rank) for layer in range(len(plan.layer_ids))]
+    return [layer_map(holds, plan.topology, rank) for holds in plan.holds()]
 
 
-def layer_map(plan: PlacementPlan, layer: int, rank: int) -> LayerMap:
-    """One of the plan's layers, by its place among them, as `rank` sees it."""
-    holds = plan.holds()[layer]
-    routes = destinations(holds, plan.topology).astype(np.int64)
+def layer_map(holds: NDArray[np.bool_], topology: Topology, rank: int) -> LayerMap:
+    """One layer as `rank` sees it. holds: bool `[E, ranks]`, which rank holds which expert."""
+    routes = destinations(holds, topology).astype(np.int64)
     order = np.where(holds, np.cumsum(holds, axis=0) - 1, -1)  # [E, ranks]: place among the ascending experts of each rank
-    position = order[np.arange(plan.num_experts), routes[rank]]
+    position = order[np.arange(len(holds)), routes[rank]]
     tensors = (torch.from_numpy(a.astype(np.int64)) for a in (routes[rank], position, routes, order[:, rank]))
-    return LayerMap(tuple(plan.experts_on(layer, rank)), *tensors)
+    return LayerMap(tuple(holds[:, rank].nonzero()[0].tolist()), *tensors)
 
 
 def whole_map(count: int, device: torch.device) -> LayerMap:

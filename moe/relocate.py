@@ -6,6 +6,7 @@ tokens are sent to and what is loaded there always agree, and text does not chan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from coterie.moe.collectives import Group
 from coterie.moe.placement_map import layer_map
+from coterie.placement.cost import destinations
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
@@ -43,7 +45,7 @@ def transfers(old: PlacementPlan, new: PlacementPlan) -> list[Transfer]:
     before, after = old.holds(), new.holds()
     found = []
     for layer in range(len(old.layer_ids)):
-        routes = layer_map(old, layer, 0).routes
+        routes = destinations(before[layer], old.topology)
         wanted = after[layer] & ~before[layer]
         found += [Transfer(layer, int(e), int(routes[r, e]), int(r)) for e, r in zip(*wanted.nonzero(), strict=True)]
     return found
@@ -73,6 +75,7 @@ class Relocation:
         moves = transfers(old, new)
         self.count = len(moves)
         self._chunks = chunks(moves, per_step)
+        self._holds = new.holds()
         self._open = {layer: sum(t.layer == layer for t in moves) for layer in range(len(self.modules))}
         self._here: dict[tuple[int, int], torch.Tensor] = {}
         self._waiting: tuple[list[Transfer], Callable[[], torch.Tensor]] | None = None
@@ -109,7 +112,8 @@ class Relocation:
     def _change(self, layer: int) -> None:
         """This rank's stack and its map of one layer, from the old plan to the new one."""
         module = self.modules[layer]
-        old, new = module.coterie_layer.map, layer_map(self.new, layer, self.group.rank).to(module.down_proj.device)
+        old = module.coterie_layer.map
+        new = layer_map(self._holds[layer], self.new.topology, self.group.rank).to(module.down_proj.device)
         if new.local != old.local:
             rows = {e: self._here.pop((layer, e), None) for e in new.local}
             full = [packed(module, old.local.index(e)) if row is None else row for e, row in rows.items()]
@@ -124,8 +128,11 @@ def stacked_names(module: nn.Module) -> list[str]:
 
 def expert_bytes(module: nn.Module) -> int:
     """Of one expert's weights."""
-    found = [getattr(module, name) for name in stacked_names(module)]
-    return sum(p.element_size() * p[0:0].new_empty(p.shape[1:]).numel() for p in found)
+    return sum(_row_bytes(getattr(module, name)) for name in stacked_names(module))
+
+
+def _row_bytes(stack: torch.Tensor) -> int:
+    return stack.element_size() * math.prod(stack.shape[1:])
 
 
 def packed(module: nn.Module, place: int) -> torch.Tensor:
@@ -139,7 +146,7 @@ def unpack_into(module: Any, rows: list[torch.Tensor]) -> None:
     start = 0
     for name in stacked_names(module):
         old = getattr(module, name)
-        size = old.element_size() * old[0:0].new_empty(old.shape[1:]).numel()
+        size = _row_bytes(old)
         stack = old.new_empty((len(rows), *old.shape[1:]))
         for place, row in enumerate(rows):
             stack[place] = row[start : start + size].view(old.dtype).view(old.shape[1:])

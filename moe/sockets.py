@@ -13,8 +13,9 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -111,30 +112,28 @@ class Mesh:
                 self._push(by_file[file])
 
     def _push(self, peer: int) -> None:
-        queue = self._out[peer]
-        while queue:
-            view, transfer = queue[0]
-            try:
-                sent = self.peers[peer].send(view)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise self._ended(peer, error) from error
-            _advance(queue, view, transfer, sent)
+        self._move(peer, self._out[peer], self.peers[peer].send)
 
     def _pull(self, peer: int) -> None:
-        queue = self._in[peer]
+        self._move(peer, self._in[peer], self.peers[peer].recv_into)
+
+    def _move(self, peer: int, queue: deque[tuple[memoryview, _Transfer]], move: Callable[[memoryview], int]) -> None:
+        """As much of the queue as goes without waiting."""
         while queue:
             view, transfer = queue[0]
             try:
-                came = self.peers[peer].recv_into(view)
+                done = move(view)
             except BlockingIOError:
                 return
             except OSError as error:
                 raise self._ended(peer, error) from error
-            if came == 0:
+            if done == 0:
                 raise self._ended(peer, None)
-            _advance(queue, view, transfer, came)
+            if done < len(view):
+                queue[0] = (view[done:], transfer)
+            else:
+                queue.popleft()
+                transfer.open -= 1
 
     def _ended(self, peer: int, error: OSError | None) -> CoterieError:
         return CoterieError(f"rank {peer} has ended" + (f" ({error.strerror})" if error else ""))
@@ -142,14 +141,6 @@ class Mesh:
 
 def _listed(ranks: Iterable[int]) -> str:
     return ", ".join(map(str, sorted(ranks)))
-
-
-def _advance(queue: deque[tuple[memoryview, _Transfer]], view: memoryview, transfer: _Transfer, done: int) -> None:
-    if done == len(view):
-        queue.popleft()
-        transfer.open -= 1
-    else:
-        queue[0] = (view[done:], transfer)
 
 
 def _call(store: Store, peer: int, rank: int, token: bytes, timeout: float) -> socket.socket:
@@ -192,6 +183,7 @@ class SocketTransport:
         self.members = tuple(members)
         self.size = len(self.members)
         self.rank = self.members.index(mesh.rank)
+        self._others = [(i, member) for i, member in enumerate(self.members) if i != self.rank]
 
     @classmethod
     def from_store(cls, rank: int, size: int, store: Store, master: str, timeout: timedelta) -> SocketTransport:
@@ -201,26 +193,21 @@ class SocketTransport:
 
     def start_all_to_all(self, out: torch.Tensor, rows: torch.Tensor, receive: Sequence[int], send: Sequence[int]) -> Any:
         """As `Transport`."""
-        mine, theirs = _split(rows, send), _split(out, receive)
-        theirs[self.rank][:] = mine[self.rank]
-        others = [(i, member) for i, member in enumerate(self.members) if i != self.rank]
-        transfer = self.mesh.begin({m: mine[i] for i, m in others}, {m: theirs[i] for i, m in others})
+        transfer = self._begin(_split(rows, send), _split(out, receive))
         return lambda: self.mesh.finish(transfer)
 
     def all_to_all_counted(self, rows: torch.Tensor, send: Sequence[int]) -> tuple[torch.Tensor, Sequence[int]]:
         """As `CountsInside`: each block follows its number of rows, so that nothing is asked beforehand and nothing padded."""
-        width, mine = rows.shape[1], _split(rows, send)
-        heads = memoryview(bytearray(SIZE_BYTES * self.size))
-        counts = torch.tensor(send, dtype=torch.int64).numpy().data.cast("B")
-        others = [(i, member) for i, member in enumerate(self.members) if i != self.rank]
-        said = self.mesh.begin({m: _part(counts, i) for i, m in others}, {m: _part(heads, i) for i, m in others})
-        sent = self.mesh.begin({m: mine[i] for i, m in others}, {})
+        mine, sizes = _split(rows, send), [SIZE_BYTES] * self.size
+        heads = torch.zeros(self.size, dtype=torch.int64)
+        said = self._begin(_cut(_bytes(torch.tensor(send, dtype=torch.int64)), sizes), _cut(_bytes(heads), sizes))
+        sent = self.mesh.begin({member: mine[i] for i, member in self._others}, {})
         self.mesh.finish(said)
-        receive = [send[i] if i == self.rank else int.from_bytes(_part(heads, i), "little") for i in range(self.size)]
-        out = rows.new_empty((sum(receive), width))
+        receive = heads.tolist()
+        out = rows.new_empty((sum(receive), rows.shape[1]))
         theirs = _split(out, receive)
         theirs[self.rank][:] = mine[self.rank]
-        came = self.mesh.begin({}, {m: theirs[i] for i, m in others})
+        came = self.mesh.begin({}, {member: theirs[i] for i, member in self._others})
         self.mesh.finish(came)
         self.mesh.finish(sent)
         return out, receive
@@ -230,29 +217,22 @@ class SocketTransport:
         sent = mine.contiguous()
         out = sent.new_empty((self.size, *sent.shape))
         size = sent.numel() * sent.element_size()
-        self._exchange([_bytes(sent)] * self.size, _bytes(out), [size] * self.size)
+        self.mesh.finish(self._begin([_bytes(sent)] * self.size, _cut(_bytes(out), [size] * self.size)))
         return out
 
     def gather_objects(self, value: Any) -> list[Any]:
         """As `Transport`."""
         data = pickle.dumps(value)
         sizes = self.all_gather(torch.tensor([len(data)])).flatten().tolist()
-        into = memoryview(bytearray(sum(sizes)))
-        self._exchange([memoryview(data)] * self.size, into, sizes)
-        parts, start = [], 0
-        for size in sizes:
-            parts.append(pickle.loads(into[start : start + size]))
-            start += size
-        return parts
+        parts = _cut(memoryview(bytearray(sum(sizes))), sizes)
+        self.mesh.finish(self._begin([memoryview(data)] * self.size, parts))
+        return [pickle.loads(part) for part in parts]
 
-    def _exchange(self, sent: Sequence[memoryview], into: memoryview, sizes: Sequence[int]) -> None:
-        views, start = [], 0
-        for size in sizes:
-            views.append(into[start : start + size])
-            start += size
-        views[self.rank][:] = sent[self.rank]
-        others = [(i, member) for i, member in enumerate(self.members) if i != self.rank]
-        self.mesh.finish(self.mesh.begin({m: sent[i] for i, m in others}, {m: views[i] for i, m in others}))
+    def _begin(self, mine: Sequence[memoryview], theirs: Sequence[memoryview]) -> _Transfer:
+        """Send `mine` and fill `theirs`, both by rank of this group; the own part is copied at once."""
+        theirs[self.rank][:] = mine[self.rank]
+        out = {member: mine[i] for i, member in self._others}
+        return self.mesh.begin(out, {member: theirs[i] for i, member in self._others})
 
     def device(self) -> torch.device:
         """As `Transport`."""
@@ -270,15 +250,11 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _part(numbers: memoryview, place: int) -> memoryview:
-    return numbers[SIZE_BYTES * place : SIZE_BYTES * (place + 1)]
-
-
 def _split(rows: torch.Tensor, counts: Sequence[int]) -> list[memoryview]:
     """The memory of uint8 `rows`, cut by numbers of rows."""
-    whole, width = _bytes(rows), rows.shape[1]
-    views, start = [], 0
-    for count in counts:
-        views.append(whole[start : start + count * width])
-        start += count * width
-    return views
+    return _cut(_bytes(rows), [count * rows.shape[1] for count in counts])
+
+
+def _cut(whole: memoryview, sizes: Sequence[int]) -> list[memoryview]:
+    """Consecutive parts of so many bytes."""
+    return [whole[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]

@@ -65,14 +65,22 @@ class Strategy(Protocol):
         ...
 
 
-class Local:
+class _OfGroup:
+    """What strategies have in common: tokens stay apart unless said otherwise."""
+
+    every_rank_has_all = False
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+
+class Local(_OfGroup):
     """Every expert is on this rank."""
 
     name = "local"
-    every_rank_has_all = False
 
     def __init__(self, group: Group | None = None) -> None:
-        self.group = group or Group()
+        super().__init__(group or Group())
 
     def dispatch(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: LayerMap, tokens: tuple[int, ...]
@@ -85,7 +93,7 @@ class Local:
         return y
 
 
-class Replicated:
+class Replicated(_OfGroup):
     """Every rank has every token and computes its own experts' part; the parts are summed by reduce-scatter and all-gather.
 
     For batches so small that latency rules: nothing is dispatched. Tensor-parallel engines run their experts this way.
@@ -93,9 +101,6 @@ class Replicated:
 
     name = "replicated"
     every_rank_has_all = True
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
 
     def dispatch(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: LayerMap, tokens: tuple[int, ...]
@@ -106,26 +111,22 @@ class Replicated:
 
     def combine(self, y: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """Each rank sums a share of the tokens in the order of ranks; small batches are summed whole on every rank."""
-        ranks, (tokens, hidden) = self.group.size, y.shape
+        ranks, tokens = self.group.size, len(y)
         if (ranks - 1) * y.numel() * y.element_size() <= self.group.free_bytes:
             parts = self.group.gather_rows(y, [tokens] * ranks, "combine")
-            return parts.view(ranks, tokens, hidden).float().sum(0).to(y.dtype)
+            return _summed(parts, ranks)
         share = [tokens * (r + 1) // ranks - tokens * r // ranks for r in range(ranks)]
         parts = self.group.exchange_known(y, share, [share[self.group.rank]] * ranks)
-        return self.group.gather_rows(parts.view(ranks, -1, hidden).float().sum(0).to(y.dtype), share, "combine")
+        return self.group.gather_rows(_summed(parts, ranks), share, "combine")
 
 
-class AllGather:
+class AllGather(_OfGroup):
     """Every rank gets every token with its routing, and sends each token's home a partial sum (gather and reduce-scatter).
 
     Two collectives whose sizes all ranks know, for batches in which most tokens need most ranks anyway.
     """
 
     name = "all_gather"
-    every_rank_has_all = False
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
 
     def dispatch(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: LayerMap, tokens: tuple[int, ...]
@@ -139,19 +140,14 @@ class AllGather:
     def combine(self, y: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """One partial sum of each rank for each token, summed in the order of ranks."""
         tokens = dispatched.state
-        mine = tokens[self.group.rank]
-        parts = self.group.exchange_known(y, tokens, [mine] * self.group.size)
-        return parts.view(self.group.size, mine, y.shape[1]).float().sum(0).to(y.dtype)
+        parts = self.group.exchange_known(y, tokens, [tokens[self.group.rank]] * self.group.size)
+        return _summed(parts, self.group.size)
 
 
-class AllToAll:
+class AllToAll(_OfGroup):
     """One row per token and destination rank, weighted partial sums reduced there, one row back."""
 
     name = "all_to_all"
-    every_rank_has_all = False
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
 
     def dispatch(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: LayerMap, tokens: tuple[int, ...]
@@ -227,7 +223,7 @@ class _TwoStages:
     came_inside: tuple[int, ...]
 
 
-class Hierarchical:
+class Hierarchical(_OfGroup):
     """One row per token and remote node, forwarded there to the other ranks that need it; one row back per node.
 
     As in DeepEP's internode kernels. The rank that takes a node's row is one that needs it anyway, so the number of rows is
@@ -235,10 +231,9 @@ class Hierarchical:
     """
 
     name = "hierarchical"
-    every_rank_has_all = False
 
     def __init__(self, group: Group) -> None:
-        self.group = group
+        super().__init__(group)
         width = group.ranks_per_node
         self.node = group.subgroup([list(range(i, i + width)) for i in range(0, group.size, width)])
 
@@ -270,6 +265,11 @@ class Hierarchical:
         back = inside[tokens:].to(y.dtype)
         between = self.group.exchange_known(back, stages.came, stages.between.counts, "combine between nodes")
         return (inside[:tokens] + combine_rows(stages.between, between)).to(y.dtype)
+
+
+def _summed(parts: torch.Tensor, ranks: int) -> torch.Tensor:
+    """`[ranks * T, H]`, a part of each rank one after another, to their sums `[T, H]`, taken in float32."""
+    return parts.view(ranks, len(parts) // ranks, parts.shape[1]).float().sum(0).to(parts.dtype)
 
 
 def _computed_here(ids: torch.Tensor, source: torch.Tensor, layer: LayerMap, rank: int) -> torch.Tensor:

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+EXCHANGES = (
+    "dispatch", "combine", "dispatch between nodes", "combine between nodes", "counts", "keys and values", "experts moved"
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Event:
@@ -46,6 +50,10 @@ class Traffic:
         self.overhead += overhead
         self.rows_by_layer[self.layer] += rows
         self.bytes_to[to] += rows * row_bytes + overhead
+
+    def exchanging(self) -> float:
+        """Seconds spent so far in sending rows, and in waiting for those of others."""
+        return sum(self.seconds[name] for name in EXCHANGES)
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:

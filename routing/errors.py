@@ -5,6 +5,10 @@ to 1 (the work failed). Their messages are one or two lines that name the file, 
 expected and the way out.
 """
 
+from __future__ import annotations
+
+from typing import Self
+
 
 class CoterieError(Exception):
     """Something failed that the user can be told about in a line.
@@ -14,6 +18,11 @@ class CoterieError(Exception):
     """
 
     alone: bool | None = None
+
+    def known(self, alone: bool) -> Self:
+        """The error itself, marked: known to this process alone, or to all alike."""
+        self.alone = alone
+        return self
 
 
 class InputError(CoterieError, ValueError):

@@ -18,9 +18,9 @@ def main(limit: str, arguments: list[str]) -> int:
 
     from coterie.launch import commands, distributed
     from coterie.launch.cli import main as coterie
-    from coterie.moe import model
+    from coterie.moe import prepare
 
-    loading = model.load_share
+    loading = prepare.load_share
 
     def starved(*given):
         if limit == "memory" and distributed.launched_rank() == 1:
@@ -31,7 +31,7 @@ def main(limit: str, arguments: list[str]) -> int:
             torch.zeros(SPARE * 4)
         return loading(*given)
 
-    model.load_share = starved
+    prepare.load_share = starved
     assert commands
     return coterie(arguments)
 
