@@ -1,0 +1,89 @@
+"""What a kernel becomes on a GPU that is not there: compiled to machine code and looked into.
+
+Triton brings NVIDIA's assembler and disassembler with it, so registers, spills, shared memory and the kind of tensor-core
+instruction are known on any machine.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from coterie.kernels.grouped_gemm import CODES, FUNCTION_CODES, first_product, second_product
+from coterie.kernels.tiles import Tile, Work, rule
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # tensor cores by Ampere's, Hopper's, Blackwell's own instruction
+POINTERS = {"plain": "*bf16", "int8": "*i8", "int4": "*u8", "fp8": "*fp8e4nv"}
+ALIGNED = (
+    "x", "w", "scale", "bias", "h", "y", "picks", "block_expert", "block_start", "block_count",
+    "stride_x", "stride_e", "stride_n", "stride_h", "stride_y", "H", "I",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """registers: of a thread; spilled: instructions that move registers to memory and back; shared: bytes of a program.
+
+    matrix: tensor-core instructions, by name; copies: loads that go to shared memory while the program computes.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    matrix: dict[str, int]
+    copies: int
+
+
+def compile_product(work: Work, arch: int, first: bool = True, tile: Tile | None = None) -> Compiled:
+    """`first_product` (SwiGLU) or `second_product` of bfloat16 rows for compute capability `arch` / 10, with the rule's tile."""
+    tile = tile or rule(work, arch)
+    kernel = first_product if first else second_product
+    constants: dict[str, Any] = {
+        "BIAS": False, "TABLE": False, "FORMAT": CODES[work.format], "SCALE_ROWS": 128 if work.format == "fp8" else 1,
+        "PRECISION": "tf32", "BM": tile.rows, "BN": tile.outputs, "BK": tile.inputs, "EVEN": work.inputs % tile.inputs == 0,
+        "SWAP": tile.swap, "TOGETHER": tile.together, "stride_k": 1,
+    }  # fmt: skip
+    if first:
+        constants |= {
+            "SLOTS": work.top_k, "GATED": work.doubled, "TURNS": False, "FUNCTION": FUNCTION_CODES["silu"], "LIMIT": False,
+        }  # fmt: skip
+    types = {"w": POINTERS[work.format], "scale": "*fp32", "bias": "*bf16", "x": "*bf16", "h": "*bf16", "y": "*bf16"}
+    types |= dict.fromkeys(("picks", "block_expert", "block_start", "block_count", "table"), "*i32")
+    types |= dict.fromkeys(("limit", "alpha", "offset"), "fp32")
+    return compile_kernel(kernel, {n: types.get(n, "i32") for n in kernel.arg_names}, constants, arch, tile.warps, tile.stages)
+
+
+def compile_kernel(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], arch: int, warps: int, stages: int
+) -> Compiled:
+    """types: of all arguments, as Triton writes them; those in `constants` are compiled in. arch: 80, 90 or 100."""
+    names = list(kernel.arg_names)
+    source = ASTSource(
+        kernel, signature={n: "constexpr" if n in constants else types[n] for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in names if n in ALIGNED and n not in constants},
+    )  # fmt: skip
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage, code = _tool("cuobjdump", "--dump-resource-usage", file.name), _tool("nvdisasm", file.name)
+    registers = int(re.findall(r"REG:(\d+)", usage)[0])
+    found = re.findall(r"\b(HMMA|HGMMA|QGMMA|UTCHMMA|IMMA)\b", code)
+    spilled = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    copies = len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", code))
+    return Compiled(registers, spilled, made.metadata.shared, {n: found.count(n) for n in sorted(set(found))}, copies)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout

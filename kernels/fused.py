@@ -1,0 +1,167 @@
+"""A layer's experts in Triton kernels: ordering, two products and a weighted sum, without asking the device anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from coterie.kernels.activations import Activation
+from coterie.kernels.formats import GROUP, Weights
+from coterie.kernels.grouped_gemm import CODES, FUNCTION_CODES, first_product, second_product, weighted_sum
+from coterie.kernels.ordering import Order, order_picks
+from coterie.kernels.tiles import GROUPED, Tile, Work, choose_tile
+
+SUM_COLUMNS = 1024
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """Experts on one device. first: `[S, 2I, H]` (or `[S, I, H]` without gate); second: `[S, H, I]`; biases `[S, 2I]`, `[S, H]`.
+
+    activation: None for one that no kernel knows; `between` then makes `[N, I]` of the first product's rows. finish: applied to
+    each pick's output `[N, H]` before the weighted sum, or None. table: int32 `[E]`, at which of the S places each of E experts
+    is, for weights in a pool of slots; None where expert e is at place e.
+    """
+
+    first: Weights
+    second: Weights
+    activation: Activation | None = Activation()
+    first_bias: torch.Tensor | None = None
+    second_bias: torch.Tensor | None = None
+    table: torch.Tensor | None = None
+    between: Callable[[torch.Tensor], torch.Tensor] | None = None
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.activation is None) == (self.between is None):
+            raise ValueError("activation: expected one, or else `between`")
+        if self.first.format != self.second.format:
+            raise ValueError(f"format: found {self.first.format} and {self.second.format}, expected the same in both products")
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.first.shape[0] if self.table is None else len(self.table)
+
+    def __call__(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tiles: tuple[Tile, Tile] | None = None
+    ) -> torch.Tensor:
+        """As `experts.grouped_experts`: x `[T, H]` with unit stride along H, ids `[T, K]` (-1: empty), weights `[T, K]`.
+
+        tiles: of the two products, with equally many rows; by default the rules' and tables'. Nothing waits for the device.
+        """
+        tokens, slots = ids.shape
+        out = torch.empty_like(x)
+        if tokens == 0 or slots == 0:
+            return out.zero_()
+        x = x if x.stride(1) == 1 else x.contiguous()
+        ids, weights = ids.contiguous(), weights.contiguous()
+        first_tile, second_tile = tiles or self._tiles(x, tokens, slots)
+        _check_tiles(first_tile, second_tile, self.first.format)
+        order = _order(ids, self.experts, first_tile.rows)
+        hidden = self._first(x, order, slots, first_tile)
+        y = self._second(hidden, order, second_tile)
+        if self.finish is not None:
+            y = self.finish(y)
+        grid = (tokens, triton.cdiv(x.shape[1], SUM_COLUMNS))
+        weighted_sum[grid](
+            y, ids, weights, out, x.shape[1], self.experts, y.stride(0), slots, slots, out.stride(0),
+            SLOTS=slots, BH=SUM_COLUMNS,
+        )  # fmt: skip
+        return out
+
+    def _tiles(self, x: torch.Tensor, tokens: int, slots: int) -> tuple[Tile, Tile]:
+        device = triton.runtime.driver.active.get_current_target() if x.is_cuda else None
+        name = torch.cuda.get_device_name(x.device) if x.is_cuda else ""
+        capability = int(device.arch) if device is not None else 90
+        gated = self.activation is not None and self.activation.gated
+        shape = self.first.shape
+        works = (
+            Work(self.experts, shape[1] // (2 if gated else 1), shape[2], slots, tokens, x.element_size(), self.first.format, gated),
+            Work(self.experts, *self.second.shape[1:], slots, tokens, x.element_size(), self.second.format),
+        )  # fmt: skip
+        first, second = (choose_tile(work, name, capability, triton.__version__) for work in works)
+        return first, second if second.rows == first.rows else Tile(**{**second.__dict__, "rows": first.rows})
+
+    def _first(self, x: torch.Tensor, order: Order, slots: int, tile: Tile) -> torch.Tensor:
+        act, (_, outputs, inputs) = self.activation or Activation("none", False), self.first.shape
+        width = outputs // 2 if act.gated else outputs
+        hidden = x.new_empty(len(order.picks), width)
+        first_product[(_programs(order, width, tile),)](
+            x, self.first.data, *_given(x, self.first.scale, self.first_bias), hidden,
+            order.picks, order.expert, order.start, order.count, *_given(order.picks, self.table),
+            len(order.expert), inputs, width, x.stride(0), *_strides(self.first, self.first_bias), hidden.stride(0),
+            act.limit or 0.0, act.alpha, act.offset,
+            SLOTS=slots, GATED=act.gated, TURNS=act.interleaved, FUNCTION=FUNCTION_CODES[act.function],
+            LIMIT=act.limit is not None, **_constants(self.first, self.first_bias, self.table, x, inputs, tile),
+        )  # fmt: skip
+        return hidden if self.between is None else self.between(hidden)
+
+    def _second(self, hidden: torch.Tensor, order: Order, tile: Tile) -> torch.Tensor:
+        _, outputs, inputs = self.second.shape
+        hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+        y = hidden.new_empty(len(order.picks), outputs)
+        second_product[(_programs(order, outputs, tile),)](
+            hidden, self.second.data, *_given(hidden, self.second.scale, self.second_bias), y,
+            order.picks, order.expert, order.start, order.count, *_given(order.picks, self.table),
+            len(order.expert), inputs, outputs, hidden.stride(0), *_strides(self.second, self.second_bias), y.stride(0),
+            **_constants(self.second, self.second_bias, self.table, hidden, inputs, tile),
+        )  # fmt: skip
+        return y
+
+
+def _check_tiles(first: Tile, second: Tile, format: str) -> None:
+    if first.rows != second.rows:
+        raise ValueError(f"tiles: found {first.rows} and {second.rows} rows, expected as many in both products")
+    for tile in (first, second):
+        if format in GROUPED and tile.inputs != GROUP:
+            raise ValueError(f"tiles: found {tile.inputs} inputs with format {format}, expected {GROUP}: they share a scale")
+
+
+def _order(ids: torch.Tensor, experts: int, rows: int) -> Order:
+    """Of one token's picks each is a block: they are in order as they stand, and nothing need be launched for it."""
+    if len(ids) > 1:
+        return order_picks(ids, experts, rows)
+    places, ones = _one_token(ids.shape[1], ids.device)
+    return Order(places, ids[0].to(torch.int32), places, ones, rows)
+
+
+_ONE_TOKEN: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def _one_token(slots: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    key = (slots, device)
+    if key not in _ONE_TOKEN:
+        places = torch.arange(slots, dtype=torch.int32, device=device)
+        _ONE_TOKEN[key] = places, torch.ones_like(places)
+    return _ONE_TOKEN[key]
+
+
+def _programs(order: Order, outputs: int, tile: Tile) -> int:
+    return len(order.expert) * triton.cdiv(outputs, tile.outputs)
+
+
+def _given(other: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor]:
+    """Pointers for a kernel, which reads none that is not there: any other one stands in for it."""
+    return [other if tensor is None else tensor for tensor in tensors]
+
+
+def _strides(weights: Weights, bias: torch.Tensor | None) -> tuple[int, ...]:
+    """Of the data, the scales (experts, outputs, inputs) and the bias, 0 for what is not there."""
+    scale = weights.scale
+    of_scale = (0, 0, 0) if scale is None else (*scale.stride(), 0)[:3]
+    return (*weights.data.stride(), *of_scale, 0 if bias is None else bias.stride(0))
+
+
+def _constants(
+    weights: Weights, bias: torch.Tensor | None, table: torch.Tensor | None, x: torch.Tensor, inputs: int, tile: Tile
+) -> dict[str, object]:
+    return {
+        "BIAS": bias is not None, "TABLE": table is not None, "FORMAT": CODES[weights.format],
+        "SCALE_ROWS": GROUP if weights.format == "fp8" else 1, "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+        "BM": tile.rows, "BN": tile.outputs, "BK": tile.inputs, "EVEN": inputs % tile.inputs == 0, "SWAP": tile.swap,
+        "TOGETHER": tile.together, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip

@@ -1,0 +1,115 @@
+"""Which tile sizes a product gets: a rule that can be read, and tables of what was measured, where it was.
+
+Nothing is tuned while serving. A table is a file `tiles/*.json` made by `coterie bench kernels --tune`; it counts only for the
+device and the Triton version that it names.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from coterie.kernels.formats import GROUP
+
+TABLES = Path(__file__).parent / "tiles"
+GROUPED = ("int4", "fp8")
+SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # that one program may use, by compute capability
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows, outputs, inputs: of one step of one program; warps of it; stages: steps whose operands are on their way.
+
+    swap: weights are the left operand; together: blocks of rows that go over the outputs side by side.
+    """
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+    swap: bool = False
+    together: int = 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """One layer's product: experts E, outputs N, inputs K, picks a token, tokens; widths in bytes; format of the weights.
+
+    doubled: a tile of outputs is a tile of gates and one of ups.
+    """
+
+    experts: int
+    outputs: int
+    inputs: int
+    top_k: int
+    tokens: int
+    bytes: int = 2
+    format: str = "plain"
+    doubled: bool = False
+
+    @property
+    def rows(self) -> float:
+        """Of an expert that is hit, on average, if all are equally likely."""
+        picks = self.tokens * self.top_k
+        hit = self.experts * (1 - (1 - self.top_k / self.experts) ** self.tokens) if self.experts > self.top_k else self.experts
+        return picks / max(1.0, min(hit, picks))
+
+
+def choose_tile(work: Work, device: str = "", capability: int = 90, triton: str = "") -> Tile:
+    """From a table if there is one for this shape, device and Triton, else by rule."""
+    for entry in _tables().get((device, triton), ()):
+        if entry["shape"] == _shape(work) and entry["tokens"][0] <= work.tokens <= entry["tokens"][1]:
+            return Tile(**entry["tile"])
+    return rule(work, capability)
+
+
+def rule(work: Work, capability: int = 90) -> Tile:
+    """Rows: the power of two that holds an average expert's, 16 to 128. Up to 64 rows weights rule: they go first, in long steps.
+
+    The stages are as many as shared memory holds, at most 4 (5 where weights rule).
+    """
+    rows = next((r for r in (16, 32, 64) if work.rows <= r), 128)
+    if work.bytes == 4:  # float32 without tensor cores: small tiles, in registers
+        tile = Tile(min(rows, 32), 32, GROUP if work.format in GROUPED else 32, 4, 2)
+    elif work.format in GROUPED:  # a step is a group that shares its scale
+        tile = Tile(rows, 64, GROUP, 4 if rows <= 32 else 8, 4, True) if rows <= 64 else Tile(128, 32, GROUP, 8, 3, together=8)
+    elif rows <= 64:
+        tile = Tile(rows, 64, 128 if rows <= 32 else 64, 4, 5, True)
+    else:  # without the larger chips' tensor memory two accumulators of 128 x 128 leave no registers to widen weights in
+        narrow = work.doubled and (capability < 90 or work.format != "plain")
+        tile = Tile(128, 64 if narrow else 128, 64, 8, 4, together=8)
+    limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
+    stages = next((s for s in range(tile.stages, 1, -1) if shared_bytes(tile, work, s) <= limit), 1)
+    return Tile(**{**asdict(tile), "stages": stages})
+
+
+def shared_bytes(tile: Tile, work: Work, stages: int) -> int:
+    """What the operands of `stages` steps take, about."""
+    stored = {"plain": work.bytes, "int8": 1, "int4": 1, "fp8": 1}[work.format]
+    weights = tile.outputs * (2 if work.doubled else 1) * tile.inputs * stored // (2 if work.format == "int4" else 1)
+    return stages * (tile.rows * tile.inputs * work.bytes + weights)
+
+
+def _shape(work: Work) -> dict[str, Any]:
+    return {name: value for name, value in asdict(work).items() if name != "tokens"}
+
+
+@lru_cache(maxsize=1)
+def _tables() -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """By device and Triton version: `{shape, tokens: [least, most], tile}`."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in sorted(TABLES.glob("*.json")):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        found.setdefault((table["device"], table["triton"]), []).extend(table["entries"])
+    return found
+
+
+def write_table(path: Path, device: str, triton: str, entries: list[tuple[Work, tuple[int, int], Tile]]) -> None:
+    """What `choose_tile` reads: for each work, from how many tokens to how many, the tile that was fastest."""
+    rows = [{"shape": _shape(work), "tokens": list(span), "tile": asdict(tile)} for work, span, tile in entries]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"device": device, "triton": triton, "entries": rows}, indent=1) + "\n", encoding="utf-8")
