@@ -22,11 +22,11 @@ PROBE = torch.linspace(-20.0, 20.0, 2 * 321, dtype=torch.float64)  # even, and w
 
 @dataclass(frozen=True)
 class Activation:
-    """function(alpha * gate) / alpha * (up + offset), gate and up clamped to the limit beforehand; without a gate the function.
+    """function(alpha * gate) / alpha * (up + offset), both cut to the limit beforehand; without a gate the function alone.
 
-    function: of FUNCTIONS. gated: the first product gives gate and up, side by side or, if interleaved, in turns. limit: gate is
-    at most that, up within it on both sides; None for none. SwiGLU and GeGLU (Shazeer 2020) are (silu, gated), (gelu, gated);
-    gpt-oss is (silu, gated, interleaved, limit 7, alpha 1.702, offset 1).
+    function: of FUNCTIONS. gated: the first product gives gate and up, one after the other or, if interleaved, in turns.
+    limit: gate is at most that, up within it on both sides; None for none. SwiGLU and GeGLU (Shazeer 2020) are (silu, gated)
+    and (gelu, gated); gpt-oss is (silu, gated, interleaved, limit 7, alpha 1.702, offset 1).
     """
 
     function: str = "silu"

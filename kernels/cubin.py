@@ -6,11 +6,12 @@ instruction are known on any machine.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from coterie.kernels.grouped_gemm import CODES, FUNCTION_CODES, first_product, second_product
-from coterie.kernels.tiles import Tile, Work, rule
+from coterie.kernels.tiles import SHARED_BYTES, Tile, Work, rule
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # tensor cores by Ampere's, Hopper's, Blackwell's own instruction
 POINTERS = {"plain": "*bf16", "int8": "*i8", "int4": "*u8", "fp8": "*fp8e4nv"}
 ALIGNED = (
     "x", "w", "scale", "bias", "h", "y", "picks", "block_expert", "block_start", "block_count",
-    "stride_x", "stride_e", "stride_n", "stride_h", "stride_y", "H", "I",
+    "stride_x", "stride_e", "stride_n", "stride_k", "stride_h", "stride_y", "hidden", "inner",
 )  # fmt: skip
 
 
@@ -44,23 +45,28 @@ class Compiled:
     copies: int
 
 
-def compile_product(work: Work, arch: int, first: bool = True, tile: Tile | None = None) -> Compiled:
-    """`first_product` (SwiGLU) or `second_product` of bfloat16 rows for compute capability `arch` / 10, with the rule's tile."""
+def compile_product(work: Work, arch: int, first: bool = True, tile: Tile | None = None, turned: bool = False) -> Compiled:
+    """`first_product` or `second_product` of bfloat16 rows for compute capability `arch` / 10, by default with the rule's tile.
+
+    The first is SwiGLU, or, turned, gpt-oss's form: biased, clamped, gate and up in turns, weights `[S, H, 2I]`.
+    """
     tile = tile or rule(work, arch)
     kernel = first_product if first else second_product
     constants: dict[str, Any] = {
-        "BIAS": False, "TABLE": False, "FORMAT": CODES[work.format], "SCALE_ROWS": 128 if work.format == "fp8" else 1,
+        "BIAS": turned, "TABLE": False, "FORMAT": CODES[work.format], "SCALE_ROWS": 128 if work.format == "fp8" else 1,
         "PRECISION": "tf32", "BM": tile.rows, "BN": tile.outputs, "BK": tile.inputs, "EVEN": work.inputs % tile.inputs == 0,
-        "SWAP": tile.swap, "TOGETHER": tile.together, "stride_k": 1,
+        "SWAP": tile.swap, "TOGETHER": tile.together, "stride_n" if turned else "stride_k": 1,
     }  # fmt: skip
     if first:
         constants |= {
-            "SLOTS": work.top_k, "GATED": work.doubled, "TURNS": False, "FUNCTION": FUNCTION_CODES["silu"], "LIMIT": False,
+            "SLOTS": work.top_k, "GATED": work.doubled, "TURNS": turned,
+            "FUNCTION": FUNCTION_CODES["silu"], "LIMIT": turned,
         }  # fmt: skip
     types = {"w": POINTERS[work.format], "scale": "*fp32", "bias": "*bf16", "x": "*bf16", "h": "*bf16", "y": "*bf16"}
     types |= dict.fromkeys(("picks", "block_expert", "block_start", "block_count", "table"), "*i32")
     types |= dict.fromkeys(("limit", "alpha", "offset"), "fp32")
-    return compile_kernel(kernel, {n: types.get(n, "i32") for n in kernel.arg_names}, constants, arch, tile.warps, tile.stages)
+    types = {name: types.get(name, "i32") for name in kernel.arg_names}
+    return compile_kernel(kernel, types, constants, arch, tile.warps, tile.stages)
 
 
 def compile_kernel(
@@ -87,3 +93,34 @@ def compile_kernel(
 
 def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def survey() -> dict[str, Any]:
+    """All products by the rules' tiles, of Qwen3-30B-A3B's shape in each format and of gpt-oss's (docs/kernels.md)."""
+    found = []
+    for arch in MATRIX:
+        for format in POINTERS:
+            if format == "fp8" and arch < 89:  # the chip has no such numbers, and Triton does not make them
+                continue
+            for tokens in (1, 512, 4096):
+                found += [_surveyed(arch, "Qwen3", Work(128, 768, 2048, 8, tokens, 2, format, True), True)]
+                found += [_surveyed(arch, "Qwen3", Work(128, 2048, 768, 8, tokens, 2, format), False)]
+        for tokens in (1, 512, 4096):
+            found += [_surveyed(arch, "gpt-oss", Work(128, 2880, 2880, 4, tokens, 2, "plain", True), True, turned=True)]
+    return {"triton": triton.__version__, "kernels": found}
+
+
+def _surveyed(arch: int, model: str, work: Work, first: bool, turned: bool = False) -> dict[str, Any]:
+    name = f"{model}, {work.format}, {work.tokens} tokens, {'first' if first else 'second'} product"
+    made = asdict(compile_product(work, arch, first, turned=turned))
+    return {
+        "case": name,
+        "arch": arch,
+        "tile": asdict(rule(work, arch)),
+        "expected": MATRIX[arch],
+        "limit": SHARED_BYTES[arch],
+    } | made
+
+
+if __name__ == "__main__":
+    print(json.dumps(survey()))

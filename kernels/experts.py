@@ -1,15 +1,23 @@
-"""The experts' feed-forward networks over stacked weights: the plain reference and the CPU path.
+"""The experts' feed-forward networks over stacked weights: the plain reference, the CPU path, and the choice of a path.
 
-Both compute sum over slots j of weights[t, j] * expert[ids[t, j]](x[t]), with id -1 meaning an empty slot.
+All compute sum over slots j of weights[t, j] * expert[ids[t, j]](x[t]), with id -1 meaning an empty slot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
+
+from coterie.kernels.activations import Activation
+from coterie.kernels.cpu import Product, widened, widens
+from coterie.kernels.formats import Weights
+
+if TYPE_CHECKING:
+    from coterie.kernels.fused import FusedExperts
 
 CHUNK_ROWS = 1 << 13  # rows whose hidden values are held at once
 
@@ -19,18 +27,21 @@ class StackedExperts:
     """The weights of S experts as transformers stacks them, and what happens between the two products.
 
     first: gate_up_proj or up_proj, `[S, 2I or I, H]`, or `[S, H, 2I or I]` if transposed; first_bias `[S, 2I or I]`.
-    second: down_proj, `[S, H, I]`, or `[S, I, H]` if transposed; second_bias `[S, H]`.
-    activation: `[rows, 2I or I]` -> `[rows, I]`; finish: applied to each expert's output `[rows, H]`, or None.
+    second: down_proj, `[S, H, I]`, or `[S, I, H]` if transposed; second_bias `[S, H]`. In 8 or 4 bits: `Weights` on a GPU,
+    `cpu.for_cpu` of them on a CPU.
+    activation: `[rows, 2I or I]` -> `[rows, I]`; known: the same as data, which a GPU's kernels fuse, or None.
+    finish: applied to each expert's output `[rows, H]`, or None.
     least_rows, most_rows: of one product; fewer are filled up with zeros (libraries round differently for few rows).
     """
 
-    first: torch.Tensor
-    second: torch.Tensor
+    first: torch.Tensor | Product | Weights
+    second: torch.Tensor | Product | Weights
     activation: Callable[[torch.Tensor], torch.Tensor]
     first_bias: torch.Tensor | None = None
     second_bias: torch.Tensor | None = None
     transposed: bool = False
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
+    known: Activation | None = None
     least_rows: int = 1
     most_rows: int = 1 << 30
 
@@ -47,11 +58,18 @@ class StackedExperts:
         return y if self.finish is None else self.finish(y)
 
     def _products(
-        self, chunk: list[tuple[int, int]], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self, chunk: list[tuple[int, int]], x: torch.Tensor, weight: torch.Tensor | Product | Weights, bias: torch.Tensor | None
     ) -> torch.Tensor:
+        assert not isinstance(weight, Weights)  # of a GPU
         out = x.new_empty(x.shape[0], weight.shape[2 if self.transposed else 1])
         start = 0
         for expert, count in chunk:
+            if not isinstance(weight, torch.Tensor):
+                weight.multiply(expert, x[start : start + count], out[start : start + count])
+                if bias is not None:
+                    out[start : start + count] += bias[expert]
+                start += count
+                continue
             matrix = weight[expert] if self.transposed else weight[expert].T
             for first in range(start, start + count, self.most_rows):
                 last = min(first + self.most_rows, start + count)
@@ -62,16 +80,47 @@ class StackedExperts:
     def _multiply(self, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         count = len(rows)
         if count < self.least_rows:
-            filled = F.pad(rows, (0, 0, 0, self.least_rows - count))
-            out.copy_((filled @ matrix if bias is None else torch.addmm(bias, filled, matrix))[:count])
+            rows = F.pad(rows, (0, 0, 0, self.least_rows - count))
+        if widens(matrix, len(rows)):
+            product = rows.float() @ widened(matrix)
+            out.copy_((product if bias is None else product + bias)[:count])
+        elif count < self.least_rows:
+            out.copy_((rows @ matrix if bias is None else torch.addmm(bias, rows, matrix))[:count])
         elif bias is None:
             torch.mm(rows, matrix, out=out)
         else:
             torch.addmm(bias, rows, matrix, out=out)
 
-    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert: int) -> torch.Tensor:
+    def _product(
+        self, x: torch.Tensor, weight: torch.Tensor | Product | Weights, bias: torch.Tensor | None, expert: int
+    ) -> torch.Tensor:
+        if not isinstance(weight, torch.Tensor):
+            return self._products([(expert, len(x))], x, weight, bias)
         matrix = weight[expert].T if self.transposed else weight[expert]
         return F.linear(x, matrix, None if bias is None else bias[expert])
+
+
+def compute_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """By the kernels for the device that x is on; shapes as `grouped_experts`."""
+    if x.is_cuda and experts.least_rows == 1:
+        return fused(experts)(x, ids, weights)
+    return grouped_experts(experts, x, ids, weights)
+
+
+def fused(experts: StackedExperts) -> FusedExperts:
+    """The same experts for Triton's kernels; the weights are not copied."""
+    from coterie.kernels.fused import FusedExperts
+
+    def as_weights(stack: torch.Tensor | Product | Weights) -> Weights:
+        if isinstance(stack, torch.Tensor):
+            return Weights(stack.transpose(1, 2) if experts.transposed else stack)
+        assert isinstance(stack, Weights)  # a `Product` is of a CPU
+        return stack
+
+    return FusedExperts(
+        as_weights(experts.first), as_weights(experts.second), experts.known, experts.first_bias, experts.second_bias,
+        between=experts.activation if experts.known is None else None, finish=experts.finish,
+    )  # fmt: skip
 
 
 def reference_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@
 | `plain` | float32, bfloat16 or float16 | none | none |
 | `int8` | int8 | one a row (output channel), its largest magnitude / 127 | at most half a step: 0.4% of the row's largest |
 | `int4` | two in a byte | one for 128 weights of a row, their largest magnitude / 7 | at most 7.2% of the group's largest |
-| `fp8` | float8 e4m3 | one for a block of 128 x 128, its largest magnitude / 448 | at most 6.3% of the weight itself, or 2^-10 of a step |
+| `fp8` | float8 e4m3 | one for 128 x 128, their largest magnitude / 448 | at most 6.3% of the weight, or 2^-10 steps |
 
 `int4`: byte j of a group of 128 holds weight j in its low half and weight 64 + j in its high half, each plus 8, so that both
 halves of a group are runs of 64 that a kernel multiplies as they come. `fp8` is DeepSeek-V3's format.
@@ -55,6 +55,11 @@ class Weights:
         """Of data and scales."""
         return sum(t.numel() * t.element_size() for t in (self.data, self.scale) if t is not None)
 
+    def expert(self, number: int) -> Weights:
+        """One of them, as a stack of one."""
+        one = slice(number, number + 1)
+        return Weights(self.data[one], self.format, None if self.scale is None else self.scale[one], self.columns)
+
     def dequantised(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """The weights that are computed with, `[S, N, K]`."""
         if self.scale is None:
@@ -83,12 +88,14 @@ def quantise(weights: torch.Tensor, format: str) -> Weights:
     if format == "int8":
         scale = _step(values.abs().amax(2), LARGEST[format])
         return Weights((values / scale[..., None]).round().to(torch.int8), format, scale)
-    groups = F.pad(values, (0, -columns % GROUP)).unflatten(2, (-1, GROUP))
+    padded = F.pad(values, (0, -columns % GROUP))
+    groups = padded.reshape(*padded.shape[:2], -1, GROUP)
     if format == "int4":
         scale = _step(groups.abs().amax(3), LARGEST[format])
         return Weights(_packed((groups / scale[..., None]).round().flatten(2)), format, scale, columns)
     rows = weights.shape[1]
-    blocks = F.pad(groups, (0, 0, 0, 0, 0, -rows % GROUP)).unflatten(1, (-1, GROUP))
+    blocks = F.pad(groups, (0, 0, 0, 0, 0, -rows % GROUP))
+    blocks = blocks.reshape(len(blocks), -1, GROUP, *blocks.shape[2:])
     scale = _step(blocks.abs().amax((2, 4)), LARGEST[format])
     data = (blocks / scale[:, :, None, :, None]).flatten(3).flatten(1, 2)[:, :rows, :columns]
     return Weights(data.to(torch.float8_e4m3fn), format, scale)
@@ -101,11 +108,12 @@ def _step(largest: torch.Tensor, levels: float) -> torch.Tensor:
 
 def _packed(values: torch.Tensor) -> torch.Tensor:
     """-8 to 7, `[S, N, K]` with K a multiple of 128, to uint8 `[S, N, K / 2]`."""
-    halves = (values + 8).to(torch.uint8).unflatten(2, (-1, 2, HALF))
-    return (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(2)
+    halves = (values + 8).to(torch.uint8).reshape(*values.shape[:2], -1, 2, HALF)
+    packed = halves[..., 0, :] | halves[..., 1, :] << 4
+    return packed.flatten(2)
 
 
 def unpacked(data: torch.Tensor, columns: int) -> torch.Tensor:
     """The integers -8 to 7 of packed `int4` data: int8 `[S, N, columns]`."""
-    groups = data.unflatten(2, (-1, HALF))
+    groups = data.reshape(*data.shape[:2], -1, HALF)
     return (torch.stack([groups & 15, groups >> 4], 3).to(torch.int8) - 8).flatten(2)[..., :columns]

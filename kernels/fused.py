@@ -15,11 +15,12 @@ from coterie.kernels.ordering import Order, order_picks
 from coterie.kernels.tiles import GROUPED, Tile, Work, choose_tile
 
 SUM_COLUMNS = 1024
+SWIGLU = Activation()
 
 
 @dataclass(frozen=True)
 class FusedExperts:
-    """Experts on one device. first: `[S, 2I, H]` (or `[S, I, H]` without gate); second: `[S, H, I]`; biases `[S, 2I]`, `[S, H]`.
+    """Experts on one device. first: `[S, 2I, H]` (`[S, I, H]` without gate); second: `[S, H, I]`; biases `[S, 2I]`, `[S, H]`.
 
     activation: None for one that no kernel knows; `between` then makes `[N, I]` of the first product's rows. finish: applied to
     each pick's output `[N, H]` before the weighted sum, or None. table: int32 `[E]`, at which of the S places each of E experts
@@ -28,7 +29,7 @@ class FusedExperts:
 
     first: Weights
     second: Weights
-    activation: Activation | None = Activation()
+    activation: Activation | None = SWIGLU
     first_bias: torch.Tensor | None = None
     second_bias: torch.Tensor | None = None
     table: torch.Tensor | None = None
@@ -78,10 +79,10 @@ class FusedExperts:
         name = torch.cuda.get_device_name(x.device) if x.is_cuda else ""
         capability = int(device.arch) if device is not None else 90
         gated = self.activation is not None and self.activation.gated
-        shape = self.first.shape
+        shape, width = self.first.shape, x.element_size()
         works = (
-            Work(self.experts, shape[1] // (2 if gated else 1), shape[2], slots, tokens, x.element_size(), self.first.format, gated),
-            Work(self.experts, *self.second.shape[1:], slots, tokens, x.element_size(), self.second.format),
+            Work(self.experts, shape[1] // (2 if gated else 1), shape[2], slots, tokens, width, self.first.format, gated),
+            Work(self.experts, *self.second.shape[1:], slots, tokens, width, self.second.format),
         )  # fmt: skip
         first, second = (choose_tile(work, name, capability, triton.__version__) for work in works)
         return first, second if second.rows == first.rows else Tile(**{**second.__dict__, "rows": first.rows})
@@ -141,7 +142,7 @@ def _one_token(slots: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
 
 
 def _programs(order: Order, outputs: int, tile: Tile) -> int:
-    return len(order.expert) * triton.cdiv(outputs, tile.outputs)
+    return len(order.expert) * -(-outputs // tile.outputs)
 
 
 def _given(other: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor]:

@@ -88,7 +88,7 @@ def _product(
 ):  # fmt: skip
     """acc plus the products of BK columns from k on. Rows are loaded anew for gate and up: the second time from cache."""
     kind = a.dtype.element_ty
-    if FORMAT == PLAIN or FORMAT == INT8:
+    if FORMAT == PLAIN or FORMAT == INT8:  # noqa: SIM109
         x = _load_rows(a, k, K, real_rows, BK, EVEN)
         acc = _multiply(x, _load_weights(w, stride, k, K, real, BK, EVEN).to(kind), acc, SWAP, PRECISION)
     else:
@@ -140,7 +140,8 @@ def _activate(z, FUNCTION: tl.constexpr):
 @triton.jit
 def first_product(
     x, w, scale, bias, h, picks, block_expert, block_start, block_count, table,
-    blocks, H, I, stride_x, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, bias_e, stride_h, limit, alpha, offset,
+    blocks, hidden, inner, stride_x, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, bias_e, stride_h,
+    limit, alpha, offset,
     SLOTS: tl.constexpr, GATED: tl.constexpr, TURNS: tl.constexpr, FUNCTION: tl.constexpr, LIMIT: tl.constexpr,
     BIAS: tl.constexpr, TABLE: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr, TOGETHER: tl.constexpr,
@@ -149,7 +150,7 @@ def first_product(
 
     TURNS: gate and up alternate, and one tile of 2 BN outputs holds both. table: where each expert's weights are, if TABLE.
     """
-    block, tile = _tile_of(blocks, I, BN, TOGETHER)
+    block, tile = _tile_of(blocks, inner, BN, TOGETHER)
     expert = tl.load(block_expert + block)
     if expert < 0:
         return
@@ -166,45 +167,45 @@ def first_product(
     bias += expert * bias_e
     if TURNS:
         outputs = 2 * tile * BN + tl.arange(0, 2 * BN)
-        real = outputs < 2 * I
+        real = outputs < 2 * inner
         if SWAP:
             acc = tl.zeros((2 * BN, BM), tl.float32)
         else:
             acc = tl.zeros((BM, 2 * BN), tl.float32)
         scales = scale + outputs // SCALE_ROWS * scale_n
-        for k in range(0, H, BK):
+        for k in range(0, hidden, BK):
             acc = _product(
-                a, real_rows, w + outputs * stride_n, scales, real, acc, stride_k, scale_k, k, H,
+                a, real_rows, w + outputs * stride_n, scales, real, acc, stride_k, scale_k, k, hidden,
                 BM, 2 * BN, BK, FORMAT, SWAP, EVEN, PRECISION,
             )  # fmt: skip
         both = _finished(acc, scales, bias, outputs, real, FORMAT, SWAP, BIAS)
         gate, up = tl.split(tl.reshape(both, (BM, BN, 2)))
     else:
-        real = columns < I
+        real = columns < inner
         if SWAP:
             acc = tl.zeros((BN, BM), tl.float32)
         else:
             acc = tl.zeros((BM, BN), tl.float32)
         scales = scale + columns // SCALE_ROWS * scale_n
         if GATED:
-            second = columns + I
+            second = columns + inner
             more = acc
             scales_up = scale + second // SCALE_ROWS * scale_n
-            for k in range(0, H, BK):
+            for k in range(0, hidden, BK):
                 acc = _product(
-                    a, real_rows, w + columns * stride_n, scales, real, acc, stride_k, scale_k, k, H,
+                    a, real_rows, w + columns * stride_n, scales, real, acc, stride_k, scale_k, k, hidden,
                     BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION,
                 )  # fmt: skip
                 more = _product(
-                    a, real_rows, w + second * stride_n, scales_up, real, more, stride_k, scale_k, k, H,
+                    a, real_rows, w + second * stride_n, scales_up, real, more, stride_k, scale_k, k, hidden,
                     BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION,
                 )  # fmt: skip
             gate = _finished(acc, scales, bias, columns, real, FORMAT, SWAP, BIAS)
             up = _finished(more, scales_up, bias, second, real, FORMAT, SWAP, BIAS)
         else:
-            for k in range(0, H, BK):
+            for k in range(0, hidden, BK):
                 acc = _product(
-                    a, real_rows, w + columns * stride_n, scales, real, acc, stride_k, scale_k, k, H,
+                    a, real_rows, w + columns * stride_n, scales, real, acc, stride_k, scale_k, k, hidden,
                     BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION,
                 )  # fmt: skip
             gate = _finished(acc, scales, bias, columns, real, FORMAT, SWAP, BIAS)
@@ -216,18 +217,18 @@ def first_product(
     else:
         made = _activate(gate, FUNCTION)
     to = h + rows.to(tl.int64)[:, None] * stride_h + columns[None, :]
-    tl.store(to, made.to(h.dtype.element_ty), mask=real_rows[:, None] & (columns < I)[None, :])
+    tl.store(to, made.to(h.dtype.element_ty), mask=real_rows[:, None] & (columns < inner)[None, :])
 
 
 @triton.jit
 def second_product(
     h, w, scale, bias, y, picks, block_expert, block_start, block_count, table,
-    blocks, I, H, stride_h, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, bias_e, stride_y,
+    blocks, inner, hidden, stride_h, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, bias_e, stride_y,
     BIAS: tl.constexpr, TABLE: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """y `[N, H]`, each pick's output at its own number, from h `[N, I]` in the order of picks and w `[S, H, I]`."""
-    block, tile = _tile_of(blocks, H, BN, TOGETHER)
+    block, tile = _tile_of(blocks, hidden, BN, TOGETHER)
     expert = tl.load(block_expert + block)
     if expert < 0:
         return
@@ -239,7 +240,7 @@ def second_product(
     pick = tl.load(picks + rows, mask=real_rows, other=0)
     a = h + rows.to(tl.int64) * stride_h
     outputs = tile * BN + tl.arange(0, BN)
-    real = outputs < H
+    real = outputs < hidden
     w += expert * stride_e
     scales = scale + expert * scale_e + outputs // SCALE_ROWS * scale_n
     bias += expert * bias_e
@@ -247,9 +248,9 @@ def second_product(
         acc = tl.zeros((BN, BM), tl.float32)
     else:
         acc = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, I, BK):
+    for k in range(0, inner, BK):
         acc = _product(
-            a, real_rows, w + outputs * stride_n, scales, real, acc, stride_k, scale_k, k, I,
+            a, real_rows, w + outputs * stride_n, scales, real, acc, stride_k, scale_k, k, inner,
             BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION,
         )  # fmt: skip
     made = _finished(acc, scales, bias, outputs, real, FORMAT, SWAP, BIAS)
@@ -259,7 +260,18 @@ def second_product(
 
 @triton.jit
 def weighted_sum(
-    y, ids, weights, out, H, experts, stride_y, stride_ids, stride_weights, stride_out, SLOTS: tl.constexpr, BH: tl.constexpr
+    y,
+    ids,
+    weights,
+    out,
+    hidden,
+    experts,
+    stride_y,
+    stride_ids,
+    stride_weights,
+    stride_out,
+    SLOTS: tl.constexpr,
+    BH: tl.constexpr,
 ):
     """out `[T, H]`: the sum over slots j, in their order, of weights[t, j] * y[t * SLOTS + j], empty slots left out."""
     token = tl.program_id(0).to(tl.int64)
@@ -267,8 +279,8 @@ def weighted_sum(
     total = tl.zeros((BH,), tl.float32)
     for slot in tl.static_range(SLOTS):
         expert = tl.load(ids + token * stride_ids + slot)
-        wide = tl.where((expert >= 0) & (expert < experts), H, 0)
+        wide = tl.where((expert >= 0) & (expert < experts), hidden, 0)
         part = tl.load(y + (token * SLOTS + slot) * stride_y + columns, mask=columns < wide, other=0.0).to(tl.float32)
         weight = tl.load(weights + token * stride_weights + slot).to(tl.float32)
         total += tl.where(columns < wide, weight * part, 0.0)
-    tl.store(out + token * stride_out + columns, total.to(out.dtype.element_ty), mask=columns < H)
+    tl.store(out + token * stride_out + columns, total.to(out.dtype.element_ty), mask=columns < hidden)

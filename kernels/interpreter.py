@@ -1,8 +1,8 @@
 """A repair for Triton's interpreter, which keeps bfloat16 as the integers of its bits and computes with those.
 
-With `TRITON_INTERPRET=1`, `repair()` makes products and conversions of bfloat16 what they are on a GPU: products exact and summed
-in float32, conversions rounded to the nearest even. Any other arithmetic on bfloat16 is refused, so that a kernel that would
-be silently wrong there fails. Seen with Triton 3.6 to 3.9 (triton-lang/triton#11584).
+With `TRITON_INTERPRET=1`, `repair()` makes products and conversions of bfloat16 what they are on a GPU: products exact and
+summed in float32, conversions rounded to the nearest even. Any other arithmetic on bfloat16 is refused, so that a kernel that
+would be silently wrong there fails. Seen with Triton 3.6 to 3.9 (triton-lang/triton#11584).
 """
 
 from __future__ import annotations

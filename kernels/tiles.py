@@ -68,7 +68,7 @@ def choose_tile(work: Work, device: str = "", capability: int = 90, triton: str 
 
 
 def rule(work: Work, capability: int = 90) -> Tile:
-    """Rows: the power of two that holds an average expert's, 16 to 128. Up to 64 rows weights rule: they go first, in long steps.
+    """Rows: the power of two that holds an average expert's, 16 to 128. Up to 64 weights rule: they go first, in long steps.
 
     The stages are as many as shared memory holds, at most 4 (5 where weights rule).
     """

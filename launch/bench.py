@@ -16,7 +16,11 @@ from typing import Any
 from coterie.launch.tables import table
 from coterie.routing.errors import InputError
 
-BENCHES = {"plan": "coterie.launch.bench_plan", "cluster": "coterie.launch.bench_cluster"}
+BENCHES = {
+    "plan": "coterie.launch.bench_plan",
+    "cluster": "coterie.launch.bench_cluster",
+    "kernels": "coterie.launch.bench_kernels",
+}
 VERSIONS = ("numpy", "scipy", "PuLP", "highspy", "torch", "triton", "transformers", "deepspeed")
 
 

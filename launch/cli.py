@@ -243,6 +243,7 @@ def _generate(verbs: Any) -> None:
         action="store_true",
         help="print the memory that each rank of the plan needs and stop; one process is enough",
     )
+    p.add_argument("--quantise", metavar="FORMAT", help="round the experts to int8, int4 or fp8 (docs/kernels.md)")
     p.add_argument(
         "--batch-invariant", action="store_true", help="text that does not depend on the batch or the rank, to the last bit"
     )
@@ -274,11 +275,15 @@ def _running(p: argparse.ArgumentParser) -> None:
 
 def _bench(verbs: Any) -> None:
     p = _verb(verbs, "bench", "bench", "this program beside its peers, one table and one JSON object")
-    p.add_argument("what", metavar="WHAT", help="plan, or cluster (several nodes over links of a known rate; needs root)")
+    p.add_argument(
+        "what", metavar="WHAT", help="plan, kernels, or cluster (several nodes over links of a known rate; needs root)"
+    )
     p.add_argument("--quick", action="store_true", help="a part of the cases, in under three minutes")
     p.add_argument(
         "--traces", type=Path, default=Path("../shared/traces"), metavar="DIR", help="recorded traces (default: %(default)s)"
     )
+    p.add_argument("--tune", type=Path, metavar="F", help="kernels: make a table of the fastest tiles on this GPU")
+    p.add_argument("--compile", type=Path, metavar="F", help="kernels: compile for three generations of GPUs, and look inside")
 
 
 def _doctor(verbs: Any) -> None:

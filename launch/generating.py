@@ -135,7 +135,7 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
     plan = None if options.plan is None else read_plan(options.plan)
     to_come = _group_to_come(plan, group, options.dry_run)
     try:
-        share = prepare(options.model, plan, options.dtype, to_come.size, to_come.nodes)
+        share = prepare(options.model, plan, options.dtype, to_come.size, to_come.nodes, quantise=options.quantise)
         strategy = asked_strategy(share, options.strategy, to_come)
     except CoterieError as error:
         if options.plan is None or "the plan" not in str(error):

@@ -113,6 +113,7 @@ def _header(asked: Asked, max_new_tokens: int) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "seed": sampling.seed,
         "batch_invariant": asked.batch_invariant,
+        "quantise": asked.share.quantise,
         "prompt_count": len(asked.prompts),
         "prompts": digest(asked.prompts, asked.requests),
     }

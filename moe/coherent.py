@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coterie.kernels.experts import grouped_experts
+from coterie.kernels.experts import compute_experts
 from coterie.moe.batch import Batch, Running, Scored
 from coterie.moe.collectives import Group
 from coterie.moe.dispatch import DispatchPlan, as_bytes, from_bytes, looked_up, needed_ranks, pack_rows, plan_rows, unpack_rows
@@ -149,7 +149,7 @@ class Stack(nn.Module):
         normed = part.norm(residual) if len(residual) else residual
         x[stays] = normed
         with self.group.traffic.span("experts"):
-            y = grouped_experts(stacked(part.experts), x, ids, weights)
+            y = compute_experts(stacked(part.experts), x, ids, weights)
         total = self._combine(y, sequence, anchor, stays, step.count) if top_k > 1 else y[stays]
         step.at, order = sequence[stays].sort()
         self.context.routed = total[order]

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from coterie.kernels.experts import StackedExperts, grouped_experts
-from coterie.moe.placement_map import LayerMap, whole_map
+from coterie.kernels.activations import Activation, recognise
+from coterie.kernels.compiled import experts_op
+from coterie.kernels.experts import StackedExperts, compute_experts
+from coterie.moe.placement_map import LayerMap
 from coterie.moe.strategy import Dispatched, Local, Overlapped, Strategy
 from coterie.routing.record import expert_modules
 
@@ -65,17 +67,32 @@ def attach(model: nn.Module, maps: list[LayerMap], strategy: Strategy) -> StepCo
 def stacked(module: Any, least_rows: int = 1) -> StackedExperts:
     """A view of an experts module's weights as the kernels take them."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
+    stacks = getattr(module, "coterie_products", None)  # of moe/quantise.py
     return StackedExperts(
-        first=getattr(module, first),
-        second=module.down_proj,
+        first=getattr(module, first) if stacks is None else stacks[0],
+        second=module.down_proj if stacks is None else stacks[1],
         activation=module._apply_gate if module.has_gate else module.act_fn,
+        known=_known_activation(module),
         first_bias=getattr(module, f"{first}_bias") if module.has_bias else None,
         second_bias=module.down_proj_bias if module.has_bias else None,
-        transposed=module.is_transposed,
+        transposed=module.is_transposed and stacks is None,
         finish=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
         least_rows=least_rows,
         most_rows=MOST_ROWS if least_rows > 1 else 1 << 30,
     )
+
+
+def _known_activation(module: Any) -> Activation | None:
+    """What the module does between its products, as data; None where it is not known. Found out once."""
+    if "_coterie_activation" not in module.__dict__:
+        limits, alphas = (
+            [float(v) for name, v in vars(module).items() if name.endswith(suffix) and isinstance(v, int | float)]
+            for suffix in ("limit", "alpha")
+        )
+        own = module._apply_gate if module.has_gate else module.act_fn
+        module._coterie_activation = recognise(own, module.has_gate, limits, alphas)
+    known: Activation | None = module._coterie_activation
+    return known
 
 
 def experts_forward(
@@ -91,7 +108,9 @@ def experts_forward(
         return layer.context.routed
     experts = stacked(module, 1 if layer is None else layer.context.least_rows)
     if layer is None:
-        layer = ExpertLayer(whole_map(experts.second.shape[0], experts.second.device))
+        ids = top_k_index.masked_fill(top_k_index >= experts.first.shape[0], -1)
+        compute = experts_op if torch.compiler.is_compiling() else compute_experts
+        return compute(experts, hidden_states, ids, top_k_weights)
     ids = top_k_index.masked_fill(top_k_index >= len(layer.map.destination), -1)
     if layer.context.live is None:
         return _run(layer, experts, hidden_states, ids, top_k_weights)
@@ -116,7 +135,7 @@ def _run(
 
     def compute(dispatched: Dispatched) -> torch.Tensor:
         with traffic.span("experts"):
-            return grouped_experts(experts, dispatched.rows, dispatched.ids, dispatched.weights)
+            return compute_experts(experts, dispatched.rows, dispatched.ids, dispatched.weights)
 
     if isinstance(strategy, Overlapped):
         out = strategy.run(x, ids, weights, layer.map, compute)

@@ -121,7 +121,12 @@ class Model:
         return choice, find_home_ranks(self, self.plan.homes, requests, batch_size, choice.prefill)
 
     def follow(self, wish: PlacementPlan | str, say: Callable[[str], None]) -> None:
-        """From the next run on, take over the plan `wish` while generating, or plan anew when the load drifts ("auto")."""
+        """From the next run on, take over the plan `wish` while generating, or plan anew when the load drifts ("auto").
+
+        Raises InputError if the experts are rounded: what moves between ranks is the checkpoint's own weights.
+        """
+        if any(hasattr(module, "coterie_products") for module in self.transformers.modules()):
+            raise InputError("--replan: found it with --quantise, expected one of them")
 
         def taken(plan: PlacementPlan) -> None:
             self.plan = plan
@@ -216,16 +221,18 @@ class Model:
 def load(
     model: str | Path, plan: PlacementPlan | None = None, dtype: str = "auto", strategy: str | None = None,
     device: str | torch.device | None = None, group: Group | None = None, batch_invariant: bool = False,
+    quantise: str | None = None,
 ) -> Model:  # fmt: skip
     """Load this rank's share of MODEL: a folder, a hub id, or `coterie-tiny`.
 
     plan: where experts live; by default in order over the ranks of the running torch.distributed job (or all here).
     device: by default this process's GPU, or the CPU if there is none.
     dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on a GPU, float32 on a CPU.
+    quantise: `int8`, `int4` or `fp8` rounds the experts (kernels/formats.py); text is then no longer the checkpoint's own.
     Raises InputError for a model, checkpoint or plan that is wrong or does not fit.
     """
     group = group or Group.current()
-    share = prepare(model, plan, dtype, group.size, group.nodes, device)
+    share = prepare(model, plan, dtype, group.size, group.nodes, device, quantise)
     asked = asked_strategy(share, strategy, group)
     return assembled(share, share.read(group.rank), asked, group, batch_invariant=batch_invariant)
 
@@ -246,6 +253,8 @@ def assembled(
     if batch_invariant:
         if strategy == "coherent":
             raise InputError("--batch-invariant: found it with --strategy coherent, expected another strategy")
+        if share.quantise is not None:
+            raise InputError("--batch-invariant: found it with --quantise, expected one of them")
         make_invariant(read)
         made.context.least_rows = BLOCK_ROWS
     return made

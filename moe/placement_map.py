@@ -74,9 +74,3 @@ def layer_map(holds: NDArray[np.bool_], topology: Topology, rank: int) -> LayerM
     position = order[np.arange(len(holds)), routes[rank]]
     tensors = (torch.from_numpy(a.astype(np.int64)) for a in (routes[rank], position, routes, order[:, rank]))
     return LayerMap(tuple(holds[:, rank].nonzero()[0].tolist()), *tensors)
-
-
-def whole_map(count: int, device: torch.device) -> LayerMap:
-    """All of `count` experts on one rank."""
-    zeros, order = torch.zeros(count, dtype=torch.int64, device=device), torch.arange(count, device=device)
-    return LayerMap(tuple(range(count)), zeros, order, zeros[None], order)

@@ -13,6 +13,7 @@ from coterie.moe.families import ModelShape, inspect
 from coterie.moe.layer import IMPLEMENTATION
 from coterie.moe.load import load_share
 from coterie.moe.placement_map import check_plan, contiguous_plan
+from coterie.moe.quantise import check_format, quantise_experts
 from coterie.offload.checkpoint import Checkpoint
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError
@@ -22,7 +23,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Share:
-    """A model under a plan. empty: its skeleton on the meta device; device: of this rank."""
+    """A model under a plan. empty: its skeleton on the meta device; device: of this rank.
+
+    quantise: the format that experts are rounded to once they are read (kernels/formats.py), or None.
+    """
 
     shape: ModelShape
     empty: Any
@@ -30,26 +34,32 @@ class Share:
     plan: PlacementPlan
     dtype: torch.dtype
     device: torch.device
+    quantise: str | None = None
 
     def read(self, rank: int, on_bytes: Callable[[int, int], object] | None = None) -> Any:
         """The transformers model with the share of `rank` in it. on_bytes: told (bytes just read, bytes in all)."""
         experts = {layer: tuple(self.plan.experts_on(i, rank)) for i, layer in enumerate(self.shape.layer_ids)}
-        return load_share(self.shape, self.empty, self.checkpoint, experts, self.dtype, self.device, IMPLEMENTATION, on_bytes)
+        read = load_share(self.shape, self.empty, self.checkpoint, experts, self.dtype, self.device, IMPLEMENTATION, on_bytes)
+        if self.quantise is not None:
+            quantise_experts(read, self.quantise)
+        return read
 
 
 def prepare(
     model: str | Path, plan: PlacementPlan | None, dtype: str, ranks: int, nodes: int = 1,
-    device: str | torch.device | None = None,
+    device: str | torch.device | None = None, quantise: str | None = None,
 ) -> Share:  # fmt: skip
     """Look at MODEL and check the plan (by default experts in order) against it and `ranks` processes on `nodes` nodes.
 
     Raises InputError for a model, checkpoint or plan that is wrong or does not fit.
     """
+    if quantise is not None:
+        check_format(quantise)
     shape, empty = inspect(str(model))
     plan = contiguous_plan(shape, ranks, nodes) if plan is None else plan
     check_plan(plan, shape, ranks)
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    return Share(shape, empty, Checkpoint.open(shape.folder), plan, dtype_of(dtype, shape.config, target), target)
+    return Share(shape, empty, Checkpoint.open(shape.folder), plan, dtype_of(dtype, shape.config, target), target, quantise)
 
 
 def dtype_of(name: str, config: Any, device: torch.device) -> torch.dtype:

@@ -1,0 +1,144 @@
+"""Products on the CPU by what the processor has and how the weights are stored; torch's own operators, nothing is compiled.
+
+| weights | rows | product |
+|---|---|---|
+| float32 | any | torch |
+| bfloat16, float16 | few, or a processor with bfloat16 instructions | torch, on the weights as they are |
+| bfloat16, float16 | many, without such instructions | float32, on a panel of one expert's widened weights that is used again |
+| int8 | any | `_weight_int8pack_mm` |
+| int4 | any | `_weight_int4pack_mm_for_cpu`, its groups packed anew, its scales rounded to the rows' dtype |
+| fp8, and shapes that the last two do not take | any | the float32 panel |
+
+Widening is exact, so the panel's products are those of the stored weights, summed in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+
+from coterie.kernels.formats import GROUP, HALF, Weights, unpacked
+
+FEW_ROWS = 4
+
+
+class Product(Protocol):
+    """y = W x of S experts that are not plain tensors."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(S, N, K)."""
+        ...
+
+    def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
+        """x `[rows, K]` to out `[rows, N]`."""
+        ...
+
+
+@lru_cache(maxsize=1)
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself (AMX, AVX512_BF16)."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def widens(weight: torch.Tensor, rows: int) -> bool:
+    """Whether this many rows are better multiplied by widened weights."""
+    return weight.dtype in (torch.bfloat16, torch.float16) and rows > FEW_ROWS and not multiplies_bfloat16()
+
+
+_panels: dict[torch.device, torch.Tensor] = {}
+
+
+def panel(count: int, device: torch.device) -> torch.Tensor:
+    """Float32 `[count]` to be overwritten: the same memory each time, as large as the largest asked for."""
+    if device not in _panels or _panels[device].numel() < count:
+        _panels[device] = torch.empty(count, dtype=torch.float32, device=device)
+    return _panels[device][:count]
+
+
+def widened(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix in the panel, in its own order in memory."""
+    if matrix.stride(0) < matrix.stride(1):
+        return widened(matrix.T).T
+    return panel(matrix.numel(), matrix.device).view(matrix.shape).copy_(matrix)
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Any stored weights, one expert at a time widened to float32."""
+
+    weights: Weights
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(S, N, K)."""
+        return self.weights.shape
+
+    def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
+        """In float32."""
+        one = self.weights.expert(expert)
+        out.copy_(x.float() @ one.dequantised(torch.float32)[0].T)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """`int8` weights by torch's operator."""
+
+    weights: Weights
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(S, N, K)."""
+        return self.weights.shape
+
+    def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
+        """The scales are applied in x's dtype."""
+        assert self.weights.scale is not None
+        out.copy_(torch._weight_int8pack_mm(x, self.weights.data[expert], self.weights.scale[expert].to(x.dtype)))
+
+
+@dataclass(frozen=True)
+class Int4:
+    """`int4` weights as torch's operator wants them. data: uint8 `[S, N, K / 2]`; scales: `[S, K / 128, N, 2]`, zeros of 0."""
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    _rounded: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def pack(cls, weights: Weights) -> Int4:
+        """From the project's own format, an expert at a time."""
+        assert weights.scale is not None
+        experts, rows, columns = weights.shape
+        data = torch.empty(experts, rows, columns // 2, dtype=torch.uint8)
+        for e in range(experts):
+            values = unpacked(weights.data[e : e + 1], columns)[0].to(torch.int32) + 8
+            data[e] = torch._convert_weight_to_int4pack_for_cpu(values, 1)
+        scales = weights.scale.transpose(1, 2)
+        return cls(data, torch.stack([scales, torch.zeros_like(scales)], 3).contiguous())
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(S, N, K)."""
+        return self.data.shape[0], self.data.shape[1], 2 * self.data.shape[2]
+
+    def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
+        """The scales are rounded to x's dtype, once."""
+        if x.dtype not in self._rounded:
+            self._rounded[x.dtype] = self.scales.to(x.dtype)
+        out.copy_(torch._weight_int4pack_mm_for_cpu(x, self.data[expert], GROUP, self._rounded[x.dtype][expert]))
+
+
+def for_cpu(weights: Weights) -> Product:
+    """The fastest way that takes this format and shape. Raises ValueError for plain weights: torch takes those as they are."""
+    _, rows, columns = weights.shape
+    if weights.format == "plain":
+        raise ValueError("format: found plain, expected int8, int4 or fp8")
+    if weights.format == "int8" and columns % 32 == 0 and rows % 4 == 0:
+        return Int8(weights)
+    if weights.format == "int4" and columns % GROUP == 0 and rows % HALF == 0:
+        return Int4.pack(weights)
+    return Panels(weights)

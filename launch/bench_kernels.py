@@ -1,0 +1,187 @@
+"""`coterie bench kernels`: a layer's experts on the GPU beside its physical floor and others' kernels, and on the CPU.
+
+On a GPU: the whole layer in a CUDA graph, weights rotated past the L2 cache, random data, medians. The floor is what reading
+the weights of the experts hit once, or the products, take at the rates measured in the same run. Without a GPU those rows say
+so. `--compile F` needs none: it looks into the machine code (`kernels/cubin.py`). `--tune F` makes a table of tiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie.launch.bench import Row
+from coterie.routing.errors import InputError
+from coterie.routing.files import write_text
+
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+QUICK_TOKENS = (1, 64, 4096)
+FORMATS = ("plain", "int8", "int4", "fp8")
+DECODE = 16  # tokens up to which launches rule
+REPEATS = 15
+FIXED, SHARE = 15e-6, 0.85  # a layer of few tokens: its floor / SHARE + FIXED
+STREAMING, DENSE, DENSEST = 0.88, 440e12, 530e12
+LARGEST_BYTES = 60e9  # of one shape's weights
+
+
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """All cells; `quick`: two shapes, three sizes of batch, plain weights."""
+    if options.compile is not None:
+        yield from compiled_rows(options.compile)
+        return
+    if options.tune is not None:
+        yield from _tuned(options)
+        return
+    yield from gpu_rows(options.quick)
+    from coterie.launch.bench_cpu import cpu_rows
+
+    yield from cpu_rows(options.quick)
+
+
+def gpu_rows(quick: bool) -> Iterator[Row]:
+    """Microseconds of one layer, by shape, format and number of tokens; without a GPU one row that says so."""
+    if not torch.cuda.is_available():
+        yield Row("GPU", "layer", "us", None, why="needs a GPU")
+        return
+    from coterie.launch.kernel_cases import SHAPES, measure_machine
+
+    machine = measure_machine("cuda")
+    yield Row("GPU", "copy, read and written", "TB/s", machine.bandwidth / 1e12, higher=True)
+    yield Row("GPU", "bfloat16 product of 8192 x 8192", "TFLOP/s", machine.rate / 1e12, higher=True)
+    shapes = SHAPES[1:3] if quick else SHAPES
+    for shape, format in product(shapes, FORMATS[:1] if quick else FORMATS):
+        yield from shape_rows(shape, format, QUICK_TOKENS if quick else TOKENS, machine, "cuda")
+
+
+def shape_rows(shape: Any, format: str, tokens: tuple[int, ...], machine: Any, device: str) -> Iterator[Row]:
+    """One shape's rows. Where a kernel fails the row says how, and the others are still measured."""
+    from coterie.launch.kernel_cases import STORED, Layer, median, timed
+
+    case = f"{shape.name}, {format}"
+    if shape.experts * shape.weights * STORED[format] > LARGEST_BYTES:
+        yield Row(case, "layer", "us", None, why="its weights do not fit")
+        return
+    layer = Layer(shape, format, device)
+    for count in tokens:
+        floor = machine.floor(shape, count, format)
+        peers: dict[str, float | None] = {}
+        for name, call in layer.peers(count):
+            try:
+                peers[name] = 1e6 * median(timed(call, layer.copies, device, REPEATS))
+            except RuntimeError as error:
+                peers[f"{name} ({str(error).splitlines()[0][:40]})"] = None
+        try:
+            seconds = median(timed(layer.ours(count), layer.copies, device, REPEATS))
+        except RuntimeError as error:
+            yield Row(case, f"layer, {count} tokens", "us", None, None, peers, why=str(error).splitlines()[0][:200])
+            continue
+        bar = 1e6 * allowed(shape, count, format, machine, min((p for p in peers.values() if p is not None), default=None))
+        yield Row(case, f"layer, {count} tokens", "us", 1e6 * seconds, bar, peers)
+        yield Row(case, f"share of the floor, {count} tokens", "", floor / seconds, higher=True)
+
+
+def allowed(shape: Any, tokens: int, format: str, machine: Any, peer: float | None) -> float:
+    """Seconds that a layer may take; peer: microseconds of the fastest other kernel, or None.
+
+    Up to 16 tokens the floor / .85 + 15 us; where memory rules the floor / .88; where the products rule at the rates named
+    above; in between, where neither bar is stated, the peer's time. Never more than the peer's, of which at most 64 tokens
+    must take at most 1 / 1.15 unless they reach 95% of the floor.
+    """
+    limits, floor = [], machine.floor(shape, tokens, format)
+    per_expert = tokens * shape.top_k / max(shape.hit(tokens), 1e-9)
+    if tokens <= DECODE:
+        limits.append(floor / SHARE + FIXED)
+    elif 64 <= tokens <= 1024 and floor > shape.flops(tokens) / machine.rate:
+        limits.append(floor / STREAMING)
+    if format == "plain" and (tokens >= 16384 or (tokens >= 4096 and per_expert >= 1024)):
+        limits.append(shape.flops(tokens) / DENSEST)
+    elif format == "plain" and tokens >= 4096 and per_expert >= 200:
+        limits.append(shape.flops(tokens) / DENSE)
+    if peer is not None:
+        limits.append(max(peer / 1.15e6, floor / 0.95) if tokens <= 64 else peer / 1e6)
+    return min(limits, default=float("inf"))
+
+
+def compiled_rows(out: Path) -> Iterator[Row]:
+    """Every product by the rules' tiles for three generations of GPUs, compiled and looked into; written to `out`."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "coterie.kernels.cubin"], env=environment, capture_output=True, text=True
+    )  # in a process of its own: kernels are compiled or interpreted for good
+    if ended.returncode:
+        raise InputError(f"bench kernels --compile: {(ended.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    found = json.loads(ended.stdout)
+    write_text(out, json.dumps(found, indent=1) + "\n")
+    for entry in found["kernels"]:
+        case = f"sm_{entry['arch']}, {entry['case']}"
+        yield Row(case, "spilled registers", "instructions", entry["spilled"], 0)
+        yield Row(case, "shared memory", "bytes", entry["shared"], entry["limit"])
+        yield Row(case, f"{entry['expected']} instructions", "", entry["matrix"].get(entry["expected"], 0), 1, higher=True)
+
+
+def _tuned(options: argparse.Namespace) -> Iterator[Row]:
+    """Tries tiles around the rule's for every shape and number of tokens; the fastest go to the table."""
+    if not torch.cuda.is_available():
+        raise InputError("--tune: found no GPU, expected one: a table holds what was measured on it")
+    import triton
+
+    from coterie.kernels.tiles import write_table
+    from coterie.launch.kernel_cases import SHAPES, Layer, median, timed
+
+    shapes, counts = (SHAPES[1:3], QUICK_TOKENS) if options.quick else (SHAPES, TOKENS)
+    entries = []
+    for shape, format in product(shapes, FORMATS[:1] if options.quick else FORMATS):
+        layer = Layer(shape, format, "cuda")
+        for number, count in enumerate(counts):
+            works, best = _works(shape, format, count), None
+            for tiles in _candidates(works):
+                try:
+                    seconds = median(timed(layer.ours(count, tiles), layer.copies, "cuda", 5))
+                except Exception as error:  # a tile that does not compile or fit is no candidate
+                    print(
+                        f"{shape.name}, {format}, {count} tokens, {tiles}: {str(error).splitlines()[0][:80]}", file=sys.stderr
+                    )
+                    continue
+                best = min(best or (seconds, tiles), (seconds, tiles), key=lambda found: found[0])
+            if best is None:
+                raise InputError(f"{shape.name}, {format}, {count} tokens: no tile runs")
+            span = (counts[number - 1] + 1 if number else 1, count if number + 1 < len(counts) else 1 << 30)
+            entries += [(work, span, tile) for work, tile in zip(works, best[1], strict=True)]
+            yield Row(f"{shape.name}, {format}", f"layer, {count} tokens, best tiles {best[1]}", "us", 1e6 * best[0])
+    write_table(options.tune, torch.cuda.get_device_name(), triton.__version__, entries)
+
+
+def _works(shape: Any, format: str, tokens: int) -> tuple[Any, Any]:
+    from coterie.kernels.tiles import Work
+
+    common = {"top_k": shape.top_k, "tokens": tokens, "format": format}
+    return (
+        Work(shape.experts, shape.inner, shape.hidden, doubled=True, **common),
+        Work(shape.experts, shape.hidden, shape.inner, **common),
+    )
+
+
+def _candidates(works: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    """Pairs of tiles with equally many rows: the rule's, and others around it."""
+    from coterie.kernels.tiles import SHARED_BYTES, rule, shared_bytes
+
+    by_rule = (rule(works[0]), rule(works[1]))
+    yield by_rule
+    rows = sorted({max(16, by_rule[0].rows // 2), by_rule[0].rows, min(128, by_rule[0].rows * 2)})
+    for count, outputs, warps, stages, swap in product(rows, (32, 64, 128), (4, 8), (3, 4, 5), (False, True)):
+        if swap and outputs < 64:
+            continue
+        tried: dict[str, Any] = {"rows": count, "outputs": outputs, "warps": warps, "stages": stages, "swap": swap}
+        tiles = (replace(by_rule[0], **tried), replace(by_rule[1], **tried))
+        if all(shared_bytes(t, w, stages) <= SHARED_BYTES[90] for t, w in zip(tiles, works, strict=True)) and tiles != by_rule:
+            yield tiles

@@ -1,0 +1,182 @@
+"""What `coterie bench kernels` times on a GPU: a layer of well-known models, how long it takes at least, who else runs it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from coterie.kernels.activations import Activation
+from coterie.kernels.formats import GROUP, Weights, quantise
+from coterie.kernels.fused import FusedExperts
+
+L2_BYTES = 128 << 20  # what must be read between two readings of the same weights, at least
+STORED = {"plain": 2.0, "int8": 1.0, "int4": 0.5 + 4 / GROUP, "fp8": 1.0}  # bytes of a weight, scales included
+Call = Callable[[int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer: experts E, picks a token K, hidden size H, an expert's inner size I."""
+
+    name: str
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+
+    @property
+    def weights(self) -> int:
+        """Of one expert: gate, up and down."""
+        return 3 * self.hidden * self.inner
+
+    def hit(self, tokens: int) -> float:
+        """Experts that `tokens` tokens visit, if all are equally likely."""
+        return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
+
+    def flops(self, tokens: int) -> float:
+        """Of all products of a layer."""
+        return 2.0 * tokens * self.top_k * self.weights
+
+    def bytes(self, tokens: int, format: str) -> float:
+        """Weights of the experts hit, read once; input, output, routing; the inner rows, written and read."""
+        moved = tokens * (4 * self.hidden + 8 * self.top_k) + 4 * tokens * self.top_k * self.inner
+        return self.hit(tokens) * self.weights * STORED[format] + moved
+
+
+SHAPES = (
+    Shape("Mixtral 8x7B", 8, 2, 4096, 14336), Shape("Qwen3-30B-A3B", 128, 8, 2048, 768),
+    Shape("OLMoE-1B-7B", 64, 8, 2048, 1024),
+    Shape("DeepSeek-V3", 256, 8, 7168, 2048), Shape("gpt-oss-120b", 128, 4, 2880, 2880),
+)  # fmt: skip
+TINY = Shape("tiny", 4, 2, 32, 16)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the device can do, measured on it in the same run. bandwidth: bytes a second; rate: bfloat16 operations a second."""
+
+    bandwidth: float
+    rate: float
+
+    def floor(self, shape: Shape, tokens: int, format: str) -> float:
+        """Seconds that a layer takes at least."""
+        return max(shape.bytes(tokens, format) / self.bandwidth, shape.flops(tokens) / self.rate)
+
+
+def measure_machine(device: str) -> Machine:
+    """By a copy and by a square product, the best of several."""
+    size = 1 << (30 if device == "cuda" else 22)
+    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    side = 8192 if device == "cuda" else 128
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    copied = timed(lambda _: target.copy_(source), 1, device, 20)
+    product = timed(lambda _: a @ b, 1, device, 20)
+    return Machine(2 * size / min(copied), 2 * side**3 / min(product))
+
+
+def timed(call: Call, turns: int, device: str, repeats: int) -> list[float]:
+    """Seconds of one call, `repeats` times. call is given 0 to turns - 1 in turn; on a GPU all turns are one CUDA graph."""
+    if device != "cuda":
+        found = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            for turn in range(turns):
+                call(turn)
+            found.append((time.perf_counter() - started) / turns)
+        return found
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        for turn in range(turns):
+            call(turn)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for turn in range(turns):
+            call(turn)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    found = []
+    for number in range(repeats + 3):
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if number >= 3:
+            found.append(begin.elapsed_time(end) / 1e3 / turns)
+    return found
+
+
+class Layer:
+    """Random experts of one shape, in as many copies as it takes to read past the L2 cache, and inputs for them."""
+
+    def __init__(self, shape: Shape, format: str, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.shape, self.format, self.device, self.dtype = shape, format, device, dtype
+        stored = shape.experts * shape.weights * STORED[format]
+        self.copies = max(1, min(8, round(L2_BYTES / stored + 0.5))) if device == "cuda" else 1
+        self.experts = [self._made() for _ in range(self.copies)]
+
+    def _made(self) -> FusedExperts:
+        first, second = (self._weights(*size) for size in self._sizes())
+        return FusedExperts(first, second, Activation())
+
+    def _sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (2 * self.shape.inner, self.shape.hidden), (self.shape.hidden, self.shape.inner)
+
+    def _weights(self, outputs: int, inputs: int) -> Weights:
+        """An expert at a time: a whole stack in float32 would not fit."""
+        made = [
+            quantise(torch.randn(1, outputs, inputs, device=self.device, dtype=self.dtype) / inputs**0.5, self.format)
+            for _ in range(self.shape.experts)
+        ]
+        scale = torch.cat([w.scale for w in made if w.scale is not None]) if self.format != "plain" else None
+        return Weights(torch.cat([w.data for w in made]), self.format, scale, inputs)
+
+    def inputs(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x `[T, H]`; ids `[T, K]`, distinct, all equally likely; weights `[T, K]`."""
+        x = torch.randn(tokens, self.shape.hidden, device=self.device, dtype=self.dtype)
+        ids = torch.rand(tokens, self.shape.experts, device=self.device).topk(self.shape.top_k, 1).indices
+        return x, ids, torch.rand(tokens, self.shape.top_k, device=self.device)
+
+    def ours(self, tokens: int, tiles: Any = None) -> Call:
+        """The whole layer: ordering, both products, the weighted sum."""
+        x, ids, weights = self.inputs(tokens)
+        return lambda turn: self.experts[turn % self.copies](x, ids, weights, tiles)
+
+    def peers(self, tokens: int) -> Iterator[tuple[str, Call]]:
+        """transformers' implementations that can be captured in a graph, on the same plain weights."""
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        if self.format != "plain":
+            return
+        x, ids, weights = self.inputs(tokens)
+        modules = [_as_module(experts) for experts in self.experts]
+        names = ["grouped_mm"] + (["batched_mm"] if tokens <= 64 else [])
+        for name in names:
+            yield f"transformers {name}", self._peer(ALL_EXPERTS_FUNCTIONS[name], modules, x, ids, weights.to(x.dtype))
+
+    def _peer(self, run: Callable[..., torch.Tensor], modules: list[Any], *inputs: torch.Tensor) -> Call:
+        return lambda turn: run(modules[turn % self.copies], *inputs)
+
+
+def _as_module(experts: FusedExperts) -> Any:
+    """What transformers' functions ask of an experts module."""
+
+    def apply_gate(z: torch.Tensor) -> torch.Tensor:
+        gate, up = z.chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
+
+    return SimpleNamespace(
+        gate_up_proj=experts.first.data, down_proj=experts.second.data, num_experts=experts.experts, has_gate=True,
+        has_bias=False, is_transposed=False, is_concatenated=True, has_post_expert_norm=False, _is_expert_parallel=False,
+        _apply_gate=apply_gate,
+    )  # fmt: skip
+
+
+def median(seconds: list[float]) -> float:
+    """Of repeats."""
+    return statistics.median(seconds)

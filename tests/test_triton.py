@@ -1,0 +1,247 @@
+"""The Triton kernels against float64: under the interpreter where there is no GPU, else on it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from coterie.kernels.activations import Activation
+from coterie.kernels.formats import FORMATS, GROUP, Weights, quantise
+from coterie.kernels.fused import FusedExperts
+from coterie.kernels.interpreter import interpreting, repair
+from coterie.kernels.ordering import AT_ONCE, most_blocks, order_picks
+from coterie.kernels.tiles import GROUPED, Tile
+
+if interpreting():
+    repair()
+DEVICE = "cpu" if interpreting() else "cuda"
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+GPT_OSS = Activation("silu", True, True, 7.0, 1.702, 1.0)
+ACTIVATIONS = (
+    Activation(), Activation("gelu"), Activation("gelu_tanh"), GPT_OSS, Activation("silu", limit=0.5),
+    Activation("silu", interleaved=True), Activation("silu", False), Activation("none", False), Activation("relu2", False),
+)  # fmt: skip
+ROUTINGS = ("uniform", "zipf", "all to one", "half of the experts", "none", "some empty", "tile size")
+GARBAGE = {torch.int32: 5, torch.int64: 5}
+
+
+@pytest.fixture(autouse=True)
+def garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tensors are full of what would be noticed: NaN, or wrong places."""
+
+    def filled(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else GARBAGE.get(tensor.dtype, 1))
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, plain=plain, **k: filled(plain(*a, **k)))
+
+
+def routed(kind: str, tokens: int, slots: int, experts: int, rows: int = 16) -> torch.Tensor:
+    """Ids int64 `[tokens, slots]`."""
+    if kind == "none":
+        return torch.full((tokens, slots), -1)
+    if kind == "all to one":
+        return torch.full((tokens, slots), experts - 1)
+    if kind == "tile size":  # counts of rows - 1, rows, rows + 1, 0, rows - 1, ...
+        counts = [(rows + d) for d in (-1, 0, 1)] * experts
+        ids = torch.cat([torch.full((n,), e % experts) for e, n in enumerate(counts) if e % 4 != 3])
+        return ids.repeat(1 + tokens * slots // len(ids))[: tokens * slots].view(tokens, slots)
+    chances = 1.0 / torch.arange(1, experts + 1) if kind == "zipf" else torch.ones(experts)
+    if kind == "half of the experts":
+        chances[::2] = 1e-30 if experts > 1 else 1.0
+    replace_ = slots > experts or kind == "half of the experts"
+    ids = torch.multinomial(chances.expand(max(tokens, 1), -1), slots, replacement=replace_)[:tokens]
+    return ids.masked_fill(torch.rand(ids.shape) < 0.3, -1) if kind == "some empty" else ids
+
+
+def made(
+    format: str = "plain", dtype: torch.dtype = torch.float32, activation: Activation = ACTIVATIONS[0], experts: int = 4,
+    hidden: int = 40, inner: int = 24, biases: bool = False, turned: bool = False,
+) -> FusedExperts:  # fmt: skip
+    """Random experts. turned: kept as `[S, K, N]`, of which the kernels get a view."""
+    width = inner * (2 if activation.gated else 1)
+    weights = [torch.randn(experts, width, hidden) / hidden**0.5, torch.randn(experts, hidden, inner) / inner**0.5]
+    first, second = (quantise(w.to(dtype), format) for w in weights)
+    if turned:
+        first, second = (replace(w, data=w.data.transpose(1, 2).contiguous().transpose(1, 2)) for w in (first, second))
+    bias = [torch.randn(experts, n).to(dtype) if biases else None for n in (width, hidden)]
+    moved = [replace(w, data=w.data.to(DEVICE), scale=None if w.scale is None else w.scale.to(DEVICE)) for w in (first, second)]
+    return FusedExperts(*moved, activation, *(None if b is None else b.to(DEVICE) for b in bias))
+
+
+def expected(experts: FusedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Float64, token by token, on the dequantised weights."""
+    first, second = (w.dequantised().cpu() for w in (experts.first, experts.second))
+    biases = [0.0 if b is None else b.double().cpu() for b in (experts.first_bias, experts.second_bias)]
+    x, out = x.double().cpu(), torch.zeros(x.shape, dtype=torch.float64)
+    assert experts.activation is not None
+    for t, j in (ids >= 0).nonzero().tolist():
+        e = int(ids[t, j]) if experts.table is None else int(experts.table[ids[t, j]])
+        one = [b if isinstance(b, float) else b[e] for b in biases]
+        y = second[e] @ experts.activation(first[e] @ x[t] + one[0]) + one[1]
+        out[t] += y * weights[t, j].double().cpu()
+    return out
+
+
+def check(experts: FusedExperts, x: torch.Tensor, ids: torch.Tensor, tiles: tuple[Tile, Tile] | None = None) -> None:
+    weights = torch.rand(ids.shape)
+    x, on, beside = x.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE)
+    got = experts(x, on, beside, tiles)
+    assert torch.equal(got, experts(x, on, beside, tiles)), "a repeat run differs"
+    right = expected(experts, x, ids, weights)
+    norms = right.norm(dim=1)
+    error = (got.double().cpu() - right).norm(dim=1)
+    assert torch.isfinite(got).all() and not error[norms == 0].any()
+    assert not len(right) or (error / norms.clamp(min=1e-30))[norms > 0].le(TOLERANCE[x.dtype]).all(), (error / norms).max()
+
+
+def tile(format: str, rows: int, swap: bool, outputs: int = 16) -> Tile:
+    return Tile(rows, outputs, GROUP if format in GROUPED else 16, 4, 2, swap, 1 if swap else 2)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10**6), routing=st.sampled_from(ROUTINGS), tokens=st.sampled_from([0, 1, 2, 15, 16, 17, 33]),
+    slots=st.integers(1, 3), format=st.sampled_from(FORMATS), dtype=st.sampled_from(list(TOLERANCE)),
+    activation=st.sampled_from(ACTIVATIONS), hidden=st.sampled_from([16, 40, 129]), inner=st.sampled_from([16, 24, 33]),
+    experts=st.sampled_from([1, 3, 8]), biases=st.booleans(), swap=st.booleans(), strided=st.booleans(),
+)  # fmt: skip
+def test_any_routing_shape_and_format_is_right(
+    seed, routing, tokens, slots, format, dtype, activation, hidden, inner, experts, biases, swap, strided
+) -> None:
+    torch.manual_seed(seed)
+    slots = min(slots, experts)
+    model = made(format, dtype, activation, experts, hidden, inner, biases)
+    x = torch.randn(tokens, 2 * hidden).to(dtype)
+    x = x[:, ::2] if strided else x[:, :hidden]
+    check(model, x, routed(routing, tokens, slots, experts), (tile(format, 16, swap), tile(format, 16, swap)))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 5, 150])
+def test_the_rules_tiles(format: str, dtype: torch.dtype, tokens: int) -> None:
+    torch.manual_seed(tokens)
+    check(made(format, dtype, hidden=136, inner=72), torch.randn(tokens, 136).to(dtype), routed("uniform", tokens, 2, 4))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_weights_that_transformers_keeps_the_other_way_round_are_not_copied(activation: Activation) -> None:
+    torch.manual_seed(0)
+    model = made(activation=activation, turned=True, biases=True)
+    assert not model.first.data.is_contiguous()
+    check(model, torch.randn(9, 40), routed("uniform", 9, 2, 4))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_in_a_pool_of_slots_give_the_same_bits(format: str) -> None:
+    """Three of five experts, at other places than their numbers; the rest of the pool is never read."""
+    torch.manual_seed(0)
+    resident = made(format, torch.bfloat16, experts=5, biases=True)
+    places = torch.tensor([3, 0, 5], dtype=torch.int32)
+    table = torch.full((5,), -(10**6), dtype=torch.int32)
+    table[torch.tensor([0, 2, 4])] = places
+
+    def pooled(t: torch.Tensor | None) -> torch.Tensor | None:
+        if t is None:
+            return None
+        pool = t.new_zeros(7, *t.shape[1:]) if t.element_size() == 1 else t.new_full((7, *t.shape[1:]), float("nan"))
+        pool[places.long()] = t[torch.tensor([0, 2, 4])]
+        return pool
+
+    first, second = (replace(w, data=pooled(w.data), scale=pooled(w.scale)) for w in (resident.first, resident.second))
+    pool = FusedExperts(
+        first, second, resident.activation, pooled(resident.first_bias), pooled(resident.second_bias), table.to(DEVICE)
+    )
+    ids = torch.tensor([[0, 4], [2, 0], [4, -1], [2, 4]], device=DEVICE)
+    x, weights = torch.randn(4, 40, device=DEVICE).bfloat16(), torch.rand(4, 2, device=DEVICE)
+    assert torch.equal(pool(x, ids, weights), resident(x, ids, weights))
+    assert torch.equal(pool(x[:1], ids[:1], weights[:1]), resident(x[:1], ids[:1], weights[:1]))
+
+
+def test_an_activation_of_the_models_own_and_a_norm_after_each_expert() -> None:
+    torch.manual_seed(0)
+    known = made()
+    own = replace(known, activation=None, between=Activation(), finish=lambda y: y * 0.5)
+    x, ids, weights = torch.randn(6, 40, device=DEVICE), routed("uniform", 6, 2, 4).to(DEVICE), torch.rand(6, 2, device=DEVICE)
+    torch.testing.assert_close(own(x, ids, weights), known(x, ids, weights) * 0.5, rtol=1e-5, atol=1e-6)
+
+
+def far_apart(values: torch.Tensor, step: int) -> torch.Tensor:
+    """The same values, `step` elements between one and the next along the first dimension, memory being there only where written."""
+    count, size = (len(values) - 1) * step + values[0].numel(), values.element_size()
+    room = np.zeros(count * size, dtype=np.uint8)  # the system gives pages when they are touched
+    flat = torch.from_numpy(room).to(DEVICE).view(values.dtype)
+    return flat.as_strided(values.shape, (step, *values.stride()[1:])).copy_(values)
+
+
+def test_weights_and_rows_beyond_two_to_the_31_elements() -> None:
+    torch.manual_seed(0)
+    small = made("int8", experts=2, hidden=16, inner=16)
+    far = replace(small, first=replace(small.first, data=far_apart(small.first.data, (1 << 31) + 64)))
+    check(far, far_apart(torch.randn(3, 16).half(), 1 << 30), torch.tensor([[0, 1], [1, 0], [1, -1]]))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10**6), routing=st.sampled_from(ROUTINGS), tokens=st.sampled_from([0, 1, 7, 100, 600]),
+    slots=st.integers(1, 3), experts=st.sampled_from([1, 3, 8, 130]), rows=st.sampled_from([16, 32]), kind=st.sampled_from(
+        [torch.int64, torch.int32]),
+)  # fmt: skip
+def test_picks_are_ordered_by_expert_and_blocks_cover_them(seed, routing, tokens, slots, experts, rows, kind) -> None:
+    torch.manual_seed(seed)
+    ids = routed(routing, tokens, min(slots, experts), experts, rows).to(kind)
+    order = order_picks(ids.to(DEVICE), experts, rows)
+    keys = ids.reshape(-1).masked_fill(ids.reshape(-1) < 0, experts)
+    assert order.picks.tolist() == keys.argsort(stable=True).tolist()
+    assert len(order.expert) == most_blocks(ids.numel(), experts, rows)
+    covered = []
+    for expert, start, count in zip(order.expert.tolist(), order.start.tolist(), order.count.tolist(), strict=True):
+        assert (expert >= 0) == (count > 0) and count <= rows
+        picks = order.picks[start : start + count].long().cpu()
+        assert (keys[picks] == expert).all()
+        covered += range(start, start + count)
+    assert covered == list(range(int((keys < experts).sum())))
+
+
+def test_more_picks_than_are_compared_at_once_are_ordered_alike() -> None:
+    ids = routed("zipf", AT_ONCE, 2, 8)
+    keys = ids.reshape(-1)
+    assert order_picks(ids.to(DEVICE), 8, 128).picks.tolist() == keys.argsort(stable=True).tolist()
+
+
+def test_what_cannot_be_is_refused() -> None:
+    model = made("int4")
+    x, ids, weights = torch.randn(2, 40, device=DEVICE), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+    with pytest.raises(ValueError, match="tiles: found 16 inputs with format int4, expected 128"):
+        model(x, ids, weights, (tile("plain", 16, False), tile("plain", 16, False)))
+    with pytest.raises(ValueError, match="tiles: found 16 and 32 rows, expected as many"):
+        model(x, ids, weights, (tile("int4", 16, False), tile("int4", 32, False)))
+    with pytest.raises(ValueError, match="format: found int4 and plain, expected the same"):
+        FusedExperts(model.first, made().second)
+    with pytest.raises(ValueError, match="activation: expected one, or else `between`"):
+        FusedExperts(model.first, model.second, None)
+    with pytest.raises(ValueError, match=r"format: found 'int3', expected one of plain, int8, int4, fp8"):
+        Weights(torch.zeros(1, 1, 1), "int3")
+
+
+@pytest.mark.skipif(not interpreting(), reason="of the interpreter")
+def test_the_interpreter_refuses_what_it_would_get_wrong() -> None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def add(x, out):
+        tl.store(out, tl.load(x) + tl.load(x))
+
+    x = torch.ones(1, dtype=torch.bfloat16)
+    with pytest.raises(Exception, match="bfloat16 arithmetic in the interpreter: convert to float32 first"):
+        add[(1,)](x, torch.empty_like(x))
