@@ -30,12 +30,16 @@ def _(
     return torch.empty_like(x)
 
 
-def experts_op(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`compute_experts` as the operator; what it cannot carry (a model's own functions) is run as it is, with a graph break."""
-    if experts.known is None or experts.finish is not None:
-        return compute_experts(experts, x, ids, weights)
+def as_text(activation: Activation) -> str:
+    """What the operator takes."""
+    return json.dumps(asdict(activation))
+
+
+def experts_op(
+    experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, activation: str
+) -> torch.Tensor:
+    """`compute_experts` as the operator. experts: plain stacks; activation: `as_text` of what is between the products."""
     out: torch.Tensor = _experts(
-        x, ids, weights, experts.first, experts.second, experts.first_bias, experts.second_bias, experts.transposed,
-        json.dumps(asdict(experts.known)),
-    )  # fmt: skip
+        x, ids, weights, experts.first, experts.second, experts.first_bias, experts.second_bias, experts.transposed, activation
+    )
     return out

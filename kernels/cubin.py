@@ -45,12 +45,12 @@ class Compiled:
     copies: int
 
 
-def compile_product(work: Work, arch: int, first: bool = True, tile: Tile | None = None, turned: bool = False) -> Compiled:
+def compile_product(work: Work, arch: int, first: bool = True, tile: Tile | None = None) -> Compiled:
     """`first_product` or `second_product` of bfloat16 rows for compute capability `arch` / 10, by default with the rule's tile.
 
     The first is SwiGLU, or, turned, gpt-oss's form: biased, clamped, gate and up in turns, weights `[S, H, 2I]`.
     """
-    tile = tile or rule(work, arch)
+    tile, turned = tile or rule(work, arch), work.turned
     kernel = first_product if first else second_product
     constants: dict[str, Any] = {
         "BIAS": turned, "TABLE": False, "FORMAT": CODES[work.format], "SCALE_ROWS": 128 if work.format == "fp8" else 1,
@@ -106,13 +106,13 @@ def survey() -> dict[str, Any]:
                 found += [_surveyed(arch, "Qwen3", Work(128, 768, 2048, 8, tokens, 2, format, True), True)]
                 found += [_surveyed(arch, "Qwen3", Work(128, 2048, 768, 8, tokens, 2, format), False)]
         for tokens in (1, 512, 4096):
-            found += [_surveyed(arch, "gpt-oss", Work(128, 2880, 2880, 4, tokens, 2, "plain", True), True, turned=True)]
+            found += [_surveyed(arch, "gpt-oss", Work(128, 2880, 2880, 4, tokens, 2, "plain", True, True), True)]
     return {"triton": triton.__version__, "kernels": found}
 
 
-def _surveyed(arch: int, model: str, work: Work, first: bool, turned: bool = False) -> dict[str, Any]:
+def _surveyed(arch: int, model: str, work: Work, first: bool) -> dict[str, Any]:
     name = f"{model}, {work.format}, {work.tokens} tokens, {'first' if first else 'second'} product"
-    made = asdict(compile_product(work, arch, first, turned=turned))
+    made = asdict(compile_product(work, arch, first))
     return {
         "case": name,
         "arch": arch,

@@ -79,9 +79,11 @@ class FusedExperts:
         name = torch.cuda.get_device_name(x.device) if x.is_cuda else ""
         capability = int(device.arch) if device is not None else 90
         gated = self.activation is not None and self.activation.gated
+        turned = self.activation is not None and self.activation.interleaved
+        outputs = self.first.shape[1] // (2 if gated else 1)
         shape, width = self.first.shape, x.element_size()
         works = (
-            Work(self.experts, shape[1] // (2 if gated else 1), shape[2], slots, tokens, width, self.first.format, gated),
+            Work(self.experts, outputs, shape[2], slots, tokens, width, self.first.format, gated, turned),
             Work(self.experts, *self.second.shape[1:], slots, tokens, width, self.second.format),
         )  # fmt: skip
         first, second = (choose_tile(work, name, capability, triton.__version__) for work in works)

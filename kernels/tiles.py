@@ -39,7 +39,7 @@ class Tile:
 class Work:
     """One layer's product: experts E, outputs N, inputs K, picks a token, tokens; widths in bytes; format of the weights.
 
-    doubled: a tile of outputs is a tile of gates and one of ups.
+    doubled: a tile of outputs is a tile of gates and one of ups; turned: these alternate.
     """
 
     experts: int
@@ -50,6 +50,7 @@ class Work:
     bytes: int = 2
     format: str = "plain"
     doubled: bool = False
+    turned: bool = False
 
     @property
     def rows(self) -> float:
@@ -75,12 +76,14 @@ def rule(work: Work, capability: int = 90) -> Tile:
     rows = next((r for r in (16, 32, 64) if work.rows <= r), 128)
     if work.bytes == 4:  # float32 without tensor cores: small tiles, in registers
         tile = Tile(min(rows, 32), 32, GROUP if work.format in GROUPED else 32, 4, 2)
+    elif work.format in GROUPED and capability < 90 and rows > 32:  # sums of a step beside those of all need registers
+        tile = Tile(64, 32, GROUP, 4, 3, together=8)
     elif work.format in GROUPED:  # a step is a group that shares its scale
         tile = Tile(rows, 64, GROUP, 4 if rows <= 32 else 8, 4, True) if rows <= 64 else Tile(128, 32, GROUP, 8, 3, together=8)
     elif rows <= 64:
         tile = Tile(rows, 64, 128 if rows <= 32 else 64, 4, 5, True)
     else:  # without the larger chips' tensor memory two accumulators of 128 x 128 leave no registers to widen weights in
-        narrow = work.doubled and (capability < 90 or work.format != "plain")
+        narrow = work.doubled and (capability < 90 or work.format != "plain" or work.turned)
         tile = Tile(128, 64 if narrow else 128, 64, 8, 4, together=8)
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
     stages = next((s for s in range(tile.stages, 1, -1) if shared_bytes(tile, work, s) <= limit), 1)

@@ -42,10 +42,12 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     if options.tune is not None:
         yield from _tuned(options)
         return
-    yield from gpu_rows(options.quick)
-    from coterie.launch.bench_cpu import cpu_rows
+    if not options.cpu:
+        yield from gpu_rows(options.quick)
+    if not options.gpu:
+        from coterie.launch.bench_cpu import cpu_rows
 
-    yield from cpu_rows(options.quick)
+        yield from cpu_rows(options.quick)
 
 
 def gpu_rows(quick: bool) -> Iterator[Row]:

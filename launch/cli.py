@@ -282,6 +282,8 @@ def _bench(verbs: Any) -> None:
     p.add_argument(
         "--traces", type=Path, default=Path("../shared/traces"), metavar="DIR", help="recorded traces (default: %(default)s)"
     )
+    p.add_argument("--gpu", action="store_true", help="kernels: the GPU's part alone")
+    p.add_argument("--cpu", action="store_true", help="kernels: the CPU's part alone")
     p.add_argument("--tune", type=Path, metavar="F", help="kernels: make a table of the fastest tiles on this GPU")
     p.add_argument("--compile", type=Path, metavar="F", help="kernels: compile for three generations of GPUs, and look inside")
 

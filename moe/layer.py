@@ -14,7 +14,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from coterie.kernels.activations import Activation, recognise
-from coterie.kernels.compiled import experts_op
+from coterie.kernels.compiled import as_text, experts_op
 from coterie.kernels.experts import StackedExperts, compute_experts
 from coterie.moe.placement_map import LayerMap
 from coterie.moe.strategy import Dispatched, Local, Overlapped, Strategy
@@ -64,15 +64,15 @@ def attach(model: nn.Module, maps: list[LayerMap], strategy: Strategy) -> StepCo
     return context
 
 
-def stacked(module: Any, least_rows: int = 1) -> StackedExperts:
-    """A view of an experts module's weights as the kernels take them."""
+def stacked(module: Any, least_rows: int = 1, ask: bool = True) -> StackedExperts:
+    """A view of an experts module's weights as the kernels take them. ask: find out what its activation is."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
     stacks = getattr(module, "coterie_products", None)  # of moe/quantise.py
     return StackedExperts(
         first=getattr(module, first) if stacks is None else stacks[0],
         second=module.down_proj if stacks is None else stacks[1],
         activation=module._apply_gate if module.has_gate else module.act_fn,
-        known=_known_activation(module),
+        known=_known_activation(module) if ask else None,
         first_bias=getattr(module, f"{first}_bias") if module.has_bias else None,
         second_bias=module.down_proj_bias if module.has_bias else None,
         transposed=module.is_transposed and stacks is None,
@@ -95,6 +95,17 @@ def _known_activation(module: Any) -> Activation | None:
     return known
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _as_operator(module: Any) -> str | None:
+    """The activation for `experts_op`; None where the operator cannot carry the module. Asked while a graph is made."""
+    known = (
+        None
+        if hasattr(module, "coterie_products") or getattr(module, "has_post_expert_norm", False)
+        else _known_activation(module)
+    )
+    return None if known is None else as_text(known)
+
+
 def experts_forward(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -106,11 +117,14 @@ def experts_forward(
     layer: ExpertLayer | None = getattr(module, "coterie_layer", None)
     if layer is not None and layer.context.routed is not None:
         return layer.context.routed
-    experts = stacked(module, 1 if layer is None else layer.context.least_rows)
+    compiling = layer is None and torch.compiler.is_compiling()
+    operator = _as_operator(module) if compiling else None
+    experts = stacked(module, 1 if layer is None else layer.context.least_rows, ask=not compiling)
     if layer is None:
         ids = top_k_index.masked_fill(top_k_index >= experts.first.shape[0], -1)
-        compute = experts_op if torch.compiler.is_compiling() else compute_experts
-        return compute(experts, hidden_states, ids, top_k_weights)
+        if operator is not None:
+            return experts_op(experts, hidden_states, ids, top_k_weights, operator)
+        return compute_experts(experts, hidden_states, ids, top_k_weights)
     ids = top_k_index.masked_fill(top_k_index >= len(layer.map.destination), -1)
     if layer.context.live is None:
         return _run(layer, experts, hidden_states, ids, top_k_weights)

@@ -176,7 +176,7 @@ def test_an_activation_of_the_models_own_and_a_norm_after_each_expert() -> None:
 
 
 def far_apart(values: torch.Tensor, step: int) -> torch.Tensor:
-    """The same values, `step` elements between one and the next along the first dimension, memory being there only where written."""
+    """The same values, `step` elements between two along the first dimension; memory is there only where written."""
     count, size = (len(values) - 1) * step + values[0].numel(), values.element_size()
     room = np.zeros(count * size, dtype=np.uint8)  # the system gives pages when they are touched
     flat = torch.from_numpy(room).to(DEVICE).view(values.dtype)

@@ -1,0 +1,92 @@
+"""Our kernels as transformers' experts implementation: every family by name, compiled graphs, experts in fewer bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, make_model
+from transformers import AutoModelForCausalLM
+
+import coterie
+from coterie.kernels.experts import fused
+from coterie.kernels.formats import LARGEST, quantise
+from coterie.moe.layer import _known_activation, stacked
+from coterie.routing.errors import InputError
+from coterie.routing.record import expert_modules
+
+IDS = torch.tensor([[5, 17, 33, 60, 8, 2, 91, 44, 7]])
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def loaded(folder: Path, implementation: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, experts_implementation=implementation, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_from_pretrained_by_name_gives_eagers_logits(family: Path) -> None:
+    ours, eager = loaded(family, "coterie")(IDS).logits, loaded(family, "eager")(IDS).logits
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_gpus_kernels_take_every_familys_weights_as_they_lie(family: Path) -> None:
+    """Under the interpreter where there is no GPU: one layer's experts against the module's own loop."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = loaded(family, "eager").to(device)
+    _, module = next(iter(expert_modules(model).values()))
+    known = _known_activation(module)
+    assert known is not None, "its activation is one that the kernels know"
+    x, count = torch.randn(6, model.config.get_text_config().hidden_size, device=device), module.num_experts
+    ids = torch.stack([torch.randperm(count)[:2] for _ in range(6)]).to(device)
+    weights = torch.rand(6, 2, device=device)
+    torch.testing.assert_close(fused(stacked(module))(x, ids, weights), module(x, ids, weights), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_a_compiled_model_has_one_graph(name: str, tmp_path: Path) -> None:
+    """Whether warm or not: what a module's activation is must not be asked inside the graph."""
+    model = loaded(make_model(name, tmp_path), "coterie")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("format", list(LARGEST))
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_rounded_experts_compute_with_the_rounded_weights(name: str, format: str, tmp_path: Path) -> None:
+    """Logits are those of the same model with every expert's weights replaced by what they are rounded to."""
+    folder = make_model(name, tmp_path)
+    replaced, rounded = coterie.load(folder), coterie.load(folder, quantise=format)
+    for _, module in expert_modules(replaced.transformers).values():
+        for stack in (module.gate_up_proj, module.down_proj):
+            view = stack.data.transpose(1, 2) if module.is_transposed else stack.data
+            view.copy_(quantise(view, format).dequantised(torch.float32))
+    _, module = next(iter(expert_modules(rounded.transformers).values()))
+    assert module.down_proj.numel() == 0
+    torch.testing.assert_close(rounded.transformers(IDS).logits, replaced.transformers(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_text_from_rounded_experts(tmp_path: Path) -> None:
+    model = coterie.load("coterie-tiny", quantise="int8")
+    outputs, _ = model.generate(["def fibonacci(n):"], max_new_tokens=8)
+    assert len(outputs[0].token_ids) == 8
+
+
+def test_what_does_not_go_with_rounded_experts_is_refused(tmp_path: Path) -> None:
+    folder = make_model("qwen3_moe", tmp_path)
+    with pytest.raises(InputError, match="--quantise: found 'int3', expected one of int8, int4, fp8"):
+        coterie.load(folder, quantise="int3")
+    with pytest.raises(InputError, match="--batch-invariant: found it with --quantise, expected one of them"):
+        coterie.load(folder, quantise="int8", batch_invariant=True)
+    with pytest.raises(InputError, match="--replan: found it with --quantise, expected one of them"):
+        coterie.load(folder, quantise="int8").follow("auto", print)
