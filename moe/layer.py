@@ -95,6 +95,10 @@ def _known_activation(module: Any) -> Activation | None:
     return known
 
 
+def _is_trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters(recurse=False))
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _as_operator(module: Any) -> str | None:
     """The activation for `experts_op`; None where the operator cannot carry the module. Asked while a graph is made."""
@@ -112,11 +116,15 @@ def experts_forward(
     """hidden_states `[tokens, H]`, top_k_index and top_k_weights `[tokens, K]`; returns `[tokens, H]`.
 
     Ids outside the model's experts are slots without computation. On a model that coterie did not load, all experts are
-    here and the kernels run as they are.
+    here and the kernels run as they are; where gradients are wanted the module's own loop does, for the kernels have none.
     """
     layer: ExpertLayer | None = getattr(module, "coterie_layer", None)
     if layer is not None and layer.context.routed is not None:
         return layer.context.routed
+    if layer is None and torch.is_grad_enabled() and (hidden_states.requires_grad or _is_trained(module)):
+        own = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+        out: torch.Tensor = own(module, hidden_states, top_k_index, top_k_weights)
+        return out
     compiling = layer is None and torch.compiler.is_compiling()
     operator = _as_operator(module) if compiling else None
     experts = stacked(module, 1 if layer is None else layer.context.least_rows, ask=not compiling)
