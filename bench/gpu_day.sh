@@ -36,6 +36,6 @@ else
   echo "compute-sanitizer: not found, not run"
 fi
 step tune 100 python -m coterie bench kernels --quick --tune "$out/tiles.json"
-step kernels 200 sh -c "python -m coterie bench kernels --gpu --json > '$out/kernels.json'"
+step kernels 200 sh -c "python -m coterie bench kernels --json > '$out/kernels.json'"
 echo "$failed steps failed; logs in $out"
 exit $((failed > 0))

@@ -49,11 +49,9 @@ class Tester:
     batch_size, seq_length, is_training = 2, 7, True
 
     def __init__(self, family):
-        self.settings = {{**COMMON, **FAMILIES[family], "num_hidden_layers": 2}}
-        if family == "lfm2_moe":
-            self.settings["layer_types"] = ["conv", "full_attention"]
+        self.settings = {{**COMMON, **FAMILIES[family]}}
         self.family = family
-        self.hidden_size, self.num_hidden_layers = self.settings["hidden_size"], 2
+        self.hidden_size, self.num_hidden_layers = self.settings["hidden_size"], self.settings["num_hidden_layers"]
         self.num_attention_heads, self.vocab_size = self.settings["num_attention_heads"], self.settings["vocab_size"]
 
     def get_config(self):
@@ -76,7 +74,7 @@ class Common(ModelTesterMixin):
 
 
 for family in {families!r}:
-    config = type(AutoConfig.for_model(family, **FAMILIES[family]))
+    config = type(Tester(family).get_config())
     classes = tuple(mapping[config] for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING))
     title = "Test_" + family
     globals()[title] = type(title, (Common, unittest.TestCase), {{"family": family, "all_model_classes": classes}})

@@ -5,7 +5,8 @@
 | float32 | any | torch |
 | bfloat16, float16 | few, or a processor with bfloat16 instructions | torch, on the weights as they are |
 | bfloat16, float16 | many, without such instructions | float32, on a panel of one expert's widened weights that is used again |
-| int8 | any | `_weight_int8pack_mm` |
+| int8 | to 16 | `_weight_int8pack_mm` |
+| int8 | more | torch, on one expert's integers in the rows' dtype, the sums scaled |
 | int4 | any | `_weight_int4pack_mm_for_cpu`, its groups packed anew, its scales rounded to the rows' dtype |
 | fp8, and shapes that the last two do not take | any | the float32 panel |
 
@@ -23,6 +24,7 @@ import torch
 from coterie.kernels.formats import GROUP, HALF, Weights, unpacked
 
 FEW_ROWS = 4
+PANEL_ROWS = 16
 
 
 class Product(Protocol):
@@ -95,9 +97,14 @@ class Int8:
         return self.weights.shape
 
     def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
-        """The scales are applied in x's dtype."""
+        """The scales are applied in x's dtype; many rows are multiplied by the integers, which every float dtype holds exactly."""
         assert self.weights.scale is not None
-        out.copy_(torch._weight_int8pack_mm(x, self.weights.data[expert], self.weights.scale[expert].to(x.dtype)))
+        data, scale = self.weights.data[expert], self.weights.scale[expert]
+        if len(x) > PANEL_ROWS:
+            torch.mm(x, data.to(x.dtype).T, out=out)
+            out.mul_(scale.to(x.dtype))
+        else:
+            out.copy_(torch._weight_int8pack_mm(x, data, scale.to(x.dtype)))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from coterie.kernels.formats import Weights
 if TYPE_CHECKING:
     from coterie.kernels.fused import FusedExperts
 
-CHUNK_ROWS = 1 << 13  # rows whose hidden values are held at once
+CHUNK_ROWS = 1024  # rows whose hidden values are held at once: few enough to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ class StackedExperts:
             out.copy_((product if bias is None else product + bias)[:count])
         elif count < self.least_rows:
             out.copy_((rows @ matrix if bias is None else torch.addmm(bias, rows, matrix))[:count])
+        elif count == 1 and bias is None and rows.dtype != torch.float32:  # torch has a faster way for one row of these
+            torch.mv(matrix.T, rows[0], out=out[0])
         elif bias is None:
             torch.mm(rows, matrix, out=out)
         else:
@@ -140,21 +142,34 @@ def grouped_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor,
     Returns `[T, H]` in x's dtype. Stable order, no atomics: a repeat run is bit-identical.
     """
     tokens, slots = ids.shape
+    if tokens == 1 and experts.least_rows == 1:
+        return _one_token(experts, x, ids[0], weights[0])
     flat = ids.reshape(-1)
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat + 1, minlength=experts.first.shape[0] + 1).tolist()
     used = ids >= 0
     width = max(1, int(used.sum(1).max())) if tokens else 1
     place = (torch.arange(tokens, device=x.device)[:, None] * width + used.cumsum(1) - 1).reshape(-1)
-    parts = torch.zeros(tokens * width, x.shape[1], dtype=torch.float32, device=x.device)
+    make = torch.empty if counts[0] == 0 else torch.zeros
+    parts = make(tokens * width, x.shape[1], dtype=torch.float32, device=x.device)
     start = counts[0]
     for chunk in _chunks(counts[1:]):
         rows = sum(count for _, count in chunk)
         pairs = order[start : start + rows]
         y = experts.run_many(chunk, x[pairs // slots])
-        parts[place[pairs]] = y.float() * weights.reshape(-1)[pairs, None].float()
+        parts[place[pairs]] = y.to(torch.float32, copy=True).mul_(weights.reshape(-1)[pairs, None].float())
         start += rows
     return parts.view(tokens, width, x.shape[1]).sum(1).to(x.dtype)
+
+
+def _one_token(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The same for x `[1, H]`, ids and weights `[K]`, with nothing to put in order."""
+    picks = [(expert, 1) for expert in ids.tolist() if expert >= 0]
+    if not picks:
+        return torch.zeros_like(x)
+    y = experts.run_many(picks, x.expand(len(picks), -1))
+    used = weights if len(picks) == len(ids) else weights[ids >= 0]
+    return (y.float() * used[:, None].float()).sum(0, keepdim=True).to(x.dtype)
 
 
 def _chunks(counts: list[int]) -> Iterator[list[tuple[int, int]]]:

@@ -16,11 +16,7 @@ from typing import Any
 from coterie.launch.tables import table
 from coterie.routing.errors import InputError
 
-BENCHES = {
-    "plan": "coterie.launch.bench_plan",
-    "cluster": "coterie.launch.bench_cluster",
-    "kernels": "coterie.launch.bench_kernels",
-}
+BENCHES = {name: f"coterie.launch.bench_{name}" for name in ("plan", "kernels", "experts", "cluster")}
 VERSIONS = ("numpy", "scipy", "PuLP", "highspy", "torch", "triton", "transformers", "deepspeed")
 
 

@@ -1,7 +1,7 @@
-"""`coterie bench kernels`: a layer's experts on the GPU beside its physical floor and others' kernels, and on the CPU.
+"""`coterie bench kernels`: a layer's experts on a GPU beside the physical floor and others' kernels. On a CPU: `bench experts`.
 
-On a GPU: the whole layer in a CUDA graph, weights rotated past the L2 cache, random data, medians. The floor is what reading
-the weights of the experts hit once, or the products, take at the rates measured in the same run. Without a GPU those rows say
+The whole layer in a CUDA graph, weights rotated past the L2 cache, random data, medians. The floor is what reading
+the weights of the experts hit once, or the products, take at the rates measured in the same run. Without a GPU one row says
 so. `--compile F` needs none: it looks into the machine code (`kernels/cubin.py`). `--tune F` makes a table of tiles.
 """
 
@@ -42,12 +42,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     if options.tune is not None:
         yield from _tuned(options)
         return
-    if not options.cpu:
-        yield from gpu_rows(options.quick)
-    if not options.gpu:
-        from coterie.launch.bench_cpu import cpu_rows
-
-        yield from cpu_rows(options.quick)
+    yield from gpu_rows(options.quick)
 
 
 def gpu_rows(quick: bool) -> Iterator[Row]:

@@ -276,14 +276,12 @@ def _running(p: argparse.ArgumentParser) -> None:
 def _bench(verbs: Any) -> None:
     p = _verb(verbs, "bench", "bench", "this program beside its peers, one table and one JSON object")
     p.add_argument(
-        "what", metavar="WHAT", help="plan, kernels, or cluster (several nodes over links of a known rate; needs root)"
+        "what", metavar="WHAT", help="plan, kernels (GPU), experts (CPU), or cluster (several nodes over shaped links; root)"
     )
     p.add_argument("--quick", action="store_true", help="a part of the cases, in under three minutes")
     p.add_argument(
         "--traces", type=Path, default=Path("../shared/traces"), metavar="DIR", help="recorded traces (default: %(default)s)"
     )
-    p.add_argument("--gpu", action="store_true", help="kernels: the GPU's part alone")
-    p.add_argument("--cpu", action="store_true", help="kernels: the CPU's part alone")
     p.add_argument("--tune", type=Path, metavar="F", help="kernels: make a table of the fastest tiles on this GPU")
     p.add_argument("--compile", type=Path, metavar="F", help="kernels: compile for three generations of GPUs, and look inside")
 
