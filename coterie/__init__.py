@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "load": "moe.model",
+    "register": "moe.layer",
     "Model": "moe.model",
     "Prompt": "moe.text",
     "Output": "moe.text",
@@ -46,6 +47,7 @@ __all__ = sorted(_NAMES)
 
 if TYPE_CHECKING:
     from coterie.moe.generate import Sampling as Sampling
+    from coterie.moe.layer import register as register
     from coterie.moe.model import Model as Model
     from coterie.moe.model import Statistics as Statistics
     from coterie.moe.model import load as load

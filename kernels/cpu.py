@@ -97,7 +97,7 @@ class Int8:
         return self.weights.shape
 
     def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
-        """The scales are applied in x's dtype; many rows are multiplied by the integers, which every float dtype holds exactly."""
+        """The scales are applied in x's dtype; many rows are multiplied by the integers, which any float dtype holds."""
         assert self.weights.scale is not None
         data, scale = self.weights.data[expert], self.weights.scale[expert]
         if len(x) > PANEL_ROWS:

@@ -5,9 +5,9 @@ All compute sum over slots j of weights[t, j] * expert[ids[t, j]](x[t]), with id
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -19,7 +19,30 @@ from coterie.kernels.formats import Weights
 if TYPE_CHECKING:
     from coterie.kernels.fused import FusedExperts
 
+REGISTER, GRAIN = 128, 1 << 15  # values: of four of the widest registers; from which on torch shares work among threads
 CHUNK_ROWS = 1024  # rows whose hidden values are held at once: few enough to stay in the cache
+
+
+class Residency(Protocol):
+    """Experts that come and go: `offload/cache.py` behind one layer."""
+
+    @property
+    def experts(self) -> int:
+        """How many can be asked for."""
+        ...
+
+    @property
+    def room(self) -> int:
+        """How many can be there at once."""
+        ...
+
+    def announce(self, places: Sequence[int]) -> None:
+        """All experts that a step will ask for, each once."""
+        ...
+
+    def slots(self, places: Sequence[int]) -> list[int]:
+        """Where in the stacks they are, until the next call; at most `room` at once."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,6 +54,7 @@ class StackedExperts:
     `cpu.for_cpu` of them on a CPU.
     activation: `[rows, 2I or I]` -> `[rows, I]`; known: the same as data, which a GPU's kernels fuse, or None.
     finish: applied to each expert's output `[rows, H]`, or None.
+    residency: what brings experts to their places, where the stacks are smaller than the model's; None if all are there.
     least_rows, most_rows: of one product; fewer are filled up with zeros (libraries round differently for few rows).
     """
 
@@ -42,8 +66,19 @@ class StackedExperts:
     transposed: bool = False
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
     known: Activation | None = None
+    residency: Residency | None = None
     least_rows: int = 1
     most_rows: int = 1 << 30
+
+    @property
+    def count(self) -> int:
+        """How many experts there are, here or to be brought."""
+        return self.first.shape[0] if self.residency is None else self.residency.experts
+
+    @property
+    def at_once(self) -> int:
+        """How many experts one chunk may have."""
+        return self.count if self.residency is None else self.residency.room
 
     def run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """One expert on its rows, `[rows, H]` -> `[rows, H]`."""
@@ -53,9 +88,22 @@ class StackedExperts:
 
     def run_many(self, chunk: list[tuple[int, int]], x: torch.Tensor) -> torch.Tensor:
         """Several experts, each on its (expert, rows) of `x`, in order: what lies between the products is done once for all."""
-        hidden = self.activation(self._products(chunk, x, self.first, self.first_bias))
+        if self.residency is not None:
+            slots = self.residency.slots([expert for expert, _ in chunk])
+            chunk = [(slot, rows) for slot, (_, rows) in zip(slots, chunk, strict=True)]
+        hidden = self._activated(chunk, self._products(chunk, x, self.first, self.first_bias))
         y = self._products(chunk, hidden, self.second, self.second_bias)
         return y if self.finish is None else self.finish(y)
+
+    def _activated(self, chunk: list[tuple[int, int]], z: torch.Tensor) -> torch.Tensor:
+        """The activation, so that no value depends on which experts share the chunk.
+
+        torch computes the last few values of a thread's part by other instructions than those before. Rows that fill whole
+        registers have no such last values if one thread does them all; else each expert's rows are a call of their own.
+        """
+        if z.shape[1] % REGISTER == 0 and (z.numel() <= GRAIN or torch.get_num_threads() == 1):
+            return self.activation(z)
+        return torch.cat([self.activation(part) for part in torch.split(z, [rows for _, rows in chunk])])
 
     def _products(
         self, chunk: list[tuple[int, int]], x: torch.Tensor, weight: torch.Tensor | Product | Weights, bias: torch.Tensor | None
@@ -142,18 +190,20 @@ def grouped_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor,
     Returns `[T, H]` in x's dtype. Stable order, no atomics: a repeat run is bit-identical.
     """
     tokens, slots = ids.shape
-    if tokens == 1 and experts.least_rows == 1:
+    if tokens == 1 and experts.least_rows == 1 and slots <= experts.at_once:
         return _one_token(experts, x, ids[0], weights[0])
     flat = ids.reshape(-1)
     order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat + 1, minlength=experts.first.shape[0] + 1).tolist()
+    counts = torch.bincount(flat + 1, minlength=experts.count + 1).tolist()
     used = ids >= 0
     width = max(1, int(used.sum(1).max())) if tokens else 1
     place = (torch.arange(tokens, device=x.device)[:, None] * width + used.cumsum(1) - 1).reshape(-1)
     make = torch.empty if counts[0] == 0 else torch.zeros
     parts = make(tokens * width, x.shape[1], dtype=torch.float32, device=x.device)
     start = counts[0]
-    for chunk in _chunks(counts[1:]):
+    if experts.residency is not None:
+        experts.residency.announce([expert for expert, rows in enumerate(counts[1:]) if rows])
+    for chunk in _chunks(counts[1:], experts.at_once):
         rows = sum(count for _, count in chunk)
         pairs = order[start : start + rows]
         y = experts.run_many(chunk, x[pairs // slots])
@@ -167,16 +217,18 @@ def _one_token(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weig
     picks = [(expert, 1) for expert in ids.tolist() if expert >= 0]
     if not picks:
         return torch.zeros_like(x)
+    if experts.residency is not None:
+        experts.residency.announce(sorted({expert for expert, _ in picks}))
     y = experts.run_many(picks, x.expand(len(picks), -1))
     used = weights if len(picks) == len(ids) else weights[ids >= 0]
     return (y.float() * used[:, None].float()).sum(0, keepdim=True).to(x.dtype)
 
 
-def _chunks(counts: list[int]) -> Iterator[list[tuple[int, int]]]:
-    """Consecutive (expert, rows) with rows, as many as fit in CHUNK_ROWS together, at least one."""
+def _chunks(counts: list[int], most: int) -> Iterator[list[tuple[int, int]]]:
+    """Consecutive (expert, rows) with rows, up to `most` of them and as many as fit in CHUNK_ROWS together, at least one."""
     chunk: list[tuple[int, int]] = []
     for expert, count in enumerate(counts):
-        if count and chunk and sum(rows for _, rows in chunk) + count > CHUNK_ROWS:
+        if count and chunk and (len(chunk) == most or sum(rows for _, rows in chunk) + count > CHUNK_ROWS):
             yield chunk
             chunk = []
         if count:

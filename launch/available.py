@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,3 +66,11 @@ def _left(folder: Path, limit: str, used: str, cached: str) -> int | None:
     stat = folder / "memory.stat"
     fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
     return max(0, int(most) - int((folder / used).read_text()) + int(fields.get(cached, 0)))
+
+
+def resident_bytes() -> int:
+    """What this process has in memory now; the most it ever had where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * int(os.sysconf("SC_PAGE_SIZE"))
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

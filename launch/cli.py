@@ -83,7 +83,7 @@ def build_parser() -> Parser:
     parser = Parser("coterie", description="Mixture-of-Experts inference that knows which experts keep company.")
     parser.add_argument("--version", action="version", version=f"coterie {_version()}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for add in (_demo, _trace, _import, _plan, _evaluate, _show, _export, _generate, _bench, _doctor):
+    for add in (_demo, _trace, _import, _plan, _evaluate, _show, _export, _generate, _cache_sim, _bench, _doctor):
         add(verbs)
     return parser
 
@@ -243,6 +243,9 @@ def _generate(verbs: Any) -> None:
         action="store_true",
         help="print the memory that each rank of the plan needs and stop; one process is enough",
     )
+    p.add_argument(
+        "--memory", metavar="SIZE", help="of each process, such as 2GiB: experts that do not fit are read from disk when needed"
+    )
     p.add_argument("--quantise", metavar="FORMAT", help="round the experts to int8, int4 or fp8 (docs/kernels.md)")
     p.add_argument(
         "--batch-invariant", action="store_true", help="text that does not depend on the batch or the rank, to the last bit"
@@ -271,6 +274,15 @@ def _running(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="prompts at once on each process (default: %(default)s)"
     )
+
+
+def _cache_sim(verbs: Any) -> None:
+    p = _verb(verbs, "cache-sim", "cache_sim", "hit rates of every eviction policy on a trace, beside Belady's optimum")
+    p.add_argument("trace", type=Path, metavar="T", help="a trace file, played in its order, one token at a time")
+    p.add_argument(
+        "--slots", type=float, default=0.125, metavar="F", help="share of all experts that fit (default: %(default)s)"
+    )
+    p.add_argument("--max-tokens", type=int, metavar="N", help="the first N tokens alone")
 
 
 def _bench(verbs: Any) -> None:

@@ -65,9 +65,10 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
         if group.size > 1:
             same_on_all(group, together(group, lambda: found_here(options)))
         asked = together(group, lambda: settle(options, group))
-        from coterie.launch.memory import check_memory
+        from coterie.launch.memory import check_memory, within_budget
         from coterie.launch.resuming import Resuming
 
+        asked = within_budget(asked, options, group)
         if options.dry_run:
             told = check_memory(asked, options, group).told
             return told if group.rank == 0 else None

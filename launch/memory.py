@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from coterie.launch.available import free_bytes, machine
+from coterie.launch.available import free_bytes, machine, resident_bytes
 from coterie.launch.commands import say
 from coterie.launch.tables import table
 from coterie.routing.errors import InputError
@@ -26,6 +27,41 @@ class Checked:
     too_large: frozenset[str]
 
 
+def within_budget(asked: Asked, options: argparse.Namespace, group: Group) -> Asked:
+    """With `--memory`: the same with as many experts at once as the budget of each process allows, on all ranks alike."""
+    if options.memory is None:
+        return asked
+    from coterie.moe.memory import most_slots, workload
+    from coterie.moe.sizes import sizes_of
+
+    share = asked.share
+    for name, found in (("--quantise", share.quantise), ("--replan", options.replan), ("a GPU", share.device.type == "cuda")):
+        if found:
+            raise InputError(f"--memory: found it with {name}, expected one of them: experts from disk do not go with it yet")
+    sizes, work = sizes_of(share.shape, share.empty, share.dtype), workload(asked.requests, options.batch_size)
+    taken = max(group.gather(resident_bytes()))
+    slots = min(
+        most_slots(sizes, share.plan, name, work, parse_bytes(options.memory), taken) or _ALL for name in _candidates(asked)[:1]
+    )
+    if group.rank == 0:
+        whole = len(share.shape.layer_ids) * share.shape.num_experts
+        what = "all experts fit" if slots == _ALL else f"room for {slots} of {whole} experts at once, the others on disk"
+        say(f"memory: {options.memory} for each process, of which {taken / 1e6:,.0f} MB are taken already: {what}")
+    return replace(asked, share=replace(share, slots=None if slots == _ALL else slots))
+
+
+_ALL = 1 << 60
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """`2GiB`, `500MB`, `1.5G`, `123456789`. Raises InputError for anything else."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    if found is None or float(found[1]) == 0:
+        raise InputError(f"--memory: found {text!r}, expected a size such as 2GiB, 500MB or 1500000000")
+    return int(float(found[1]) * UNITS[found[2] or ""])
+
+
 def check_memory(asked: Asked, options: argparse.Namespace, group: Group) -> Checked:
     """Print what every rank will need; raise InputError on all ranks alike if it is more than there is.
 
@@ -36,14 +72,14 @@ def check_memory(asked: Asked, options: argparse.Namespace, group: Group) -> Che
 
     share = asked.share
     sizes, work = sizes_of(share.shape, share.empty, share.dtype), workload(asked.requests, options.batch_size)
-    needed = {name: estimate(sizes, share.plan, name, work) for name in _candidates(asked)}
+    needed = {name: estimate(sizes, share.plan, name, work, share.slots) for name in _candidates(asked)}
     first = next(iter(needed))
     here, found = free_bytes(share.device), None
     if group.size == share.plan.ranks:
         found = _free_by_rank(group, here, [n.total for n in needed[first]], share.device.type == "cuda")
     if group.rank == 0:
         _print(needed, options, share.plan.ranks, here, found)
-    if found:
+    if found and share.slots is None:
         try:
             check_fits(sizes, first, work, Room(share.plan, found))
         except InputError as error:

@@ -7,6 +7,7 @@ Registered with transformers' experts interface under the name `coterie`: any fa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -68,15 +69,18 @@ def stacked(module: Any, least_rows: int = 1, ask: bool = True) -> StackedExpert
     """A view of an experts module's weights as the kernels take them. ask: find out what its activation is."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
     stacks = getattr(module, "coterie_products", None)  # of moe/quantise.py
+    cache = getattr(module, "coterie_cache", None)  # of moe/cached.py
+    held = module if cache is None else SimpleNamespace(**cache.cache.pools)
     return StackedExperts(
-        first=getattr(module, first) if stacks is None else stacks[0],
-        second=module.down_proj if stacks is None else stacks[1],
+        first=getattr(held, first) if stacks is None else stacks[0],
+        second=held.down_proj if stacks is None else stacks[1],
         activation=module._apply_gate if module.has_gate else module.act_fn,
         known=_known_activation(module) if ask else None,
-        first_bias=getattr(module, f"{first}_bias") if module.has_bias else None,
-        second_bias=module.down_proj_bias if module.has_bias else None,
+        first_bias=getattr(held, f"{first}_bias") if module.has_bias else None,
+        second_bias=held.down_proj_bias if module.has_bias else None,
         transposed=module.is_transposed and stacks is None,
         finish=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
+        residency=cache,
         least_rows=least_rows,
         most_rows=MOST_ROWS if least_rows > 1 else 1 << 30,
     )
@@ -168,4 +172,9 @@ def _run(
     return out
 
 
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+def register() -> None:
+    """Let transformers know `experts_implementation="coterie"`. Importing this module does so, too."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+register()

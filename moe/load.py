@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from coterie.moe.families import ModelShape
-from coterie.offload.checkpoint import Checkpoint, TensorSlice
+from coterie.offload.checkpoint import Checkpoint, TensorPlace, TensorSlice
 from coterie.routing.errors import InputError, first_line
 from coterie.routing.record import expert_modules
 
@@ -94,7 +94,10 @@ def select(
         if state[target].ndim == 0:
             chosen[name] = checkpoint.slice(name)
         elif pattern is not None and "*" in pattern:
-            if (expert := _expert_in(name)) in experts[layer]:
+            if not experts[layer]:  # a stack without rows, which is not missing
+                row = tuple(state[target].shape[1:])
+                chosen[target] = TensorSlice(TensorPlace(place.file, 0, 0, place.dtype, (0, *row)), checkpoint.counter)
+            elif (expert := expert_in(name)) in experts[layer]:
                 chosen[name] = checkpoint.slice(name)
                 found.setdefault((target, pattern), set()).add(expert)
         elif place.shape[:1] == (shape.num_experts,):
@@ -111,7 +114,7 @@ def select(
     return chosen
 
 
-def _expert_in(name: str) -> int:
+def expert_in(name: str) -> int:
     """The expert that a per-expert tensor belongs to: the last number in its dotted name."""
     return [int(part) for part in name.split(".") if part.isdigit()][-1]
 

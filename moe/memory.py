@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from coterie.moe.queue import PREFILL_TOKENS
+from coterie.offload.store import READERS, STAGE_BYTES
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError
 
 SLACK = 64  # positions that the coherent strategy's store of keys and values allocates ahead
 HIDDEN_COPIES = 12  # of a step's hidden states: residual, normalised, queries, keys, values, shared experts, messages
 FLOAT32 = 4
+READING_BYTES = READERS * STAGE_BYTES
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,14 @@ class RankMemory:
         }  # fmt: skip
 
 
-def estimate(sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Workload) -> list[RankMemory]:
-    """What each rank of the plan needs. strategy: its name."""
+def estimate(
+    sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Workload, slots: int | None = None
+) -> list[RankMemory]:
+    """What each rank of the plan needs. strategy: its name; slots: experts that a rank holds at once, None for all."""
+    if slots is not None:
+        states, buffers = state_bytes(sizes, strategy, work, plan.ranks), buffer_bytes(sizes, strategy, work, plan.ranks)
+        one = RankMemory(sizes.dense, slots * max(sizes.expert), states, buffers + READING_BYTES + sizes.process)
+        return [one] * plan.ranks
     held = plan.holds().sum(1)  # [layers, ranks]
     experts = np.array(sizes.expert, dtype=np.int64) @ held.astype(np.int64)
     states, buffers = state_bytes(sizes, strategy, work, plan.ranks), buffer_bytes(sizes, strategy, work, plan.ranks)
@@ -110,6 +118,22 @@ def estimate(sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Worklo
         RankMemory(sizes.dense, int(here), states, max(buffers, int(reading) - states) + sizes.process)
         for here, reading in zip(experts, stacking, strict=True)
     ]
+
+
+def most_slots(sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Workload, budget: int, taken: int) -> int | None:
+    """How many experts fit in `budget` bytes of a process that has `taken` so many already; None if all of every rank's do.
+
+    Raises InputError, saying the least that works, if one token's experts of a layer do not fit.
+    """
+    if all(need.total + taken <= budget for need in estimate(sizes, plan, strategy, work)):
+        return None
+    least = taken + estimate(sizes, plan, strategy, work, sizes.top_k)[0].total
+    if budget < least:
+        raise InputError(
+            f"--memory: found {told(budget)}, expected {told(least)} or more: {told(taken)} that the process has taken, "
+            f"{told(sizes.dense)} for all but the experts, room for {sizes.top_k} experts, cache and buffers"
+        )
+    return sizes.top_k + (budget - least) // max(sizes.expert)
 
 
 def state_bytes(sizes: ModelSizes, strategy: str, work: Workload, ranks: int) -> int:

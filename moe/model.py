@@ -22,9 +22,10 @@ from coterie.moe.home_ranks import HomeRanks, find_home_ranks
 from coterie.moe.invariant import BLOCK_ROWS, make_invariant
 from coterie.moe.layer import attach
 from coterie.moe.placement_map import layer_maps
-from coterie.moe.prepare import Share, prepare
+from coterie.moe.prepare import Share, check_slots, prepare
 from coterie.moe.replanning import AutoReplan, Boundary, TakeOver
 from coterie.moe.text import Output, Prompt, Text
+from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError, positive
@@ -76,6 +77,12 @@ class Model:
     def device(self) -> torch.device:
         """Where the weights are."""
         return torch.device(next(self.transformers.parameters()).device)
+
+    @property
+    def cache(self) -> ExpertCache | None:
+        """What holds the experts if they do not all fit; None if they do."""
+        found = (getattr(module, "coterie_cache", None) for module in self.transformers.modules())
+        return next((layer.cache for layer in found if layer is not None), None)
 
     def generate(
         self, prompts: Sequence[Prompt | str], max_new_tokens: int = 64, sampling: Sampling | None = None, batch_size: int = 16,
@@ -203,7 +210,10 @@ class Model:
 
     def statistics(self, prompt_tokens: int, new_tokens: int, seconds: float, rows: int) -> Statistics:
         """Figures of a run. seconds, rows: of this rank; every rank must ask."""
-        gathered = self.group.gather((self.checkpoint.counter.bytes, rows, peak_memory(self.device), seconds))
+        cache = self.cache
+        asked = (0, 0) if cache is None else (cache.statistics.requests, cache.statistics.transfers)
+        gathered = self.group.gather((self.checkpoint.counter.bytes, rows, peak_memory(self.device), seconds, *asked))
+        requests, transfers = (sum(g[i] for g in gathered) for i in (4, 5))
         longest = max(g[3] for g in gathered)
         return Statistics(
             prompt_tokens=prompt_tokens,
@@ -215,13 +225,14 @@ class Model:
             bytes_read=sum(g[0] for g in gathered),
             rows_sent=sum(g[1] for g in gathered),
             peak_memory_bytes=max(g[2] for g in gathered),
+            hit_rate=1 - transfers / requests if requests else None,
         )
 
 
 def load(
     model: str | Path, plan: PlacementPlan | None = None, dtype: str = "auto", strategy: str | None = None,
     device: str | torch.device | None = None, group: Group | None = None, batch_invariant: bool = False,
-    quantise: str | None = None,
+    quantise: str | None = None, slots: int | None = None,
 ) -> Model:  # fmt: skip
     """Load this rank's share of MODEL: a folder, a hub id, or `coterie-tiny`.
 
@@ -229,10 +240,12 @@ def load(
     device: by default this process's GPU, or the CPU if there is none.
     dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on a GPU, float32 on a CPU.
     quantise: `int8`, `int4` or `fp8` rounds the experts (kernels/formats.py); text is then no longer the checkpoint's own.
+    slots: how many experts to hold in memory at once, the others being read from disk when needed; by default all.
     Raises InputError for a model, checkpoint or plan that is wrong or does not fit.
     """
     group = group or Group.current()
-    share = prepare(model, plan, dtype, group.size, group.nodes, device, quantise)
+    share = replace(prepare(model, plan, dtype, group.size, group.nodes, device, quantise), slots=slots)
+    check_slots(share)
     asked = asked_strategy(share, strategy, group)
     return assembled(share, share.read(group.rank), asked, group, batch_invariant=batch_invariant)
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from coterie.moe.cached import attach_cache, index_experts
 from coterie.moe.families import ModelShape, inspect
 from coterie.moe.layer import IMPLEMENTATION
 from coterie.moe.load import load_share
 from coterie.moe.placement_map import check_plan, contiguous_plan
 from coterie.moe.quantise import check_format, quantise_experts
+from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError
@@ -25,7 +27,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Share:
     """A model under a plan. empty: its skeleton on the meta device; device: of this rank.
 
-    quantise: the format that experts are rounded to once they are read (kernels/formats.py), or None.
+    quantise: the format that experts are rounded to once they are read (kernels/formats.py), or None. slots: how many experts
+    this process holds at once, the others being read from disk when they are needed (moe/cached.py); None for all.
     """
 
     shape: ModelShape
@@ -35,13 +38,25 @@ class Share:
     dtype: torch.dtype
     device: torch.device
     quantise: str | None = None
+    slots: int | None = None
 
     def read(self, rank: int, on_bytes: Callable[[int, int], object] | None = None) -> Any:
         """The transformers model with the share of `rank` in it. on_bytes: told (bytes just read, bytes in all)."""
         experts = {layer: tuple(self.plan.experts_on(i, rank)) for i, layer in enumerate(self.shape.layer_ids)}
+        if self.slots is not None:
+            return self._cached(tuple(experts.values()), self.slots, on_bytes)
         read = load_share(self.shape, self.empty, self.checkpoint, experts, self.dtype, self.device, IMPLEMENTATION, on_bytes)
         if self.quantise is not None:
             quantise_experts(read, self.quantise)
+        return read
+
+    def _cached(self, local: tuple[tuple[int, ...], ...], slots: int, on_bytes: Callable[[int, int], object] | None) -> Any:
+        """The dense part, and the experts `local` (by layer) out of a cache."""
+        store = index_experts(self.shape, self.empty, self.checkpoint)
+        none: dict[int, tuple[int, ...]] = dict.fromkeys(self.shape.layer_ids, ())
+        read = load_share(self.shape, self.empty, self.checkpoint, none, self.dtype, self.device, IMPLEMENTATION, on_bytes)
+        shapes = {name: part.shape for name, part in store.records[0][0].items()}
+        attach_cache(read, ExpertCache(store, self.shape.num_experts, slots, shapes, self.dtype, self.shape.top_k), local)
         return read
 
 
@@ -60,6 +75,16 @@ def prepare(
     check_plan(plan, shape, ranks)
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     return Share(shape, empty, Checkpoint.open(shape.folder), plan, dtype_of(dtype, shape.config, target), target, quantise)
+
+
+def check_slots(share: Share) -> None:
+    """Raises InputError if so few experts at once do not make a layer, or something else needs them all."""
+    if share.slots is None:
+        return
+    if share.slots < share.shape.top_k:
+        raise InputError(f"slots: found {share.slots}, expected at least {share.shape.top_k}: one token's experts in a layer")
+    if share.quantise is not None or share.device.type == "cuda":
+        raise InputError("slots: found with quantise or a GPU, expected neither: experts from disk do not go with them yet")
 
 
 def dtype_of(name: str, config: Any, device: torch.device) -> torch.dtype:

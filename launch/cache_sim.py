@@ -1,0 +1,44 @@
+"""`coterie cache-sim`: what each eviction policy makes of a recorded routing, beside Belady's optimum."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from coterie.launch.commands import say
+from coterie.launch.tables import table
+from coterie.offload.simulate import Simulated, Simulation
+from coterie.routing.errors import InputError, positive
+from coterie.routing.trace import read_trace
+
+
+def cache_sim(options: argparse.Namespace) -> dict[str, Any]:
+    """One pool of slots for all layers, token by token; the fields of `--json` are the contract's (docs/formats.md)."""
+    trace = read_trace(options.trace)
+    if options.max_tokens is not None:
+        trace = trace.select(np.arange(min(trace.tokens, positive("--max-tokens", options.max_tokens))))
+    try:
+        simulation = Simulation(trace, options.slots)
+    except InputError as error:
+        raise InputError(f"{options.trace}: {error}") from error
+    found: dict[str, Simulated] = {}
+    for name in tqdm(simulation.names, desc="policies", disable=None):
+        found[name] = simulation.run(name)
+    low, high = found["lru"].hit_rate, found["belady"].hit_rate
+    policies = {
+        name: {
+            "hit_rate": one.hit_rate,
+            "gap_closed": (one.hit_rate - low) / (high - low) if high > low else 0.0,
+            "microseconds_per_layer": one.microseconds,
+        }
+        for name, one in found.items()
+    }
+    if not options.json:
+        share = f"{simulation.slots} of {trace.num_experts * len(trace.layer_ids)} experts in slots"
+        say(f"{options.trace}: {trace.tokens} tokens, {len(trace.layer_ids)} layers, {share}")
+        header = ["policy", "hit rate", "gap to Belady closed", "us a layer and token"]
+        print(table(header, [[name, *policy.values()] for name, policy in policies.items()]))
+    return {"slots": simulation.slots, "tokens": trace.tokens, "policies": policies}

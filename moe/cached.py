@@ -1,0 +1,122 @@
+"""A model whose experts stay on disk: the dense part is loaded, and all layers' experts come from one cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
+
+from coterie.moe.families import ModelShape
+from coterie.moe.load import WEIGHT_DTYPES, expert_in
+from coterie.offload.cache import ExpertCache
+from coterie.offload.checkpoint import Checkpoint, TensorPlace
+from coterie.offload.store import ExpertStore, Part, Piece
+from coterie.routing.errors import InputError
+from coterie.routing.record import expert_modules
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's view of the cache. local: the model's numbers of the experts that this rank computes, by place."""
+
+    cache: ExpertCache
+    layer: int
+    local: tuple[int, ...]
+
+    @property
+    def experts(self) -> int:
+        """How many can be asked for."""
+        return len(self.local)
+
+    @property
+    def room(self) -> int:
+        """How many can be there at once."""
+        return self.cache.slots
+
+    def announce(self, places: Sequence[int]) -> None:
+        """All that a step asks for, by place."""
+        self.cache.announce(self.layer, [self.local[p] for p in places])
+
+    def slots(self, places: Sequence[int]) -> list[int]:
+        """Where they are now, at most `room` of them."""
+        return self.cache.places(self.layer, [self.local[p] for p in places])
+
+
+def index_experts(shape: ModelShape, empty: nn.Module, checkpoint: Checkpoint) -> ExpertStore:
+    """Every expert's bytes in the checkpoint, in place: stacked along dimension 0, or a tensor per expert and projection.
+
+    Raises InputError, naming the tensor, for weights that would have to be converted otherwise, or are missing.
+    """
+    transforms = get_model_conversion_mapping(empty)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = empty.state_dict()
+    place_of = {name: index for index, name in enumerate(shape.expert_names.values())}
+    found: dict[tuple[int, int, str], dict[int, tuple[TensorPlace, Piece]]] = {}
+    for name, place in checkpoint.tensors.items():
+        target, pattern = rename_source_key(name, renamings, converters, empty.base_model_prefix, state)
+        module, _, parameter = target.rpartition(".")
+        if module not in place_of or target not in state or state[target].ndim == 0:
+            continue
+        if place.dtype not in WEIGHT_DTYPES:
+            raise InputError(f"{place.file}: tensor {name!r}: found {place.dtype}, expected float32, bfloat16 or float16")
+        layer = place_of[module]
+        if pattern is not None and "*" in pattern:
+            order = _order(name, pattern, converters)
+            piece = Piece(place.file, place.offset, place.length)
+            found.setdefault((layer, expert_in(name), parameter), {})[order] = place, piece
+        elif place.shape[:1] == (shape.num_experts,) and pattern is None:
+            size = place.length // shape.num_experts
+            for expert in range(shape.num_experts):
+                piece = Piece(place.file, place.offset + expert * size, size)
+                found.setdefault((layer, expert, parameter), {})[0] = place, piece
+        else:
+            raise InputError(f"{place.file}: tensor {name!r}: cannot be read expert by expert; run without --memory")
+    records = [
+        [_record(shape, state, module, layer, expert, found) for expert in range(shape.num_experts)]
+        for layer, module in enumerate(shape.expert_names.values())
+    ]
+    return ExpertStore(records, checkpoint.counter)
+
+
+def _order(name: str, pattern: str, converters: list[Any]) -> int:
+    """Which of the tensors put together this one is. Raises InputError for conversions other than stacking and joining."""
+    for converter in converters:
+        sources = list(converter.source_patterns)
+        if pattern not in sources:
+            continue
+        kinds = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
+        if kinds == [(MergeModulelist, 0)] or kinds == [(MergeModulelist, 0), (Concatenate, 1)]:
+            return sources.index(pattern)
+        break
+    raise InputError(f"tensor {name!r}: its experts cannot be read one by one; run without --memory")
+
+
+def _record(
+    shape: ModelShape, state: dict[str, Any], module: str, layer: int, expert: int,
+    found: dict[tuple[int, int, str], dict[int, tuple[TensorPlace, Piece]]],
+) -> dict[str, Part]:  # fmt: skip
+    made = {}
+    for parameter in [n.rpartition(".")[2] for n in state if n.rpartition(".")[0] == module and state[n].ndim > 1]:
+        pieces = found.get((layer, expert, parameter), {})
+        row = tuple(state[f"{module}.{parameter}"].shape[1:])
+        dtypes = {place.dtype for place, _ in pieces.values()}
+        held = sum(piece.length for _, piece in pieces.values())
+        if len(dtypes) != 1 or held != torch.Size(row).numel() * next(iter(dtypes)).itemsize:
+            raise InputError(
+                f"{shape.folder}: expert {expert} of {module}.{parameter}: found {held} bytes, expected shape {list(row)}; "
+                f"fetch the checkpoint again"
+            )
+        made[parameter] = Part(next(iter(dtypes)), row, tuple(pieces[i][1] for i in sorted(pieces)))
+    return made
+
+
+def attach_cache(model: nn.Module, cache: ExpertCache, local: Sequence[tuple[int, ...]]) -> None:
+    """Let the experts modules of `model` compute from the cache. local: by layer, this rank's experts."""
+    for layer, (_, module) in enumerate(expert_modules(model).values()):
+        module.coterie_cache = LayerCache(cache, layer, local[layer])  # type: ignore[assignment]

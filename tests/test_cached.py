@@ -1,0 +1,168 @@
+"""Models whose experts stay on disk: the same bits as with all of them in memory, whatever the room; faults; memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import thread_ranks
+import torch
+from conftest import ROOT
+from tiny_models import FAMILIES, make_model
+
+import coterie
+from coterie.launch.cli import main
+from coterie.launch.memory import parse_bytes
+from coterie.moe.cached import index_experts
+from coterie.moe.collectives import Group
+from coterie.moe.model import assembled
+from coterie.moe.prepare import prepare
+from coterie.offload.checkpoint import ReadCounter
+from coterie.offload.store import STAGE_BYTES, ExpertStore, Part, Piece
+from coterie.routing.errors import CoterieError, InputError
+from coterie.routing.record import expert_modules
+
+PROMPTS = torch.tensor([[5, 17, 33, 60, 8, 2, 91, 44, 7], [9, 9, 3, 4, 96, 11, 12, 40, 1]])
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def model(folder: Path, slots: int | None, dtype: str = "float32"):
+    share = replace(prepare(folder, None, dtype, 1), slots=slots)
+    return assembled(share, share.read(0), None, Group())
+
+
+@torch.no_grad()
+def logits(made, steps: int = 4) -> list[torch.Tensor]:
+    """Of a prefill of two sequences, and of steps of one and of two tokens."""
+    found = []
+    for ids in (PROMPTS, PROMPTS[:1]):
+        out = made.transformers(ids, use_cache=True)
+        found.append(out.logits)
+        for step in range(steps):
+            out = made.transformers(ids[:, step : step + 1], past_key_values=out.past_key_values, use_cache=True)
+            found.append(out.logits)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_are_the_residents_to_the_bit_at_every_room(family: Path, dtype: str) -> None:
+    resident = model(family, None, dtype)
+    right = logits(resident)
+    top_k, total = resident.shape.top_k, resident.shape.num_experts * len(resident.shape.layer_ids)
+    for slots in (top_k, top_k + 1, total // 2, total):
+        made = model(family, slots, dtype)
+        for got, expected in zip(logits(made), right, strict=True):
+            assert torch.equal(got, expected), slots
+        found = made.cache.statistics
+        assert 0 < found.transfers <= (total if slots == total else found.requests)
+        assert found.hit_rate == 1 - found.transfers / found.requests
+        made.cache.store.close()
+
+
+def test_an_expert_is_read_in_place_and_byte_for_byte(family: Path) -> None:
+    share = prepare(family, None, "float32", 1)
+    store = index_experts(share.shape, share.empty, share.checkpoint)
+    resident = model(family, None)
+    for layer, (_, module) in enumerate(expert_modules(resident.transformers).values()):
+        for expert in (0, share.shape.num_experts - 1):
+            into = {name: torch.full(part.shape, float("nan")) for name, part in store.records[layer][expert].items()}
+            before = store.counter.bytes
+            store.read_into([(layer, expert, into)])
+            assert store.counter.bytes - before == sum(p.numel() * 4 for p in into.values())
+            for name, found in into.items():
+                assert torch.equal(found, getattr(module, name)[expert]), (layer, expert, name)
+    store.close()
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4095, 5000])
+def test_pieces_longer_than_the_stage_and_at_any_offset(offset: int, tmp_path: Path) -> None:
+    values = torch.arange(STAGE_BYTES // 2 + 3, dtype=torch.int32).view(torch.uint8)
+    (tmp_path / "f").write_bytes(bytes(offset) + values.numpy().tobytes())
+    part = Part(torch.float32, (len(values) // 4,), (Piece(tmp_path / "f", offset, len(values)),))
+    store = ExpertStore([[{"w": part}]], ReadCounter())
+    out = torch.zeros(len(values) // 4)
+    store.read_into([(0, 0, {"w": out})])
+    assert torch.equal(out.view(torch.int32), values.view(torch.int32))
+    store.close()
+
+
+def test_a_checkpoint_cut_short_while_in_use_is_named_and_no_half_read_expert_is_used(tmp_path: Path) -> None:
+    folder = make_model("qwen3_moe", tmp_path)
+    made, right = model(folder, 3), model(folder, None)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    os.truncate(file, 4096)
+    with (
+        torch.no_grad(),
+        pytest.raises(CoterieError, match=r"model.safetensors: ends at byte \d+, expected \d+; was it changed"),
+    ):
+        made.transformers(PROMPTS)
+    file.write_bytes(whole)
+    with torch.no_grad():
+        assert torch.equal(made.transformers(PROMPTS).logits, right.transformers(PROMPTS).logits)
+
+
+def test_generate_within_a_budget_writes_the_same_text(tmp_path: Path) -> None:
+    """In processes of their own: the budget is that of the whole process."""
+    folder = make_model("qwen3_moe", tmp_path / "m", hidden_size=256, moe_intermediate_size=512, head_dim=64)
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"token_ids": row}) + "\n" for row in PROMPTS.tolist()))
+
+    def generate(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "coterie", "generate", str(folder), "--prompts", str(tmp_path / "p.jsonl"), "--json"]
+        return subprocess.run([*command, "--max-new-tokens", "8", *arguments], capture_output=True, text=True, cwd=ROOT)
+
+    alone, refused = json.loads(generate().stdout), generate("--memory", "1k")
+    assert refused.returncode == 2, refused.stderr
+    least = re.search(r"--memory: found 1.0 KB, expected ([0-9.]+) MB or more", refused.stderr)
+    assert least is not None, refused.stderr
+    ran = generate("--memory", f"{float(least[1]) + 15}MB")
+    cached = json.loads(ran.stdout)
+    assert cached["outputs"] == alone["outputs"] and alone["stats"]["hit_rate"] is None
+    assert 0 < cached["stats"]["hit_rate"] < 1 and "experts at once, the others on disk" in ran.stderr
+    assert cached["stats"]["peak_memory_bytes"] < 1.03 * (float(least[1]) + 15) * 1e6
+    assert cached["stats"]["bytes_read"] > alone["stats"]["bytes_read"]
+    assert "all experts fit" in generate("--memory", "64GiB", "--dry-run").stderr
+
+
+def test_ranks_with_a_cache_each_write_what_one_does(tmp_path: Path) -> None:
+    folder = make_model("mixtral", tmp_path)
+    alone = model(folder, None)
+    prompts = [coterie.Prompt(token_ids=tuple(row)) for row in PROMPTS.tolist()]
+    right = [o.token_ids for o in alone.generate(prompts, 6)[0]]
+
+    def run(group: Group) -> list[tuple[int, ...]]:
+        made = thread_ranks.load(folder, group=group, slots=3)
+        return [o.token_ids for o in made.generate(prompts, 6)[0]]
+
+    assert all(found == right for found in thread_ranks.on_ranks(2, run))
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("2GiB", 2 << 30), ("500MB", 500_000_000), ("1.5g", 1_500_000_000), ("4096", 4096), ("1 KiB", 1024)]
+)
+def test_sizes(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "0", "-1", "2 XB", "1e9"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"--memory: found .*, expected a size such as 2GiB"):
+        parse_bytes(text)
+
+
+def test_what_does_not_go_with_experts_on_disk_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_model("qwen3_moe", tmp_path)
+    with pytest.raises(InputError, match="slots: found 2, expected at least 3"):
+        coterie.load(folder, slots=2)
+    assert main(["generate", "coterie-tiny", "--prompt", "x", "--memory", "1GB", "--quantise", "int8"]) == 2
+    assert "--memory: found it with --quantise" in capsys.readouterr().err
