@@ -19,11 +19,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from coterie.kernels.grouped_gemm import CODES, FUNCTION_CODES, first_product, second_product
+from coterie.kernels import ordering
+from coterie.kernels.grouped_gemm import CODES, FUNCTION_CODES, first_product, second_product, weighted_sum
 from coterie.kernels.tiles import SHARED_BYTES, Tile, Work, rule
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # tensor cores by Ampere's, Hopper's, Blackwell's own instruction
+SMALL = ("_order_at_once", "_count", "_place", "_map_blocks", "weighted_sum")
 POINTERS = {"plain": "*bf16", "int8": "*i8", "int4": "*u8", "fp8": "*fp8e4nv"}
 ALIGNED = (
     "x", "w", "scale", "bias", "h", "y", "picks", "block_expert", "block_start", "block_count",
@@ -69,6 +71,20 @@ def compile_product(work: Work, arch: int, first: bool = True, tile: Tile | None
     return compile_kernel(kernel, types, constants, arch, tile.warps, tile.stages)
 
 
+def compile_small(name: str, arch: int, experts: int = 256, top_k: int = 8) -> Compiled:
+    """A kernel around the products, one of SMALL, for its largest case."""
+    kernel = weighted_sum if name == "weighted_sum" else getattr(ordering, name)
+    given = {
+        "ALL": ordering.AT_ONCE, "EXPERTS": 2 * experts, "ROWS": 16, "PLACED": ordering.PLACED, "PART": ordering.PART,
+        "SLOTS": top_k, "BH": 1024,
+    }  # fmt: skip
+    constants = {n: value for n, value in given.items() if n in kernel.arg_names}
+    pointers = {"ids": "*i64", "weights": "*fp32", "y": "*bf16", "out": "*bf16"}
+    pointers |= dict.fromkeys(("picks", "expert", "start", "count", "found", "ends"), "*i32")
+    types = {n: pointers.get(n, "i32") for n in kernel.arg_names}
+    return compile_kernel(kernel, types, constants, arch, 8 if name == "_place" else 4, 3)
+
+
 def compile_kernel(
     kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], arch: int, warps: int, stages: int
 ) -> Compiled:
@@ -107,6 +123,9 @@ def survey() -> dict[str, Any]:
                 found += [_surveyed(arch, "Qwen3", Work(128, 2048, 768, 8, tokens, 2, format), False)]
         for tokens in (1, 512, 4096):
             found += [_surveyed(arch, "gpt-oss", Work(128, 2880, 2880, 4, tokens, 2, "plain", True, True), True)]
+        for name in SMALL:
+            common = {"case": name, "arch": arch, "tile": {}, "expected": "", "limit": SHARED_BYTES[arch]}
+            found.append(common | asdict(compile_small(name, arch)))
     return {"triton": triton.__version__, "kernels": found}
 
 

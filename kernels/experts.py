@@ -36,6 +36,10 @@ class Residency(Protocol):
         """How many can be there at once."""
         ...
 
+    def look_ahead(self, x: torch.Tensor, top_k: int) -> None:
+        """What the layer is about to be given, `[T, H]`: the next one may be prepared for it."""
+        ...
+
     def announce(self, places: Sequence[int]) -> None:
         """All experts that a step will ask for, each once."""
         ...

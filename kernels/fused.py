@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -75,9 +76,7 @@ class FusedExperts:
         return out
 
     def _tiles(self, x: torch.Tensor, tokens: int, slots: int) -> tuple[Tile, Tile]:
-        device = triton.runtime.driver.active.get_current_target() if x.is_cuda else None
-        name = torch.cuda.get_device_name(x.device) if x.is_cuda else ""
-        capability = int(device.arch) if device is not None else 90
+        name, capability = _device(x.device.index or 0) if x.is_cuda else ("", 90)
         gated = self.activation is not None and self.activation.gated
         turned = self.activation is not None and self.activation.interleaved
         outputs = self.first.shape[1] // (2 if gated else 1)
@@ -114,6 +113,13 @@ class FusedExperts:
             **_constants(self.second, self.second_bias, self.table, hidden, inputs, tile),
         )  # fmt: skip
         return y
+
+
+@lru_cache(maxsize=16)
+def _device(index: int) -> tuple[str, int]:
+    """A GPU's name, and ten times its compute capability."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return torch.cuda.get_device_name(index), 10 * major + minor
 
 
 def _check_tiles(first: Tile, second: Tile, format: str) -> None:

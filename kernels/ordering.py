@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 AT_ONCE = 1024  # picks that one launch orders by comparing each with all; more are counted first
-BLOCK = 128  # picks, or blocks of the map, that one program places
+PLACED = 16  # picks, or blocks of the map, that one program places: few, so that what it compares stays in registers
+PART = 128  # picks that are counted together where there are more
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,19 @@ def order_picks(ids: torch.Tensor, experts: int, rows: int) -> Order:
         return Order(picks, expert, start, counts, rows)
     wide = triton.next_power_of_2(experts + 1)
     if count <= AT_ONCE:
-        programs = max(triton.cdiv(count, BLOCK), triton.cdiv(blocks, BLOCK))
+        programs = max(triton.cdiv(count, PLACED), triton.cdiv(blocks, PLACED))
         _order_at_once[(programs,)](
             ids, picks, expert, start, counts, count, blocks, experts,
-            ALL=max(16, triton.next_power_of_2(count)), EXPERTS=wide, ROWS=rows, BLOCK=BLOCK,
+            ALL=max(16, triton.next_power_of_2(count)), EXPERTS=wide, ROWS=rows, PLACED=PLACED,
         )  # fmt: skip
         return Order(picks, expert, start, counts, rows)
-    parts = triton.cdiv(count, BLOCK)
+    parts = triton.cdiv(count, PART)
     found = torch.empty(experts + 1, parts, dtype=torch.int32, device=ids.device)
-    _count[(parts,)](ids, found, count, experts, parts, EXPERTS=wide, BLOCK=BLOCK)
+    _count[(parts,)](ids, found, count, experts, parts, EXPERTS=wide, PART=PART)
     ends = found.view(-1).cumsum(0, dtype=torch.int32)
-    _place[(parts,)](ids, picks, found, ends, count, experts, parts, BLOCK=BLOCK)
-    _map_blocks[(triton.cdiv(blocks, BLOCK),)](
-        expert, start, counts, ends, blocks, experts, parts, EXPERTS=wide, ROWS=rows, BLOCK=BLOCK
+    _place[(parts,)](ids, picks, found, ends, count, experts, parts, PART=PART, num_warps=8)
+    _map_blocks[(triton.cdiv(blocks, PLACED),)](
+        expert, start, counts, ends, blocks, experts, parts, EXPERTS=wide, ROWS=rows, PLACED=PLACED
     )
     return Order(picks, expert, start, counts, rows)
 
@@ -89,36 +90,36 @@ def _store_blocks(expert, start, count, held, blocks, at, EXPERTS: tl.constexpr,
 @triton.jit
 def _order_at_once(
     ids, picks, expert, start, count, N, blocks, experts,
-    ALL: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ALL: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     """Each program compares its picks with all: a pick's place is how many come before it."""
     every = tl.arange(0, ALL)
     keys = _keys(ids, every, N, experts)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) * PLACED + tl.arange(0, PLACED)
     mine = _keys(ids, at, N, experts)
     before = (keys[None, :] < mine[:, None]) | ((keys[None, :] == mine[:, None]) & (every[None, :] < at[:, None]))
     tl.store(picks + tl.sum(before.to(tl.int32), 1), at, mask=at < N)
     each = tl.arange(0, EXPERTS)
-    held = tl.sum((keys[None, :] == each[:, None]).to(tl.int32), 1)
+    held = tl.histogram(keys, EXPERTS, mask=every < N)
     _store_blocks(expert, start, count, tl.where(each < experts, held, 0), blocks, at, EXPERTS, ROWS)
 
 
 @triton.jit
-def _count(ids, found, N, experts, parts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many picks of each expert are in each part of BLOCK picks: `[experts + 1, parts]`."""
+def _count(ids, found, N, experts, parts, EXPERTS: tl.constexpr, PART: tl.constexpr):
+    """How many picks of each expert are in each part of PART picks: `[experts + 1, parts]`."""
     part = tl.program_id(0)
-    keys = _keys(ids, part * BLOCK + tl.arange(0, BLOCK), N, experts)
+    at = part * PART + tl.arange(0, PART)
     each = tl.arange(0, EXPERTS)
-    held = tl.sum((keys[None, :] == each[:, None]).to(tl.int32), 1)
+    held = tl.histogram(_keys(ids, at, N, experts), EXPERTS, mask=at < N)
     tl.store(found + each * parts + part, held, mask=each <= experts)
 
 
 @triton.jit
-def _place(ids, picks, found, ends, N, experts, parts, BLOCK: tl.constexpr):
+def _place(ids, picks, found, ends, N, experts, parts, PART: tl.constexpr):
     """Each pick's place: behind those of lower experts, of earlier parts, and of earlier ones in its part."""
     part = tl.program_id(0)
-    local = tl.arange(0, BLOCK)
-    at = part * BLOCK + local
+    local = tl.arange(0, PART)
+    at = part * PART + local
     keys = _keys(ids, at, N, experts)
     cell = tl.minimum(keys, experts) * parts + part
     base = tl.load(ends + cell) - tl.load(found + cell)
@@ -128,10 +129,10 @@ def _place(ids, picks, found, ends, N, experts, parts, BLOCK: tl.constexpr):
 
 @triton.jit
 def _map_blocks(
-    expert, start, count, ends, blocks, experts, parts, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    expert, start, count, ends, blocks, experts, parts, EXPERTS: tl.constexpr, ROWS: tl.constexpr, PLACED: tl.constexpr
 ):
     each = tl.arange(0, EXPERTS)
     last = tl.load(ends + (each + 1) * parts - 1, mask=each < experts, other=0)
     first = tl.load(ends + each * parts - 1, mask=(each > 0) & (each < experts), other=0)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) * PLACED + tl.arange(0, PLACED)
     _store_blocks(expert, start, count, tl.where(each < experts, last - first, 0), blocks, at, EXPERTS, ROWS)

@@ -60,6 +60,7 @@ class Work:
         return picks / max(1.0, min(hit, picks))
 
 
+@lru_cache(maxsize=4096)
 def choose_tile(work: Work, device: str = "", capability: int = 90, triton: str = "") -> Tile:
     """From a table if there is one for this shape, device and Triton, else by rule."""
     for entry in _tables().get((device, triton), ()):

@@ -159,6 +159,9 @@ def _run(
     traffic.layer = layer.index
     layer.context.count(layer.index, ids)
 
+    if experts.residency is not None:
+        experts.residency.look_ahead(x, ids.shape[1])
+
     def compute(dispatched: Dispatched) -> torch.Tensor:
         with traffic.span("experts"):
             return compute_experts(experts, dispatched.rows, dispatched.ids, dispatched.weights)

@@ -294,5 +294,8 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes this process has used: CUDA's reserved memory on a GPU, else the resident set."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage's figure is at first that of the process which started this one
+        return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

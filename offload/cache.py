@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +18,14 @@ DEFAULT = "coterie"
 
 @dataclass
 class CacheStatistics:
-    """requests: experts asked for, once a step; transfers: those that had to be read; seconds: reading while all else waited,
-    and in the policy."""
+    """requests: experts asked for, once a step; transfers: experts read; prefetched: of these, before they were asked for.
+
+    seconds: waiting for reads, and in the policy.
+    """
 
     requests: int = 0
     transfers: int = 0
+    prefetched: int = 0
     stalled_seconds: float = 0.0
     policy_seconds: float = 0.0
 
@@ -48,6 +52,8 @@ class ExpertCache:
         self.free = list(range(slots - 1, -1, -1))
         self.policy = MAKERS[policy](layers, experts, top_k, slots)
         self.statistics = CacheStatistics()
+        self.coming: dict[int, Future[None]] = {}  # experts that have a slot and are still being read
+        self.expected: tuple[int, Sequence[int]] | None = None
 
     def announce(self, layer: int, experts: Sequence[int]) -> None:
         """All experts that a step of this layer will ask for, each once."""
@@ -59,31 +65,74 @@ class ExpertCache:
         self.statistics.requests += len(experts)
 
     def places(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """Their slots, at most `slots` of them at once; what is not there is read. Valid until the next call."""
+        """Their slots, at most `slots` of them at once; what is not there is read. Valid until the next call.
+
+        Reading what was expected gives way to what is needed, and goes on when that is there.
+        """
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
         missing = at[self.slot_of[at] < 0]
         if len(missing):
+            self._give_way(at)
             self._make_room(len(missing) - len(self.free), at)
-            wanted = []
-            for one in missing.tolist():
-                slot = self.slot_of[one] = self.free.pop()
-                wanted.append((layer, one - layer * self.experts, {name: pool[slot] for name, pool in self.pools.items()}))
-            began = time.perf_counter()
-            try:
-                self.store.read_into(wanted)
-            except BaseException:
-                self._forget(missing)  # half-filled slots hold nothing
-                raise
-            self.statistics.stalled_seconds += time.perf_counter() - began
+            self._start(missing)
             self.statistics.transfers += len(missing)
+        self._wait(at)
+        if self.expected is not None:
+            following, self.expected = self.expected, None
+            self._prefetch(*following, at)
         found: list[int] = self.slot_of[at].tolist()
         return found
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        """What a coming step is expected to ask for: read once the present one has all that it needs."""
+        self.expected = layer, experts
+
+    def _prefetch(self, layer: int, experts: Sequence[int], held: np.ndarray) -> None:
+        at = layer * self.experts + np.asarray(experts, dtype=np.int64)
+        missing = at[self.slot_of[at] < 0]
+        over = len(missing) - len(self.free)
+        kept = np.concatenate([held, at, np.fromiter(self.coming, dtype=np.int64)])
+        if not len(missing) or over > (self.slot_of >= 0).sum() - len(np.unique(kept)):
+            return  # no room beside what is in use
+        self._make_room(over, kept)
+        self._start(missing)
+        self.statistics.transfers += len(missing)
+        self.statistics.prefetched += len(missing)
+
+    def _start(self, experts: np.ndarray) -> None:
+        for one in experts.tolist():
+            slot = self.slot_of[one] = self.free.pop()
+            into = {name: pool[slot] for name, pool in self.pools.items()}
+            self.coming[one] = self.store.start(one // self.experts, one % self.experts, into)
+
+    def _give_way(self, needed: np.ndarray) -> None:
+        """Call off what is being read for later and has not begun."""
+        for one in set(self.coming) - set(needed.tolist()):
+            if self.coming[one].cancel():
+                del self.coming[one]
+                self._forget(np.array([one]))
+                self.statistics.transfers -= 1
+                self.statistics.prefetched -= 1
+
+    def _wait(self, needed: np.ndarray) -> None:
+        """Until these are there. An expert whose reading failed is forgotten: its slot holds nothing."""
+        began, waiting = time.perf_counter(), [one for one in needed.tolist() if one in self.coming]
+        failure: BaseException | None = None
+        for one in waiting:
+            error = self.coming.pop(one).exception()
+            if error is not None:
+                self._forget(np.array([one]))
+                failure = error
+        self.statistics.stalled_seconds += time.perf_counter() - began if waiting else 0.0
+        if failure is not None:
+            raise failure
 
     def _make_room(self, count: int, needed: np.ndarray) -> None:
         if count <= 0:
             return
         began = time.perf_counter()
-        self._forget(lowest(self.policy.keep(), self.slot_of >= 0, needed, count))
+        kept = np.concatenate([needed, np.fromiter(self.coming, dtype=np.int64)])
+        self._forget(lowest(self.policy.keep(), self.slot_of >= 0, kept, count))
         self.statistics.policy_seconds += time.perf_counter() - began
 
     def _forget(self, experts: np.ndarray) -> None:

@@ -11,7 +11,7 @@ import mmap
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,16 +69,16 @@ class ExpertStore:
         except OSError as error:
             raise CoterieError(f"{file}: cannot be read: {error.strerror}") from error
 
-    def read_into(self, wanted: Sequence[tuple[int, int, Mapping[str, torch.Tensor]]]) -> None:
-        """(layer, expert, tensors by parameter) of each: fills the tensors, casting as needed; returns when all are there.
+    def start(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> Future[None]:
+        """Begin to fill the tensors (by parameter) with an expert, casting as needed; what has not begun can be cancelled.
 
-        Raises CoterieError, naming the file, for an error of the disk or a file that has become shorter.
+        The result raises CoterieError, naming the file, for an error of the disk or a file that has become shorter.
         """
-        tasks = [
-            (part, into[name]) for layer, expert, into in wanted for name, part in self.records[layer][expert].items()
-        ]  # fmt: skip
-        for done in [self.readers.submit(self._read, part, out) for part, out in tasks]:
-            done.result()
+        return self.readers.submit(self._read_all, self.records[layer][expert], into)
+
+    def _read_all(self, record: Record, into: Mapping[str, torch.Tensor]) -> None:
+        for name, part in record.items():
+            self._read(part, into[name])
 
     def _read(self, part: Part, out: torch.Tensor) -> None:
         flat, start = out.view(-1), 0

@@ -77,7 +77,7 @@ def test_an_expert_is_read_in_place_and_byte_for_byte(family: Path) -> None:
         for expert in (0, share.shape.num_experts - 1):
             into = {name: torch.full(part.shape, float("nan")) for name, part in store.records[layer][expert].items()}
             before = store.counter.bytes
-            store.read_into([(layer, expert, into)])
+            store.start(layer, expert, into).result()
             assert store.counter.bytes - before == sum(p.numel() * 4 for p in into.values())
             for name, found in into.items():
                 assert torch.equal(found, getattr(module, name)[expert]), (layer, expert, name)
@@ -91,7 +91,7 @@ def test_pieces_longer_than_the_stage_and_at_any_offset(offset: int, tmp_path: P
     part = Part(torch.float32, (len(values) // 4,), (Piece(tmp_path / "f", offset, len(values)),))
     store = ExpertStore([[{"w": part}]], ReadCounter())
     out = torch.zeros(len(values) // 4)
-    store.read_into([(0, 0, {"w": out})])
+    store.start(0, 0, {"w": out}).result()
     assert torch.equal(out.view(torch.int32), values.view(torch.int32))
     store.close()
 
