@@ -1,41 +1,53 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can prove, in under nine minutes: tests without the interpreter, sanitizer, timings, tables.
-#   bench/gpu_day.sh OUT     OUT: a folder for logs, kernels.json and the table of tiles
+#   bench/gpu_day.sh OUT [STEP...]   steps: tests graph memcheck racecheck tune kernels (all by default, in this order)
+# OUT: a folder; day.log has what every step said, kernels.jsonl the figures, a line a model, tiles.json the table of tiles.
 # Needs torch with CUDA, triton, transformers, pytest and hypothesis; the package is used from this checkout.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:?usage: bench/gpu_day.sh OUT}
+out=${1:?usage: bench/gpu_day.sh OUT [STEP...]}
+shift
+steps=${*:-tests graph memcheck racecheck tune kernels}
 mkdir -p "$out"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 unset TRITON_INTERPRET
 failed=0
 
-step() { # step NAME SECONDS COMMAND...: its log goes to OUT/NAME.log; a failure is counted, and the next step still runs
-  local name=$1 seconds=$2
+step() { # step NAME SECONDS COMMAND...: a failure is counted, and the next step still runs
+  local name=$1 seconds=$2 began=$SECONDS code
   shift 2
-  local began=$SECONDS
-  timeout "$seconds" "$@" > "$out/$name.log" 2>&1
-  local code=$?
+  echo "== $name" >> "$out/day.log"
+  timeout "$seconds" "$@" >> "$out/day.log" 2>&1
+  code=$?
   [ $code = 0 ] || failed=$((failed + 1))
-  echo "$name: exit $code after $((SECONDS - began)) s: $(tail -n 1 "$out/$name.log" | cut -c1-200)"
+  echo "$name: exit $code after $((SECONDS - began)) s: $(tail -n 1 "$out/day.log" | cut -c1-200)"
 }
 
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2> /dev/null | head -n 1)
 python - << 'P' || exit 1
 import torch, triton
 assert torch.cuda.is_available(), "no GPU: torch.cuda.is_available() is False"
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
 P
-step tests 120 python -m pytest -q -x tests/test_triton.py tests/test_seam.py
-step graph 40 python bench/cuda_graph.py
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2> /dev/null | head -n 1)
-if [ -n "$sanitizer" ]; then
-  for tool in memcheck racecheck; do
-    step "$tool" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 python bench/cuda_graph.py --small
-  done
-else
-  echo "compute-sanitizer: not found, not run"
-fi
-step tune 100 python -m coterie bench kernels --quick --tune "$out/tiles.json"
-step kernels 200 sh -c "python -m coterie bench kernels --json > '$out/kernels.json'"
-echo "$failed steps failed; logs in $out"
+for name in $steps; do
+  case $name in
+    tests) step tests 110 python -m pytest -q -x tests/test_triton.py tests/test_seam.py ;;
+    graph) step graph 40 python bench/cuda_graph.py ;;
+    memcheck | racecheck)
+      if [ -z "$sanitizer" ]; then
+        echo "$name: compute-sanitizer not found, not run"
+      else
+        step "$name" 40 "$sanitizer" --tool "$name" --error-exitcode 9 python bench/cuda_graph.py --small
+      fi
+      ;;
+    tune) step tune 60 python -m coterie bench kernels --quick --tune "$out/tiles.json" ;;
+    kernels)
+      for model in Mixtral Qwen3 OLMoE DeepSeek gpt-oss; do
+        step "kernels $model" 45 sh -c "python -m coterie bench kernels --only $model --json >> '$out/kernels.jsonl'"
+      done
+      ;;
+    *) echo "$name: no such step" && exit 2 ;;
+  esac
+done
+echo "$failed steps failed; the log is $out/day.log"
 exit $((failed > 0))

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 from coterie.launch.tables import table
 from coterie.routing.errors import InputError
 
-BENCHES = {name: f"coterie.launch.bench_{name}" for name in ("plan", "kernels", "experts", "cluster")}
+BENCHES = {name: f"coterie.launch.bench_{name}" for name in ("plan", "kernels", "experts", "offload", "cluster")}
 VERSIONS = ("numpy", "scipy", "PuLP", "highspy", "torch", "triton", "transformers", "deepspeed")
 
 
@@ -68,8 +69,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for row in measured:
         rows.append(row)
-        if not options.json:
-            print(_line(row), flush=True)
+        print(_line(row), flush=True, file=sys.stderr if options.json else sys.stdout)
     if not options.json:
         print("\n" + _table(rows))
     return {

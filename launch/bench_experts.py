@@ -37,7 +37,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     quiet_transformers()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     repeats = 2 if options.quick else REPEATS
-    models: dict[str, Any] = {_name(dtype): _model(SMALL if options.quick else SIZES, dtype) for dtype in PLAIN}
+    models: dict[str, Any] = {_name(dtype): random_model(SMALL if options.quick else SIZES, dtype) for dtype in PLAIN}
     for format in ROUNDED:
         models[format] = _model_like(models["bfloat16"])
         quantise_experts(models[format], format)
@@ -120,7 +120,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _model(sizes: dict[str, int], dtype: torch.dtype) -> Any:
+def random_model(sizes: dict[str, int], dtype: torch.dtype) -> Any:
+    """Qwen3-MoE of these sizes with random weights."""
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     config = Qwen3MoeConfig(

@@ -42,11 +42,14 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     if options.tune is not None:
         yield from _tuned(options)
         return
-    yield from gpu_rows(options.quick)
+    yield from gpu_rows(options.quick, options.only)
 
 
-def gpu_rows(quick: bool) -> Iterator[Row]:
-    """Microseconds of one layer, by shape, format and number of tokens; without a GPU one row that says so."""
+def gpu_rows(quick: bool, only: str = "") -> Iterator[Row]:
+    """Microseconds of one layer, by shape, format and number of tokens; without a GPU one row that says so.
+
+    only: shapes whose name contains it.
+    """
     if not torch.cuda.is_available():
         yield Row("GPU", "layer", "us", None, why="needs a GPU")
         return
@@ -55,7 +58,9 @@ def gpu_rows(quick: bool) -> Iterator[Row]:
     machine = measure_machine("cuda")
     yield Row("GPU", "copy, read and written", "TB/s", machine.bandwidth / 1e12, higher=True)
     yield Row("GPU", "bfloat16 product of 8192 x 8192", "TFLOP/s", machine.rate / 1e12, higher=True)
-    shapes = SHAPES[1:3] if quick else SHAPES
+    shapes = [s for s in (SHAPES[1:3] if quick else SHAPES) if only.lower() in s.name.lower()]
+    if not shapes:
+        raise InputError(f"--only: found {only!r}, expected a part of {', '.join(s.name for s in SHAPES)}")
     for shape, format in product(shapes, FORMATS[:1] if quick else FORMATS):
         yield from shape_rows(shape, format, QUICK_TOKENS if quick else TOKENS, machine, "cuda")
 

@@ -288,12 +288,15 @@ def _cache_sim(verbs: Any) -> None:
 def _bench(verbs: Any) -> None:
     p = _verb(verbs, "bench", "bench", "this program beside its peers, one table and one JSON object")
     p.add_argument(
-        "what", metavar="WHAT", help="plan, kernels (GPU), experts (CPU), or cluster (several nodes over shaped links; root)"
+        "what",
+        metavar="WHAT",
+        help="plan, kernels (GPU), experts (CPU), offload, cluster (shaped links; root)",
     )
     p.add_argument("--quick", action="store_true", help="a part of the cases, in under three minutes")
     p.add_argument(
         "--traces", type=Path, default=Path("../shared/traces"), metavar="DIR", help="recorded traces (default: %(default)s)"
     )
+    p.add_argument("--only", default="", metavar="NAME", help="kernels: models whose name contains NAME")
     p.add_argument("--tune", type=Path, metavar="F", help="kernels: make a table of the fastest tiles on this GPU")
     p.add_argument("--compile", type=Path, metavar="F", help="kernels: compile for three generations of GPUs, and look inside")
 

@@ -85,13 +85,13 @@ class ExpertStore:
         for piece in part.pieces:
             for offset in range(0, piece.length, STAGE_BYTES - 2 * BLOCK):
                 length = min(piece.length - offset, STAGE_BYTES - 2 * BLOCK)
-                raw = self._staged(piece.file, piece.offset + offset, length)
+                raw = self.staged(piece.file, piece.offset + offset, length)
                 values = torch.frombuffer(raw, dtype=torch.uint8)
                 count = length // part.dtype.itemsize
                 flat[start : start + count].copy_(_viewed(values, part.dtype))
                 start += count
 
-    def _staged(self, file: Path, offset: int, length: int) -> memoryview:
+    def staged(self, file: Path, offset: int, length: int) -> memoryview:
         """The bytes, in this thread's own aligned memory until its next read."""
         if not hasattr(self._own, "stage"):
             self._own.stage = memoryview(mmap.mmap(-1, STAGE_BYTES))
