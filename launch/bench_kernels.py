@@ -50,19 +50,27 @@ def gpu_rows(quick: bool, only: str = "") -> Iterator[Row]:
 
     only: shapes whose name contains it.
     """
+    shapes = chosen_shapes(quick, only)
     if not torch.cuda.is_available():
         yield Row("GPU", "layer", "us", None, why="needs a GPU")
         return
-    from coterie.launch.kernel_cases import SHAPES, measure_machine
+    from coterie.launch.kernel_cases import measure_machine
 
     machine = measure_machine("cuda")
     yield Row("GPU", "copy, read and written", "TB/s", machine.bandwidth / 1e12, higher=True)
     yield Row("GPU", "bfloat16 product of 8192 x 8192", "TFLOP/s", machine.rate / 1e12, higher=True)
-    shapes = [s for s in (SHAPES[1:3] if quick else SHAPES) if only.lower() in s.name.lower()]
-    if not shapes:
-        raise InputError(f"--only: found {only!r}, expected a part of {', '.join(s.name for s in SHAPES)}")
     for shape, format in product(shapes, FORMATS[:1] if quick else FORMATS):
         yield from shape_rows(shape, format, QUICK_TOKENS if quick else TOKENS, machine, "cuda")
+
+
+def chosen_shapes(quick: bool, only: str) -> list[Any]:
+    """Those whose name contains `only`. Raises InputError if there is none."""
+    from coterie.launch.kernel_cases import SHAPES
+
+    found = [shape for shape in (SHAPES[1:3] if quick else SHAPES) if only.lower() in shape.name.lower()]
+    if not found:
+        raise InputError(f"--only: found {only!r}, expected a part of {', '.join(shape.name for shape in SHAPES)}")
+    return found
 
 
 def shape_rows(shape: Any, format: str, tokens: tuple[int, ...], machine: Any, device: str) -> Iterator[Row]:

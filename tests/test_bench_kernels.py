@@ -1,0 +1,82 @@
+"""The GPU benchmark's arithmetic, and its loop on a toy layer under the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from coterie.kernels.interpreter import interpreting, repair
+from coterie.kernels.tiles import SHARED_BYTES, Tile, Work, choose_tile, rule, shared_bytes, write_table
+from coterie.launch.bench_kernels import allowed, gpu_rows, shape_rows
+from coterie.launch.kernel_cases import SHAPES, TINY, Machine
+from coterie.routing.errors import InputError
+
+if interpreting():
+    repair()
+H200 = Machine(4.3e12, 788e12)
+QWEN = SHAPES[1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "format", "microseconds"),
+    [(0, 1, "plain", 164), (1, 64, "plain", 277), (1, 16, "int8", 91), (0, 4096, "plain", 3663), (3, 16, "plain", 2089)],
+)
+def test_the_floor_of_a_layer(shape: int, tokens: int, format: str, microseconds: float) -> None:
+    """As worked out elsewhere for an H200."""
+    assert 1e6 * H200.floor(SHAPES[shape], tokens, format) == pytest.approx(microseconds, rel=0.02)
+
+
+def test_bars_follow_from_floor_rate_and_the_best_peer() -> None:
+    one, many = H200.floor(QWEN, 1, "plain"), H200.floor(QWEN, 256, "plain")
+    assert allowed(QWEN, 1, "plain", H200, None) == pytest.approx(one / 0.85 + 15e-6)
+    assert allowed(QWEN, 256, "plain", H200, None) == pytest.approx(many / 0.88)
+    assert allowed(SHAPES[0], 16384, "plain", H200, None) == pytest.approx(SHAPES[0].flops(16384) / 530e12)
+    assert allowed(QWEN, 1, "plain", H200, 20.0) == pytest.approx(max(20e-6 / 1.15, one / 0.95))
+    assert allowed(QWEN, 2048, "int8", H200, None) == float("inf")
+
+
+@pytest.mark.parametrize("format", ["plain", "int4"])
+def test_a_toy_layer_is_measured_beside_its_peers(format: str) -> None:
+    if not interpreting():
+        pytest.skip("a GPU has the real thing")
+    rows = list(shape_rows(TINY, format, (1, 3), Machine(1e9, 1e9), "cpu"))
+    times = [row for row in rows if row.metric.startswith("layer")]
+    assert [row.metric for row in times] == ["layer, 1 tokens", "layer, 3 tokens"]
+    assert all(row.value is not None and row.value > 0 and row.bar is not None for row in times), times
+    assert all(bool(row.peers) == (format == "plain") for row in times)
+
+
+def test_without_a_gpu_a_row_says_so_and_a_wrong_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [(row.value, row.why) for row in gpu_rows(False)] == [(None, "needs a GPU")]
+    with pytest.raises(InputError, match="--only: found 'x', expected a part of Mixtral"):
+        list(gpu_rows(False, "x"))
+
+
+def test_a_measured_table_goes_before_the_rule_on_its_own_device_alone(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coterie.kernels import tiles
+
+    work, best = Work(8, 64, 32, 2, 5), Tile(32, 64, 32, 4, 2)
+    write_table(tmp_path / "t.json", "GPU", "3.6.0", [(work, (4, 8), best)])
+    monkeypatch.setattr(tiles, "TABLES", tmp_path)
+    for cached in (tiles._tables, choose_tile):
+        cached.cache_clear()
+    try:
+        assert choose_tile(work, "GPU", 90, "3.6.0") == best != rule(work)
+        assert choose_tile(work, "GPU", 90, "3.7.0") == choose_tile(work, "other", 90, "3.6.0") == rule(work)
+        assert choose_tile(Work(8, 64, 32, 2, 9), "GPU", 90, "3.6.0") == rule(Work(8, 64, 32, 2, 9))
+    finally:
+        for cached in (tiles._tables, choose_tile):
+            cached.cache_clear()
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("format", ["plain", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 64, 700, 20000])
+def test_the_rules_stay_within_shared_memory(capability: int, format: str, tokens: int) -> None:
+    for doubled in (True, False):
+        work = Work(128, 768, 2048, 8, tokens, 2, format, doubled)
+        tile = rule(work, capability)
+        assert shared_bytes(tile, work, tile.stages) <= SHARED_BYTES[capability] and tile.stages >= 1
