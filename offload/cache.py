@@ -73,6 +73,8 @@ class ExpertCache:
         missing = at[self.slot_of[at] < 0]
         if len(missing):
             self._give_way(at)
+            if len(missing) > len(self.free) + self._evictable(at):
+                self._wait(np.fromiter(self.coming, dtype=np.int64))  # what has begun for later holds the room
             self._make_room(len(missing) - len(self.free), at)
             self._start(missing)
             self.statistics.transfers += len(missing)
@@ -90,11 +92,10 @@ class ExpertCache:
     def _prefetch(self, layer: int, experts: Sequence[int], held: np.ndarray) -> None:
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
         missing = at[self.slot_of[at] < 0]
-        over = len(missing) - len(self.free)
-        kept = np.concatenate([held, at, np.fromiter(self.coming, dtype=np.int64)])
-        if not len(missing) or over > (self.slot_of >= 0).sum() - len(np.unique(kept)):
+        kept = np.concatenate([held, at])
+        if not len(missing) or len(missing) > len(self.free) + self._evictable(kept):
             return  # no room beside what is in use
-        self._make_room(over, kept)
+        self._make_room(len(missing) - len(self.free), kept)
         self._start(missing)
         self.statistics.transfers += len(missing)
         self.statistics.prefetched += len(missing)
@@ -106,7 +107,8 @@ class ExpertCache:
             self.coming[one] = self.store.start(one // self.experts, one % self.experts, into)
 
     def _give_way(self, needed: np.ndarray) -> None:
-        """Call off what is being read for later and has not begun."""
+        """Of what was being read for later: what is there is like any other, what has not begun is called off."""
+        self._wait(np.array([one for one, future in self.coming.items() if future.done()], dtype=np.int64))
         for one in set(self.coming) - set(needed.tolist()):
             if self.coming[one].cancel():
                 del self.coming[one]
@@ -127,12 +129,20 @@ class ExpertCache:
         if failure is not None:
             raise failure
 
+    def _kept(self, needed: np.ndarray) -> np.ndarray:
+        """What may not give way: these, and what is being read."""
+        return np.concatenate([needed, np.fromiter(self.coming, dtype=np.int64)])
+
+    def _evictable(self, needed: np.ndarray) -> int:
+        held = self.slot_of >= 0
+        held[self._kept(needed)] = False
+        return int(held.sum())
+
     def _make_room(self, count: int, needed: np.ndarray) -> None:
         if count <= 0:
             return
         began = time.perf_counter()
-        kept = np.concatenate([needed, np.fromiter(self.coming, dtype=np.int64)])
-        self._forget(lowest(self.policy.keep(), self.slot_of >= 0, kept, count))
+        self._forget(lowest(self.policy.keep(), self.slot_of >= 0, self._kept(needed), count))
         self.statistics.policy_seconds += time.perf_counter() - began
 
     def _forget(self, experts: np.ndarray) -> None:

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import thread_ranks
 import torch
@@ -23,6 +24,7 @@ from coterie.moe.cached import index_experts
 from coterie.moe.collectives import Group
 from coterie.moe.model import assembled
 from coterie.moe.prepare import prepare
+from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import ReadCounter
 from coterie.offload.store import STAGE_BYTES, ExpertStore, Part, Piece
 from coterie.routing.errors import CoterieError, InputError
@@ -110,6 +112,35 @@ def test_a_checkpoint_cut_short_while_in_use_is_named_and_no_half_read_expert_is
     file.write_bytes(whole)
     with torch.no_grad():
         assert torch.equal(made.transformers(PROMPTS).logits, right.transformers(PROMPTS).logits)
+
+
+@pytest.mark.parametrize("slots", [3, 4, 5, 9, 23])
+def test_slots_hold_what_they_say_whatever_was_expected(slots: int, tmp_path: Path) -> None:
+    """Thousands of steps with right and wrong expectations, of more and of fewer experts than the step before."""
+    layers, experts = 4, 6
+    values = torch.arange(layers * experts * 2000, dtype=torch.float32)
+    (tmp_path / "f").write_bytes(values.numpy().tobytes())
+    records = [
+        [
+            {"w": Part(torch.float32, (2000,), (Piece(tmp_path / "f", 8000 * (layer * experts + e), 8000),))}
+            for e in range(experts)
+        ]
+        for layer in range(layers)
+    ]
+    cache = ExpertCache(ExpertStore(records, ReadCounter()), experts, slots, {"w": (2000,)}, torch.float32, 3)
+    rng = np.random.default_rng(slots)
+    for step in range(3000):
+        layer = step % layers
+        picked = rng.permutation(experts)[: rng.integers(1, 4)].tolist()
+        cache.announce(layer, picked)
+        cache.expect((layer + 1) % layers, rng.permutation(experts)[: rng.integers(0, 4)].tolist())
+        for expert, slot in zip(picked, cache.places(layer, picked), strict=True):
+            first = (layer * experts + expert) * 2000
+            assert cache.pools["w"][slot][[0, 1999]].tolist() == [first, first + 1999], step
+        held = cache.slot_of[cache.slot_of >= 0].tolist()
+        assert sorted(held + cache.free) == list(range(slots)) and len(cache.coming) <= slots
+    assert 0 < cache.statistics.prefetched < cache.statistics.transfers
+    cache.store.close()
 
 
 def test_generate_within_a_budget_writes_the_same_text(tmp_path: Path) -> None:
