@@ -130,8 +130,10 @@ class Model:
     def follow(self, wish: PlacementPlan | str, say: Callable[[str], None]) -> None:
         """From the next run on, take over the plan `wish` while generating, or plan anew when the load drifts ("auto").
 
-        Raises InputError if the experts are rounded: what moves between ranks is the checkpoint's own weights.
+        Raises InputError if the experts are rounded or on disk: what moves between ranks is weights in memory, as stored.
         """
+        if self.cache is not None:
+            raise InputError("--replan: found it with experts on disk, expected all in memory")
         if any(hasattr(module, "coterie_products") for module in self.transformers.modules()):
             raise InputError("--replan: found it with --quantise, expected one of them")
 
