@@ -142,7 +142,9 @@ class ExpertCache:
         if count <= 0:
             return
         began = time.perf_counter()
-        self._forget(lowest(self.policy.keep(), self.slot_of >= 0, self._kept(needed), count))
+        victims = lowest(self.policy.keep(), self.slot_of >= 0, self._kept(needed), count)
+        self.policy.gone(victims)
+        self._forget(victims)
         self.statistics.policy_seconds += time.perf_counter() - began
 
     def _forget(self, experts: np.ndarray) -> None:

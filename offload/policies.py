@@ -41,8 +41,19 @@ class EvictionPolicy(Protocol):
         """How much each expert is worth keeping, `[layers * E]`: the lowest go first."""
         ...
 
+    def gone(self, victims: Ids) -> None:
+        """What was given up."""
+        ...
 
-class Lru:
+
+class Indifferent:
+    """What most policies make of what was given up."""
+
+    def gone(self, victims: Ids) -> None:
+        """Nothing."""
+
+
+class Lru(Indifferent):
     """By the time of the last use."""
 
     name = "lru"
@@ -137,7 +148,7 @@ class Fixed(Lru):
         return self.used + self.bonus
 
 
-class Reuse:
+class Reuse(Indifferent):
     """By when an expert is expected back: the wait for its layer's next turn, and 1 / p - 1 tokens beyond that.
 
     p, the chance that its layer picks it in the next token, is a hazard learned online, for all layers together: how often
@@ -196,7 +207,7 @@ class Reuse:
         return scores
 
 
-class Adaptive:
+class Adaptive(Indifferent):
     """`reuse`, or `lru` where that misses less: the one not in use runs in a shadow of tags alone, as large as the cache.
 
     It takes over when the cache has missed so many more than the shadow that chance does not explain it; each change of mind
@@ -206,11 +217,10 @@ class Adaptive:
     name = "coterie"
 
     def __init__(self, layers: int, experts: int, top_k: int, slots: int) -> None:
-        self.experts, self.slots = experts, slots
+        self.experts = experts
         self.using: EvictionPolicy = Reuse(layers, experts, top_k)
         self.other: EvictionPolicy = Lru(layers, experts)
-        self.shadow = np.zeros(layers * experts, dtype=bool)
-        self.held = 0
+        self.shadow = Tags(layers * experts, slots)
         self.debt, self.patience = 0.0, 4.0 * top_k
 
     def observe(self, layer: int, experts: Ids, missing: int = 0) -> None:
@@ -218,13 +228,8 @@ class Adaptive:
         self.using.observe(layer, experts)
         self.other.observe(layer, experts)
         at = layer * self.experts + experts
-        absent = at[~self.shadow[at]]
-        over = self.held + len(absent) - self.slots
-        if over > 0:
-            self.shadow[lowest(self.other.keep(), self.shadow, at, over)] = False
-            self.held -= over
-        self.shadow[absent] = True
-        self.held += len(absent)
+        absent = self.shadow.absent(at)
+        self.shadow.admit(at, absent, self.other)
         self.debt = max(0.0, self.debt + missing - len(absent))
         if self.debt > self.patience:
             self.using, self.other = self.other, self.using
@@ -233,6 +238,29 @@ class Adaptive:
     def keep(self) -> Scores:
         """As `EvictionPolicy`."""
         return self.using.keep()
+
+
+class Tags:
+    """A cache without contents: which of `size` experts would be in `slots` slots."""
+
+    def __init__(self, size: int, slots: int) -> None:
+        self.resident = np.zeros(size, dtype=bool)
+        self.slots, self.held = slots, 0
+
+    def absent(self, at: Ids) -> Ids:
+        """Those of `at` that are not there."""
+        return at[~self.resident[at]]
+
+    def admit(self, at: Ids, absent: Ids, policy: EvictionPolicy) -> None:
+        """Let `absent` in, at the cost of what `policy` gives up; all of `at` stay."""
+        over = self.held + len(absent) - self.slots
+        if over > 0:
+            victims = lowest(policy.keep(), self.resident, at, over)
+            policy.gone(victims)
+            self.resident[victims] = False
+            self.held -= over
+        self.resident[absent] = True
+        self.held += len(absent)
 
 
 def lowest(worth: Scores, resident: NDArray[np.bool_], needed: Ids, count: int) -> Ids:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.offload.policies import MAKERS, EvictionPolicy, lowest
+from coterie.offload.policies import MAKERS, EvictionPolicy, Indifferent, Tags
 from coterie.routing.errors import InputError, require
 from coterie.routing.trace import RoutingTrace
 
@@ -41,34 +41,23 @@ def slots_for(share: float, layers: int, experts: int, top_k: int) -> int:
 def simulate(steps: list[list[NDArray[np.int64]]], experts: int, slots: int, policy: EvictionPolicy) -> Simulated:
     """Token by token, layer by layer; experts of the step at hand stay."""
     layers = len(steps[0]) if steps else 0
-    resident = np.zeros(layers * experts, dtype=bool)
-    held = transfers = requests = 0
-    spent, gone = 0.0, getattr(policy, "gone", None)
+    tags, spent = Tags(layers * experts, slots), 0.0
+    transfers = requests = 0
     for token in steps:
         for layer, picked in enumerate(token):
             at = layer * experts + picked
-            missing = at[~resident[at]]
-            began = time.perf_counter()
-            policy.observe(layer, picked, len(missing))
-            spent += time.perf_counter() - began
+            missing = tags.absent(at)
             requests += len(at)
             transfers += len(missing)
-            over = held + len(missing) - slots
-            if over > 0:
-                began = time.perf_counter()
-                victims = lowest(policy.keep(), resident, at, over)
-                if gone is not None:
-                    gone(victims)
-                spent += time.perf_counter() - began
-                resident[victims] = False
-                held -= over
-            resident[missing] = True
-            held += len(missing)
+            began = time.perf_counter()
+            policy.observe(layer, picked, len(missing))
+            tags.admit(at, missing, policy)
+            spent += time.perf_counter() - began
     count = max(1, len(steps) * layers)
     return Simulated(1 - transfers / requests if requests else 0.0, 1e6 * spent / count)
 
 
-class Belady:
+class Belady(Indifferent):
     """Knows all steps beforehand."""
 
     name = "belady"
