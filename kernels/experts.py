@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -31,11 +32,6 @@ class Residency(Protocol):
         """How many can be asked for."""
         ...
 
-    @property
-    def room(self) -> int:
-        """How many can be there at once."""
-        ...
-
     def look_ahead(self, x: torch.Tensor, top_k: int) -> None:
         """What the layer is about to be given, `[T, H]`: the next one may be prepared for it."""
         ...
@@ -44,8 +40,8 @@ class Residency(Protocol):
         """All experts that a step will ask for, each once."""
         ...
 
-    def slots(self, places: Sequence[int]) -> list[int]:
-        """Where in the stacks they are, until the next call; at most `room` at once."""
+    def arrivals(self, places: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """(position in `places`, where in the stacks it is), in groups as they come; valid until the next group."""
         ...
 
 
@@ -79,10 +75,12 @@ class StackedExperts:
         """How many experts there are, here or to be brought."""
         return self.first.shape[0] if self.residency is None else self.residency.experts
 
-    @property
-    def at_once(self) -> int:
-        """How many experts one chunk may have."""
-        return self.count if self.residency is None else self.residency.room
+    def arrivals(self, used: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """(position in `used`, place in the stacks) of the experts `used`, each once, in groups as they are there."""
+        if self.residency is None:
+            return iter([list(enumerate(used))])
+        self.residency.announce(used)
+        return self.residency.arrivals(used)
 
     def run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """One expert on its rows, `[rows, H]` -> `[rows, H]`."""
@@ -91,10 +89,7 @@ class StackedExperts:
         return y if self.finish is None else self.finish(y)
 
     def run_many(self, chunk: list[tuple[int, int]], x: torch.Tensor) -> torch.Tensor:
-        """Several experts, each on its (expert, rows) of `x`, in order: what lies between the products is done once for all."""
-        if self.residency is not None:
-            slots = self.residency.slots([expert for expert, _ in chunk])
-            chunk = [(slot, rows) for slot, (_, rows) in zip(slots, chunk, strict=True)]
+        """Several experts, each on its (place, rows) of `x`, in order: what lies between the products is done once for all."""
         hidden = self._activated(chunk, self._products(chunk, x, self.first, self.first_bias))
         y = self._products(chunk, hidden, self.second, self.second_bias)
         return y if self.finish is None else self.finish(y)
@@ -194,48 +189,52 @@ def grouped_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor,
     Returns `[T, H]` in x's dtype. Stable order, no atomics: a repeat run is bit-identical.
     """
     tokens, slots = ids.shape
-    if tokens == 1 and experts.least_rows == 1 and slots <= experts.at_once:
+    if tokens == 1 and experts.least_rows == 1:
         return _one_token(experts, x, ids[0], weights[0])
     flat = ids.reshape(-1)
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat + 1, minlength=experts.count + 1).tolist()
-    used = ids >= 0
-    width = max(1, int(used.sum(1).max())) if tokens else 1
-    place = (torch.arange(tokens, device=x.device)[:, None] * width + used.cumsum(1) - 1).reshape(-1)
+    filled = ids >= 0
+    width = max(1, int(filled.sum(1).max())) if tokens else 1
+    slot_of = (torch.arange(tokens, device=x.device)[:, None] * width + filled.cumsum(1) - 1).reshape(-1)
     make = torch.empty if counts[0] == 0 else torch.zeros
     parts = make(tokens * width, x.shape[1], dtype=torch.float32, device=x.device)
-    start = counts[0]
-    if experts.residency is not None:
-        experts.residency.announce([expert for expert, rows in enumerate(counts[1:]) if rows])
-    for chunk in _chunks(counts[1:], experts.at_once):
-        rows = sum(count for _, count in chunk)
-        pairs = order[start : start + rows]
-        y = experts.run_many(chunk, x[pairs // slots])
-        parts[place[pairs]] = y.to(torch.float32, copy=True).mul_(weights.reshape(-1)[pairs, None].float())
-        start += rows
+    used = [expert for expert, rows in enumerate(counts[1:]) if rows]
+    starts = list(accumulate(counts))  # by expert, since the first of `counts` is of empty slots
+    for group in experts.arrivals(used):
+        for chunk in _chunks([(used[position], place) for position, place in group], counts[1:]):
+            pairs = torch.cat([order[starts[expert] : starts[expert] + counts[1 + expert]] for expert, _ in chunk])
+            y = experts.run_many([(place, counts[1 + expert]) for expert, place in chunk], x[pairs // slots])
+            parts[slot_of[pairs]] = y.to(torch.float32, copy=True).mul_(weights.reshape(-1)[pairs, None].float())
     return parts.view(tokens, width, x.shape[1]).sum(1).to(x.dtype)
 
 
 def _one_token(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The same for x `[1, H]`, ids and weights `[K]`, with nothing to put in order."""
-    picks = [(expert, 1) for expert in ids.tolist() if expert >= 0]
+    picks = [expert for expert in ids.tolist() if expert >= 0]
     if not picks:
         return torch.zeros_like(x)
-    if experts.residency is not None:
-        experts.residency.announce(sorted({expert for expert, _ in picks}))
-    y = experts.run_many(picks, x.expand(len(picks), -1))
-    used = weights if len(picks) == len(ids) else weights[ids >= 0]
-    return (y.float() * used[:, None].float()).sum(0, keepdim=True).to(x.dtype)
+    if experts.residency is None:
+        y = experts.run_many([(expert, 1) for expert in picks], x.expand(len(picks), -1))
+    else:
+        y, used = x.new_empty(len(picks), x.shape[1]), sorted(set(picks))
+        for group in experts.arrivals(used):
+            here = {used[position]: place for position, place in group}
+            rows = [row for row, expert in enumerate(picks) if expert in here]
+            y[rows] = experts.run_many([(here[picks[row]], 1) for row in rows], x.expand(len(rows), -1))
+    weights = weights if len(picks) == len(ids) else weights[ids >= 0]
+    return (y.float() * weights[:, None].float()).sum(0, keepdim=True).to(x.dtype)
 
 
-def _chunks(counts: list[int], most: int) -> Iterator[list[tuple[int, int]]]:
-    """Consecutive (expert, rows) with rows, up to `most` of them and as many as fit in CHUNK_ROWS together, at least one."""
+def _chunks(experts: list[tuple[int, int]], counts: list[int]) -> Iterator[list[tuple[int, int]]]:
+    """Consecutive (expert, place), as many as fit in CHUNK_ROWS together by their `counts`, at least one."""
     chunk: list[tuple[int, int]] = []
-    for expert, count in enumerate(counts):
-        if count and chunk and (len(chunk) == most or sum(rows for _, rows in chunk) + count > CHUNK_ROWS):
+    held = 0
+    for expert, place in experts:
+        if chunk and held + counts[expert] > CHUNK_ROWS:
             yield chunk
-            chunk = []
-        if count:
-            chunk.append((expert, count))
+            chunk, held = [], 0
+        chunk.append((expert, place))
+        held += counts[expert]
     if chunk:
         yield chunk

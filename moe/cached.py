@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,18 +53,13 @@ class LayerCache:
         """How many can be asked for."""
         return len(self.local)
 
-    @property
-    def room(self) -> int:
-        """How many can be there at once."""
-        return self.cache.slots
-
     def announce(self, places: Sequence[int]) -> None:
         """All that a step asks for, by place."""
         self.cache.announce(self.layer, [self.local[p] for p in places])
 
-    def slots(self, places: Sequence[int]) -> list[int]:
-        """Where they are now, at most `room` of them."""
-        return self.cache.places(self.layer, [self.local[p] for p in places])
+    def arrivals(self, places: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """(position in `places`, slot) as they come; `ExpertCache.arrivals`."""
+        return self.cache.arrivals(self.layer, [self.local[p] for p in places])
 
 
 def index_experts(shape: ModelShape, empty: nn.Module, checkpoint: Checkpoint) -> ExpertStore:

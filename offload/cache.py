@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from coterie.offload.policies import MAKERS, lowest
-from coterie.offload.store import ExpertStore
+from coterie.offload.store import ExpertStore, aligned_empty
 
 DEFAULT = "coterie"
 
@@ -47,7 +47,7 @@ class ExpertCache:
     ) -> None:  # fmt: skip
         layers = len(store.records)
         self.store, self.experts, self.slots = store, experts, slots
-        self.pools = {name: torch.empty((slots, *shape), dtype=dtype) for name, shape in shapes.items()}
+        self.pools = {name: aligned_empty((slots, *shape), dtype) for name, shape in shapes.items()}
         self.slot_of = np.full(layers * experts, -1, dtype=np.int64)
         self.free = list(range(slots - 1, -1, -1))
         self.policy = MAKERS[policy](layers, experts, top_k, slots)
@@ -64,89 +64,94 @@ class ExpertCache:
         self.statistics.policy_seconds += time.perf_counter() - began
         self.statistics.requests += len(experts)
 
-    def places(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """Their slots, at most `slots` of them at once; what is not there is read. Valid until the next call.
+    def arrivals(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """(place in `experts`, slot) of all of them, in groups as they come: first what is there, then what is read.
 
-        Reading what was expected gives way to what is needed, and goes on when that is there.
+        A group's slots are valid until the next one is asked for; with few slots its experts may give way to later ones.
+        Reading what was expected gives way to what is needed, and goes on behind it.
         """
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
-        missing = at[self.slot_of[at] < 0]
-        if len(missing):
+        left = dict(zip(at.tolist(), range(len(at)), strict=True))
+        missing = [one for one in left if self.slot_of[one] < 0]
+        if missing:
             self._give_way(at)
-            if len(missing) > len(self.free) + self._evictable(at):
-                self._wait(np.fromiter(self.coming, dtype=np.int64))  # what has begun for later holds the room
-            self._make_room(len(missing) - len(self.free), at)
-            self._start(missing)
-            self.statistics.transfers += len(missing)
-        self._wait(at)
-        if self.expected is not None:
-            following, self.expected = self.expected, None
-            self._prefetch(*following, at)
-        found: list[int] = self.slot_of[at].tolist()
-        return found
+        self.statistics.transfers += len(missing)
+        while left:
+            missing = missing[self._start_some(missing, left) :]
+            if not missing and self.expected is not None:
+                following, self.expected = self.expected, None
+                self._prefetch(*following, at)
+            there = [one for one in left if self.slot_of[one] >= 0 and one not in self.coming]
+            if not there:
+                first = next((one for one in left if one in self.coming), None)
+                self._wait([first] if first is not None else list(self.coming))  # the latter: what was read ahead has the room
+                self._wait([one for one, future in self.coming.items() if future.done()])
+                there = [one for one in left if self.slot_of[one] >= 0 and one not in self.coming]
+            yield [(left.pop(one), int(self.slot_of[one])) for one in there]
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
-        """What a coming step is expected to ask for: read once the present one has all that it needs."""
+        """What a coming step is expected to ask for, likeliest first: read behind what is needed, as room allows."""
         self.expected = layer, experts
 
     def _prefetch(self, layer: int, experts: Sequence[int], held: np.ndarray) -> None:
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
-        missing = at[self.slot_of[at] < 0]
-        kept = np.concatenate([held, at])
-        if not len(missing) or len(missing) > len(self.free) + self._evictable(kept):
-            return  # no room beside what is in use
-        self._make_room(len(missing) - len(self.free), kept)
-        self._start(missing)
-        self.statistics.transfers += len(missing)
-        self.statistics.prefetched += len(missing)
+        missing = at[self.slot_of[at] < 0].tolist()
+        started = self._start_some(missing, np.concatenate([held, at]))
+        self.statistics.transfers += started
+        self.statistics.prefetched += started
 
-    def _start(self, experts: np.ndarray) -> None:
-        for one in experts.tolist():
+    def _start_some(self, missing: list[int], kept: Collection[int]) -> int:
+        """Begin to read the first of these, as many as there is room for without `kept`; returns how many."""
+        if not missing:
+            return 0
+        pinned = np.fromiter((*kept, *self.coming), dtype=np.int64)
+        held = self.slot_of >= 0
+        held[pinned] = False
+        count = min(len(missing), len(self.free) + int(held.sum()))
+        if count > len(self.free):
+            began = time.perf_counter()
+            victims = lowest(self.policy.keep(), held, pinned, count - len(self.free))
+            self.policy.gone(victims)
+            self._forget(victims)
+            self.statistics.policy_seconds += time.perf_counter() - began
+        self._start(missing[:count])
+        return count
+
+    def _start(self, experts: list[int]) -> None:
+        for one in experts:
             slot = self.slot_of[one] = self.free.pop()
             into = {name: pool[slot] for name, pool in self.pools.items()}
             self.coming[one] = self.store.start(one // self.experts, one % self.experts, into)
 
     def _give_way(self, needed: np.ndarray) -> None:
         """Of what was being read for later: what is there is like any other, what has not begun is called off."""
-        self._wait(np.array([one for one, future in self.coming.items() if future.done()], dtype=np.int64))
+        self._wait([one for one, future in self.coming.items() if future.done()])
         for one in set(self.coming) - set(needed.tolist()):
             if self.coming[one].cancel():
                 del self.coming[one]
-                self._forget(np.array([one]))
+                self._forget([one])
                 self.statistics.transfers -= 1
                 self.statistics.prefetched -= 1
 
-    def _wait(self, needed: np.ndarray) -> None:
-        """Until these are there. An expert whose reading failed is forgotten: its slot holds nothing."""
-        began, waiting = time.perf_counter(), [one for one in needed.tolist() if one in self.coming]
-        failure: BaseException | None = None
-        for one in waiting:
+    def _wait(self, experts: list[int]) -> None:
+        """Until these are there. What failed is forgotten, for its slot holds nothing, and so is all that was under way."""
+        began = time.perf_counter()
+        for one in experts:
             error = self.coming.pop(one).exception()
             if error is not None:
-                self._forget(np.array([one]))
-                failure = error
-        self.statistics.stalled_seconds += time.perf_counter() - began if waiting else 0.0
-        if failure is not None:
-            raise failure
+                self._forget([one])
+                self._abandon()
+                raise error
+        self.statistics.stalled_seconds += time.perf_counter() - began if experts else 0.0
 
-    def _kept(self, needed: np.ndarray) -> np.ndarray:
-        """What may not give way: these, and what is being read."""
-        return np.concatenate([needed, np.fromiter(self.coming, dtype=np.int64)])
+    def _abandon(self) -> None:
+        """Forget all that is being read, once nobody writes there any more."""
+        for one, future in list(self.coming.items()):
+            if not future.cancel():
+                future.exception()
+            del self.coming[one]
+            self._forget([one])
 
-    def _evictable(self, needed: np.ndarray) -> int:
-        held = self.slot_of >= 0
-        held[self._kept(needed)] = False
-        return int(held.sum())
-
-    def _make_room(self, count: int, needed: np.ndarray) -> None:
-        if count <= 0:
-            return
-        began = time.perf_counter()
-        victims = lowest(self.policy.keep(), self.slot_of >= 0, self._kept(needed), count)
-        self.policy.gone(victims)
-        self._forget(victims)
-        self.statistics.policy_seconds += time.perf_counter() - began
-
-    def _forget(self, experts: np.ndarray) -> None:
+    def _forget(self, experts: np.ndarray | list[int]) -> None:
         self.free += self.slot_of[experts].tolist()
         self.slot_of[experts] = -1

@@ -1,8 +1,9 @@
 """Where each expert's weights lie in a checkpoint, and reading them into slots, in place and off the interpreter's lock.
 
 Files are opened with O_DIRECT where the file system has it, so that reading neither fills memory with cached pages nor waits
-for page faults; offsets in a checkpoint are not aligned, so a little more is read than asked for. `preadv` releases the
-interpreter's lock.
+for page faults. What lies in whole blocks of the file is read right into aligned memory (`aligned_empty`); the rest, as most
+of a checkpoint, whose offsets are not aligned, through a reader's own memory, a little more than asked for. `preadv` releases
+the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -83,13 +84,27 @@ class ExpertStore:
     def _read(self, part: Part, out: torch.Tensor) -> None:
         flat, start = out.view(-1), 0
         for piece in part.pieces:
-            for offset in range(0, piece.length, STAGE_BYTES - 2 * BLOCK):
-                length = min(piece.length - offset, STAGE_BYTES - 2 * BLOCK)
-                raw = self.staged(piece.file, piece.offset + offset, length)
-                values = torch.frombuffer(raw, dtype=torch.uint8)
-                count = length // part.dtype.itemsize
-                flat[start : start + count].copy_(_viewed(values, part.dtype))
-                start += count
+            count = piece.length // part.dtype.itemsize
+            into = flat[start : start + count]
+            done = self._read_blocks(piece, into) if out.dtype == part.dtype and out.device.type == "cpu" else 0
+            self._read_staged(piece, done, part.dtype, into)
+            start += count
+
+    def _read_blocks(self, piece: Piece, out: torch.Tensor) -> int:
+        """The whole blocks that a piece begins with, right into `out`, where both are aligned; returns their bytes."""
+        length = piece.length // BLOCK * BLOCK
+        if piece.offset % BLOCK or out.data_ptr() % BLOCK or not length:
+            return 0
+        self._fill(piece.file, piece.offset, out.view(torch.uint8).numpy().data[:length], length)
+        self.counter.add(length)
+        return length
+
+    def _read_staged(self, piece: Piece, start: int, dtype: torch.dtype, out: torch.Tensor) -> None:
+        for offset in range(start, piece.length, STAGE_BYTES - 2 * BLOCK):
+            length = min(piece.length - offset, STAGE_BYTES - 2 * BLOCK)
+            values = torch.frombuffer(self.staged(piece.file, piece.offset + offset, length), dtype=torch.uint8)
+            first = offset // dtype.itemsize
+            out[first : first + length // dtype.itemsize].copy_(_viewed(values, dtype))
 
     def staged(self, file: Path, offset: int, length: int) -> memoryview:
         """The bytes, in this thread's own aligned memory until its next read."""
@@ -97,20 +112,25 @@ class ExpertStore:
             self._own.stage = memoryview(mmap.mmap(-1, STAGE_BYTES))
         first = offset // BLOCK * BLOCK
         whole = -(-(offset + length - first) // BLOCK) * BLOCK
-        view, done = self._own.stage[:whole], 0
+        view = self._own.stage[:whole]
+        self._fill(file, first, view, offset + length - first)
+        self.counter.add(length)
+        found: memoryview = view[offset - first : offset - first + length]
+        return found
+
+    def _fill(self, file: Path, first: int, view: memoryview, least: int) -> None:
+        """Read from `first` on into `view`, whole blocks, of which `least` bytes must be there."""
+        done = 0
         try:
-            while done < offset + length - first:
+            while done < least:
                 got = os.preadv(self._files[file], [view[done:]], first + done)
                 if got == 0:
                     raise CoterieError(
-                        f"{file}: ends at byte {first + done}, expected {offset + length}; was it changed while in use?"
+                        f"{file}: ends at byte {first + done}, expected {first + least}; was it changed while in use?"
                     )
                 done += got
         except OSError as error:
             raise CoterieError(f"{file}: cannot be read: {error.strerror}") from error
-        self.counter.add(length)
-        found: memoryview = view[offset - first : offset - first + length]
-        return found
 
     def close(self) -> None:
         """Give the files and threads back."""
@@ -118,6 +138,15 @@ class ExpertStore:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory that blocks can be read into: it begins at a page, a large one where there are such; taken when used."""
+    count = max(1, torch.Size(shape).numel() * dtype.itemsize)
+    pages = mmap.mmap(-1, count)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8, count=torch.Size(shape).numel() * dtype.itemsize).view(dtype).view(shape)
 
 
 def _viewed(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
