@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import coterie
-from coterie.launch.demo import NEW_TOKENS
+from coterie.launch.demo import NEW_TOKENS, until_end
 from coterie.launch.distributed import job, leave
 from coterie.launch.quiet import quiet_transformers
 from coterie.moe.families import EMBEDDED
@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
                 texts.append([list(o.token_ids) for o in outputs])
         difference = max(_logit_difference(model, reference, group) for model in models.values())
         if group.rank == 0:
-            expected = [_until_end(row, models["plan"]) for row in reference["text"].tolist()]
+            expected = [until_end(row, models["plan"]) for row in reference["text"].tolist()]
             liveliest = max(range(len(prompts)), key=lambda i: len(set(texts[-1][i])))
             sample = [
                 models["plan"].text.decode(ids) for ids in (reference["prompts"][liveliest].tolist(), texts[-1][liveliest])
@@ -64,12 +64,6 @@ def _logit_difference(model: coterie.Model, reference: dict[str, torch.Tensor], 
     expected = reference["logits"]
     worst = (logits - expected[rows]).abs().max() / expected.abs().max() if rows.any() else torch.zeros(())
     return float(max(group.gather(float(worst))))
-
-
-def _until_end(row: list[int], model: coterie.Model) -> list[int]:
-    """transformers pads a finished row; ours stops at the end token."""
-    end = model.transformers.generation_config.eos_token_id
-    return row[: row.index(end) + 1] if end in row else row
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ def test_the_demo_does_the_whole_tour(tmp_path: Path) -> None:
     figures = {"tokens_per_second", "max_logit_difference", "text_equal", "offload", "seconds", "plans"}
     assert set(result) == {"model", "trace", "held_out_trace", "plan", "report", *figures}
     assert result["text_equal"] is True and 0 <= result["max_logit_difference"] <= 1e-4
+    offload = result["offload"]
+    assert offload["text_equal"] is True and 0 < offload["hit_rate"] < 1 and offload["memory_bytes"] < 5.5e6  # of 7.8
     plans = result["plans"]
     assert plans["plan"]["dispatch"] <= 0.85 * plans["contiguous"]["dispatch"]
     assert plans["plan"]["load"] <= plans["contiguous"]["load"]
