@@ -56,6 +56,7 @@ class ExpertStore:
         self.readers = ThreadPoolExecutor(READERS, "coterie-read")
         self._own = threading.local()
         self._files: dict[Path, int] = {}
+        self._versions: dict[Path, tuple[int, int]] = {}
         self.direct = True
         for file in {piece.file for layer in records for record in layer for part in record.values() for piece in part.pieces}:
             self._open(file)
@@ -69,17 +70,26 @@ class ExpertStore:
                 self.direct = False
         except OSError as error:
             raise CoterieError(f"{file}: cannot be read: {error.strerror}") from error
+        self._versions[file] = self._version(file)
+
+    def _version(self, file: Path) -> tuple[int, int]:
+        """What changes when the file that was opened does: its size, and when it was last written to, ns."""
+        found = os.fstat(self._files[file])
+        return found.st_size, found.st_mtime_ns
 
     def start(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> Future[None]:
         """Begin to fill the tensors (by parameter) with an expert, casting as needed; what has not begun can be cancelled.
 
-        The result raises CoterieError, naming the file, for an error of the disk or a file that has become shorter.
+        The result raises CoterieError, naming the file, for an error of the disk or a file that was written to meanwhile.
         """
         return self.readers.submit(self._read_all, self.records[layer][expert], into)
 
     def _read_all(self, record: Record, into: Mapping[str, torch.Tensor]) -> None:
         for name, part in record.items():
             self._read(part, into[name])
+        for file in {piece.file for part in record.values() for piece in part.pieces}:
+            if self._version(file) != self._versions[file]:
+                raise CoterieError(f"{file}: was changed while in use; start again once it is whole")
 
     def _read(self, part: Part, out: torch.Tensor) -> None:
         flat, start = out.view(-1), 0
@@ -124,11 +134,13 @@ class ExpertStore:
         try:
             while done < least:
                 got = os.preadv(self._files[file], [view[done:]], first + done)
-                if got == 0:
+                before, done = done, done + got
+                if done < least:
+                    done = done // BLOCK * BLOCK  # where O_DIRECT can go on
+                if done <= before:
                     raise CoterieError(
-                        f"{file}: ends at byte {first + done}, expected {first + least}; was it changed while in use?"
+                        f"{file}: ends at byte {first + before + got}, expected {first + least}; was it changed while in use?"
                     )
-                done += got
         except OSError as error:
             raise CoterieError(f"{file}: cannot be read: {error.strerror}") from error
 

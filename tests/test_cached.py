@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,11 +102,17 @@ def test_pieces_longer_than_the_stage_and_at_any_offset(offset: int, tmp_path: P
     store.close()
 
 
+def least_megabytes(refusal: str) -> float:
+    found = re.search(r"--memory: found 1.0 KB, expected ([0-9.]+) MB or more", refusal)
+    assert found is not None, refusal
+    return float(found[1])
+
+
 def test_a_checkpoint_cut_short_while_in_use_is_named_and_no_half_read_expert_is_used(tmp_path: Path) -> None:
     folder = make_model("qwen3_moe", tmp_path)
     made, right = model(folder, 3), model(folder, None)
     file = folder / "model.safetensors"
-    whole = file.read_bytes()
+    whole, written = file.read_bytes(), file.stat().st_mtime_ns
     os.truncate(file, 4096)
     with (
         torch.no_grad(),
@@ -110,8 +120,66 @@ def test_a_checkpoint_cut_short_while_in_use_is_named_and_no_half_read_expert_is
     ):
         made.transformers(PROMPTS)
     file.write_bytes(whole)
+    os.utime(file, ns=(written, written))
     with torch.no_grad():
         assert torch.equal(made.transformers(PROMPTS).logits, right.transformers(PROMPTS).logits)
+
+
+def test_a_checkpoint_written_to_while_in_use_is_named(tmp_path: Path) -> None:
+    folder = make_model("qwen3_moe", tmp_path)
+    made = model(folder, 3)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(bytes(64))
+    with torch.no_grad(), pytest.raises(CoterieError, match=r"model\.safetensors: was changed while in use; start again"):
+        made.transformers(PROMPTS)
+
+
+def test_an_error_of_the_disk_is_named_and_what_follows_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model("qwen3_moe", tmp_path)
+    made, right = model(folder, 3), model(folder, None)
+    real, calls = os.preadv, iter(range(1 << 30))
+
+    def failing(*arguments: Any) -> int:
+        if next(calls) == 5:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with torch.no_grad():
+        with pytest.raises(CoterieError, match=r"model\.safetensors: cannot be read: Input/output error"):
+            made.transformers(PROMPTS)
+        assert torch.equal(made.transformers(PROMPTS).logits, right.transformers(PROMPTS).logits)
+
+
+@pytest.mark.parametrize("most", [4096, 5000, 9000])
+def test_short_reads_are_gone_on_with(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model("qwen3_moe", tmp_path)
+    made, right = model(folder, 3), model(folder, None)
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, views, offset: min(most, real(file, views, offset)))
+    with torch.no_grad():
+        assert torch.equal(made.transformers(PROMPTS).logits, right.transformers(PROMPTS).logits)
+
+
+def test_ctrl_c_ends_a_run_with_experts_on_disk(tmp_path: Path) -> None:
+    folder = make_model("qwen3_moe", tmp_path)
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"token_ids": [n % 90 + 1, 5]}) + "\n" for n in range(2000)))
+    command = [sys.executable, "-m", "coterie", "generate", str(folder), "--prompts", str(tmp_path / "p.jsonl")]
+    command += ["--max-new-tokens", "20", "--batch-size", "1"]
+    refused = subprocess.run([*command, "--memory", "1k"], capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.Popen(
+        [*command, "--memory", f"{least_megabytes(refused.stderr) + 0.1}MB"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert run.stderr is not None
+    for line in run.stderr:
+        if "experts at once, the others on disk" in line:
+            break
+    time.sleep(3)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode not in (0, None) and "Traceback" not in said and "interrupted" in said
 
 
 @pytest.mark.parametrize("slots", [3, 4, 5, 9, 23])
@@ -158,13 +226,12 @@ def test_generate_within_a_budget_writes_the_same_text(tmp_path: Path) -> None:
 
     alone, refused = json.loads(generate().stdout), generate("--memory", "1k")
     assert refused.returncode == 2, refused.stderr
-    least = re.search(r"--memory: found 1.0 KB, expected ([0-9.]+) MB or more", refused.stderr)
-    assert least is not None, refused.stderr
-    ran = generate("--memory", f"{float(least[1]) + 15}MB")
+    budget = least_megabytes(refused.stderr) + 15
+    ran = generate("--memory", f"{budget}MB")
     cached = json.loads(ran.stdout)
     assert cached["outputs"] == alone["outputs"] and alone["stats"]["hit_rate"] is None
     assert 0 < cached["stats"]["hit_rate"] < 1 and "experts at once, the others on disk" in ran.stderr
-    assert cached["stats"]["peak_memory_bytes"] < 1.03 * (float(least[1]) + 15) * 1e6
+    assert cached["stats"]["peak_memory_bytes"] < 1.03 * budget * 1e6
     assert cached["stats"]["bytes_read"] > alone["stats"]["bytes_read"]
     assert "all experts fit" in generate("--memory", "64GiB", "--dry-run").stderr
 
