@@ -6,7 +6,8 @@ All compute sum over slots j of weights[t, j] * expert[ids[t, j]](x[t]), with id
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
@@ -44,6 +45,13 @@ class Residency(Protocol):
         """(position in `places`, where in the stacks it is), in groups as they come; valid until the next group."""
         ...
 
+    def on_host(self, places: Sequence[int], rows: Sequence[int]) -> AbstractContextManager[dict[int, int]]:
+        """Which are to be computed on the host: by position in `places`, where in the host's stacks, while it lasts.
+
+        rows: how many each has. They are not to be asked for with `arrivals`.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class StackedExperts:
@@ -55,6 +63,7 @@ class StackedExperts:
     activation: `[rows, 2I or I]` -> `[rows, I]`; known: the same as data, which a GPU's kernels fuse, or None.
     finish: applied to each expert's output `[rows, H]`, or None.
     residency: what brings experts to their places, where the stacks are smaller than the model's; None if all are there.
+    host: for a GPU, those that its host may compute, in stacks of its own memory, or None.
     least_rows, most_rows: of one product; fewer are filled up with zeros (libraries round differently for few rows).
     """
 
@@ -67,6 +76,7 @@ class StackedExperts:
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
     known: Activation | None = None
     residency: Residency | None = None
+    host: StackedExperts | None = None
     least_rows: int = 1
     most_rows: int = 1 << 30
 
@@ -151,9 +161,42 @@ class StackedExperts:
 
 def compute_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """By the kernels for the device that x is on; shapes as `grouped_experts`."""
+    if x.is_cuda and experts.residency is not None:
+        return arriving_experts(experts, x, ids, weights)
     if x.is_cuda and experts.least_rows == 1:
         return fused(experts)(x, ids, weights)
     return grouped_experts(experts, x, ids, weights)
+
+
+def arriving_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """By a GPU's kernels, picks of each group of experts as it comes, and one sum in the end: the bits of `fused`.
+
+    Which experts are asked for is looked up on the host, so that the device is waited for once a layer. What the residency
+    leaves to the host is computed there meanwhile, and rounded as there.
+    """
+    assert experts.residency is not None
+    if ids.numel() == 0:
+        return torch.zeros_like(x)
+    table = torch.full((experts.count,), -1, dtype=torch.int32, device=x.device)
+    made, rows = replace(fused(experts), table=table), x.new_empty(ids.numel(), x.shape[1])
+    known = ids.cpu()
+    counts = torch.bincount(known.flatten() + 1, minlength=experts.count + 1)[1:].tolist()
+    used = [expert for expert, count in enumerate(counts) if count]
+    experts.residency.announce(used)
+    with experts.residency.on_host(used, [counts[expert] for expert in used]) as apart:
+        here = [expert for position, expert in enumerate(used) if position not in apart]
+        for group in experts.residency.arrivals(here):
+            table[torch.tensor([here[position] for position, _ in group], device=x.device)] = torch.tensor(
+                [place for _, place in group], dtype=torch.int32, device=x.device
+            )
+            present = torch.isin(known, torch.tensor([here[position] for position, _ in group]))
+            made.picked(x, ids.where(present.to(x.device), -1), rows)
+        for position, place in apart.items():
+            assert experts.host is not None
+            picks = (known.flatten() == used[position]).nonzero()[:, 0]
+            y = experts.host.run(place, x[(picks // ids.shape[1]).to(x.device)].cpu())
+            rows[picks.to(x.device)] = y.to(x.device)
+    return made.summed(rows, ids, weights)
 
 
 def fused(experts: StackedExperts) -> FusedExperts:

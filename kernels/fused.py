@@ -55,22 +55,31 @@ class FusedExperts:
 
         tiles: of the two products, with equally many rows; by default the rules' and tables'. Nothing waits for the device.
         """
+        if ids.numel() == 0:
+            return torch.zeros_like(x)
+        return self.summed(self.picked(x, ids, tiles=tiles), ids, weights)
+
+    def picked(
+        self, x: torch.Tensor, ids: torch.Tensor, out: torch.Tensor | None = None, tiles: tuple[Tile, Tile] | None = None
+    ) -> torch.Tensor:
+        """The output of each pick, `[T * K, H]`; rows of empty ones stay as they are. out: where to, by default new memory."""
         tokens, slots = ids.shape
-        out = torch.empty_like(x)
-        if tokens == 0 or slots == 0:
-            return out.zero_()
-        x = x if x.stride(1) == 1 else x.contiguous()
-        ids, weights = ids.contiguous(), weights.contiguous()
+        x, ids = x if x.stride(1) == 1 else x.contiguous(), ids.contiguous()
         first_tile, second_tile = tiles or self._tiles(x, tokens, slots)
         _check_tiles(first_tile, second_tile, self.first.format)
         order = _order(ids, self.experts, first_tile.rows)
         hidden = self._first(x, order, slots, first_tile)
-        y = self._second(hidden, order, second_tile)
-        if self.finish is not None:
-            y = self.finish(y)
-        grid = (tokens, triton.cdiv(x.shape[1], SUM_COLUMNS))
-        weighted_sum[grid](
-            y, ids, weights, out, x.shape[1], self.experts, y.stride(0), slots, slots, out.stride(0),
+        y = hidden.new_empty(len(order.picks), self.second.shape[1]) if out is None else out
+        self._second(hidden, order, second_tile, y)
+        return y
+
+    def summed(self, y: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of what was picked, `[T, H]`."""
+        y = y if self.finish is None else self.finish(y)
+        (tokens, slots), hidden = ids.shape, y.shape[1]
+        out = y.new_empty(tokens, hidden)
+        weighted_sum[(tokens, triton.cdiv(hidden, SUM_COLUMNS))](
+            y, ids.contiguous(), weights.contiguous(), out, hidden, self.experts, y.stride(0), slots, slots, out.stride(0),
             SLOTS=slots, BH=SUM_COLUMNS,
         )  # fmt: skip
         return out
@@ -102,17 +111,15 @@ class FusedExperts:
         )  # fmt: skip
         return hidden if self.between is None else self.between(hidden)
 
-    def _second(self, hidden: torch.Tensor, order: Order, tile: Tile) -> torch.Tensor:
+    def _second(self, hidden: torch.Tensor, order: Order, tile: Tile, y: torch.Tensor) -> None:
         _, outputs, inputs = self.second.shape
         hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-        y = hidden.new_empty(len(order.picks), outputs)
         second_product[(_programs(order, outputs, tile),)](
             hidden, self.second.data, *_given(hidden, self.second.scale, self.second_bias), y,
             order.picks, order.expert, order.start, order.count, *_given(order.picks, self.table),
             len(order.expert), inputs, outputs, hidden.stride(0), *_strides(self.second, self.second_bias), y.stride(0),
             **_constants(self.second, self.second_bias, self.table, hidden, inputs, tile),
         )  # fmt: skip
-        return y
 
 
 @lru_cache(maxsize=16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,10 @@ class LayerCache:
     def arrivals(self, places: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """(position in `places`, slot) as they come; `ExpertCache.arrivals`."""
         return self.cache.arrivals(self.layer, [self.local[p] for p in places])
+
+    def on_host(self, places: Sequence[int], rows: Sequence[int]) -> AbstractContextManager[dict[int, int]]:
+        """Which are to be computed on the host, by position in `places`, and in which of its slots; `ExpertCache.on_host`."""
+        return self.cache.on_host(self.layer, [self.local[p] for p in places], rows)
 
 
 def index_experts(shape: ModelShape, empty: nn.Module, checkpoint: Checkpoint) -> ExpertStore:

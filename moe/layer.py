@@ -6,7 +6,7 @@ Registered with transformers' experts interface under the name `coterie`: any fa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,7 +71,7 @@ def stacked(module: Any, least_rows: int = 1, ask: bool = True) -> StackedExpert
     stacks = getattr(module, "coterie_products", None)  # of moe/quantise.py
     cache = getattr(module, "coterie_cache", None)  # of moe/cached.py
     held = module if cache is None else SimpleNamespace(**cache.cache.pools)
-    return StackedExperts(
+    made = StackedExperts(
         first=getattr(held, first) if stacks is None else stacks[0],
         second=held.down_proj if stacks is None else stacks[1],
         activation=module._apply_gate if module.has_gate else module.act_fn,
@@ -84,6 +84,14 @@ def stacked(module: Any, least_rows: int = 1, ask: bool = True) -> StackedExpert
         least_rows=least_rows,
         most_rows=MOST_ROWS if least_rows > 1 else 1 << 30,
     )
+    if cache is None or cache.cache.misses is None:
+        return made
+    there = cache.cache.source.pools
+    host = replace(
+        made, first=there[first], second=there["down_proj"], first_bias=there.get(f"{first}_bias"),
+        second_bias=there.get("down_proj_bias"), finish=None, residency=None,
+    )  # fmt: skip
+    return replace(made, host=host)
 
 
 def _known_activation(module: Any) -> Activation | None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from coterie.offload.policies import MAKERS, lowest
-from coterie.offload.store import ExpertStore, aligned_empty
+from coterie.offload.store import READERS, ExpertStore, aligned_empty
+from coterie.offload.tiers import HostTier, Misses
 
 DEFAULT = "coterie"
 
@@ -20,34 +22,37 @@ DEFAULT = "coterie"
 class CacheStatistics:
     """requests: experts asked for, once a step; transfers: experts read; prefetched: of these, before they were asked for.
 
-    seconds: waiting for reads, and in the policy.
+    on_host: computed on the host instead of being brought to the device. seconds: waiting for reads, and in the policy.
     """
 
     requests: int = 0
     transfers: int = 0
     prefetched: int = 0
+    on_host: int = 0
     stalled_seconds: float = 0.0
     policy_seconds: float = 0.0
 
     @property
     def hit_rate(self) -> float | None:
-        """1 - transfers / requests; None before the first."""
-        return 1 - self.transfers / self.requests if self.requests else None
+        """1 - transfers / requests, what was computed on the host counted as transferred; None before the first."""
+        return 1 - (self.transfers + self.on_host) / self.requests if self.requests else None
 
 
 class ExpertCache:
     """`slots` experts of `layers` x `experts`, in tensors `[slots, ...]` by parameter.
 
-    shapes: of one expert, by parameter; the same in all layers.
+    shapes: of one expert, by parameter; the same in all layers. source: where they come from; on a GPU a `HostTier`, in
+    which `misses` may have them computed.
     """
 
     def __init__(
-        self, store: ExpertStore, experts: int, slots: int, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype,
-        top_k: int, policy: str = DEFAULT,
+        self, source: ExpertStore | HostTier, experts: int, slots: int, shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype, top_k: int, policy: str = DEFAULT, device: torch.device | str = "cpu", misses: Misses | None = None,
     ) -> None:  # fmt: skip
-        layers = len(store.records)
-        self.store, self.experts, self.slots = store, experts, slots
-        self.pools = {name: aligned_empty((slots, *shape), dtype) for name, shape in shapes.items()}
+        layers = len(source.records)
+        self.source, self.experts, self.slots, self.misses = source, experts, slots, misses
+        self.store = source.store if isinstance(source, HostTier) else source
+        self.pools = {name: _empty((slots, *shape), dtype, torch.device(device)) for name, shape in shapes.items()}
         self.slot_of = np.full(layers * experts, -1, dtype=np.int64)
         self.free = list(range(slots - 1, -1, -1))
         self.policy = MAKERS[policy](layers, experts, top_k, slots)
@@ -89,6 +94,26 @@ class ExpertCache:
                 there = [one for one in left if self.slot_of[one] >= 0 and one not in self.coming]
             yield [(left.pop(one), int(self.slot_of[one])) for one in there]
 
+    @contextmanager
+    def on_host(self, layer: int, experts: Sequence[int], rows: Sequence[int]) -> Iterator[dict[int, int]]:
+        """Which of them (place in `experts`) are to be computed on the host, and in which slot of its memory, while it lasts.
+
+        rows: how many each has. Free slots are filled first. Afterwards those worth more than what is on the device may follow.
+        """
+        if self.misses is None or not isinstance(self.source, HostTier):
+            yield {}
+            return
+        at = layer * self.experts + np.asarray(experts, dtype=np.int64)
+        absent = [place for place, one in enumerate(at.tolist()) if self.slot_of[one] < 0][len(self.free) :]
+        chosen = [place for place in absent if self.misses.on_host(rows[place])][: self.source.slots - READERS]
+        with self.source.held(layer, [experts[place] for place in chosen]) as slots:
+            yield dict(zip(chosen, slots, strict=True))
+        self.statistics.on_host += len(chosen)
+        if chosen and not self.free:
+            worth = self.policy.keep()
+            least = worth[self.slot_of >= 0].min()
+            self._prefetch(layer, [experts[place] for place in chosen if worth[at[place]] > least], at)
+
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """What a coming step is expected to ask for, likeliest first: read behind what is needed, as room allows."""
         self.expected = layer, experts
@@ -121,7 +146,7 @@ class ExpertCache:
         for one in experts:
             slot = self.slot_of[one] = self.free.pop()
             into = {name: pool[slot] for name, pool in self.pools.items()}
-            self.coming[one] = self.store.start(one // self.experts, one % self.experts, into)
+            self.coming[one] = self.source.start(one // self.experts, one % self.experts, into)
 
     def _give_way(self, needed: np.ndarray) -> None:
         """Of what was being read for later: what is there is like any other, what has not begun is called off."""
@@ -155,3 +180,7 @@ class ExpertCache:
     def _forget(self, experts: np.ndarray | list[int]) -> None:
         self.free += self.slot_of[experts].tolist()
         self.slot_of[experts] = -1
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return aligned_empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)

@@ -82,9 +82,11 @@ class ExpertStore:
 
         The result raises CoterieError, naming the file, for an error of the disk or a file that was written to meanwhile.
         """
-        return self.readers.submit(self._read_all, self.records[layer][expert], into)
+        return self.readers.submit(self.read, layer, expert, into)
 
-    def _read_all(self, record: Record, into: Mapping[str, torch.Tensor]) -> None:
+    def read(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> None:
+        """The same in the calling thread."""
+        record = self.records[layer][expert]
         for name, part in record.items():
             self._read(part, into[name])
         for file in {piece.file for part in record.values() for piece in part.pieces}:

@@ -1,0 +1,156 @@
+"""Host memory between the disk and a GPU: experts that were read stay there, pinned, as many as its budget holds.
+
+What a device misses is copied from here by the store's threads, on streams of their own, or computed here (`Misses`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from coterie.offload.store import READERS, ExpertStore, Record, aligned_empty
+from coterie.routing.errors import CoterieError, InputError
+
+KINDS = ("fetch", "cpu", "auto")
+
+
+@dataclass(frozen=True)
+class Misses:
+    """What is done about an expert that the device does not have: brought there, or computed on the host.
+
+    row_seconds: of one token's row on the host; copy_seconds: of one expert to the device; None where that is not weighed.
+    """
+
+    row_seconds: float | None = None
+    copy_seconds: float | None = None
+
+    def on_host(self, rows: int) -> bool:
+        """Whether so many rows are better computed where the expert is."""
+        return self.row_seconds is None or self.copy_seconds is None or rows * self.row_seconds < self.copy_seconds
+
+
+class HostTier:
+    """`slots` experts of those in `store`, what was used longest ago giving way; `start` and `close` as the store's.
+
+    shapes: of one expert, by parameter. pinned: the memory is registered with CUDA, so that copies run beside computing.
+    """
+
+    def __init__(
+        self, store: ExpertStore, slots: int, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, pinned: bool
+    ) -> None:
+        if slots < READERS + 1:
+            raise InputError(f"--host-memory: found room for {slots} experts, expected {READERS + 1} or more")
+        self.store, self.slots = store, slots
+        self.pools = {name: aligned_empty((slots, *shape), dtype) for name, shape in shapes.items()}
+        if pinned:
+            self._pin()
+        self.slot_of: OrderedDict[tuple[int, int], int] = OrderedDict()  # by (layer, expert), the longest unused first
+        self.free = list(range(slots - 1, -1, -1))
+        self.busy: dict[tuple[int, int], int] = {}  # how many are using it
+        self.lock = threading.Lock()
+        self._own = threading.local()
+
+    @property
+    def records(self) -> Sequence[Sequence[Record]]:
+        """The store's."""
+        return self.store.records
+
+    def _pin(self) -> None:
+        for pool in self.pools.values():
+            size = pool.numel() * pool.element_size()
+            if int(torch.cuda.cudart().cudaHostRegister(pool.data_ptr(), size, 0)):  # type: ignore[no-untyped-call]
+                raise CoterieError(f"host memory: {size / 1e9:.1f} GB cannot be pinned; give a smaller --host-memory")
+
+    def start(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> Future[None]:
+        """As `ExpertStore.start`. What the device is still computing may read the old contents of `into`: it is waited for."""
+        ready = None
+        if next(iter(into.values())).is_cuda:
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        return self.store.readers.submit(self._deliver, (layer, expert), into, ready)
+
+    def _deliver(self, key: tuple[int, int], into: Mapping[str, torch.Tensor], ready: torch.cuda.Event | None) -> None:
+        slot = self._taken(key)
+        try:
+            if ready is None:
+                for name, out in into.items():
+                    out.copy_(self.pools[name][slot])
+                return
+            with torch.cuda.stream(self._stream(next(iter(into.values())).device)) as _:
+                stream = torch.cuda.current_stream()
+                stream.wait_event(ready)
+                for name, out in into.items():
+                    out.copy_(self.pools[name][slot], non_blocking=True)
+                stream.synchronize()
+        finally:
+            self._released(key)
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        """This thread's own."""
+        if not hasattr(self._own, "stream"):
+            self._own.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream: torch.cuda.Stream = self._own.stream
+        return stream
+
+    def _taken(self, key: tuple[int, int]) -> int:
+        """The slot of an expert that stays until it is released; read from disk if it was not there."""
+        with self.lock:
+            self.busy[key] = self.busy.get(key, 0) + 1
+            if key in self.slot_of:
+                self.slot_of.move_to_end(key)
+                return self.slot_of[key]
+            slot = self.free.pop() if self.free else self._given_up()
+        try:
+            self.store.read(*key, {name: pool[slot] for name, pool in self.pools.items()})
+        except BaseException:
+            with self.lock:
+                self.free.append(slot)
+            self._released(key)
+            raise
+        with self.lock:
+            self.slot_of[key] = slot
+        return slot
+
+    def _given_up(self) -> int:
+        """The slot of what was unused longest."""
+        victim = next(key for key in self.slot_of if key not in self.busy)
+        return self.slot_of.pop(victim)
+
+    def _released(self, key: tuple[int, int]) -> None:
+        with self.lock:
+            self.busy[key] -= 1
+            if not self.busy[key]:
+                del self.busy[key]
+
+    @contextmanager
+    def held(self, layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
+        """Their slots, for as long as they are computed here; at most `slots - READERS` at once."""
+        futures = [self.store.readers.submit(self._taken, (layer, expert)) for expert in experts]
+        taken = []
+        try:
+            for expert, future in zip(experts, futures, strict=True):
+                taken.append((expert, future.result()))
+            yield [slot for _, slot in taken]
+        finally:
+            for expert, future in zip(experts, futures, strict=True):
+                if future.exception() is None:
+                    self._released((layer, expert))
+
+    def close(self) -> None:
+        """Give files and threads back."""
+        self.store.close()
+
+
+def misses_of(kind: str, tier: HostTier, row: Callable[[], float], copy: Callable[[], float]) -> Misses | None:
+    """What `--misses` asks for: None to fetch all. row, copy: measure the seconds of one row and of one expert's copy."""
+    if kind not in KINDS:
+        raise InputError(f"--misses: found {kind!r}, expected {', '.join(KINDS)}")
+    if kind == "fetch":
+        return None
+    return Misses() if kind == "cpu" else Misses(row(), copy())
