@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from coterie.offload.checkpoint import ReadCounter
+from coterie.offload.checksum import Checksum, check
 from coterie.routing.errors import CoterieError
 
 BLOCK = 4096
@@ -47,11 +48,17 @@ Record = Mapping[str, Part]  # by parameter: gate_up_proj, down_proj, ...
 
 
 class ExpertStore:
-    """All experts of a checkpoint. records: `[layer][expert]`, layers by their place among those with experts."""
+    """All experts of a checkpoint. records: `[layer][expert]`, layers by their place among those with experts.
 
-    def __init__(self, records: Sequence[Sequence[Record]], counter: ReadCounter) -> None:
+    checksums: `[layer][expert]`, what the bytes of an expert's parts must give (offload/checksum.py); None: not checked.
+    """
+
+    def __init__(
+        self, records: Sequence[Sequence[Record]], counter: ReadCounter, checksums: Sequence[Sequence[str]] | None = None
+    ) -> None:
         self.records = records
         self.counter = counter
+        self.checksums = checksums
         self.readers = ThreadPoolExecutor(READERS, "coterie-read")
         self._own = threading.local()
         self._files: dict[Path, int] = {}
@@ -72,20 +79,27 @@ class ExpertStore:
     def start(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> Future[None]:
         """Begin to fill the tensors (by parameter) with an expert, casting as needed; what has not begun can be cancelled.
 
-        The result raises CoterieError, naming the file, for an error of the disk or a file that has become shorter.
+        The result raises CoterieError, naming the file, for an error of the disk, a file that has become shorter, or bytes that
+        do not give their checksum.
         """
-        return self.readers.submit(self._read_all, self.records[layer][expert], into)
+        return self.readers.submit(self._read_all, layer, expert, into)
 
-    def _read_all(self, record: Record, into: Mapping[str, torch.Tensor]) -> None:
+    def _read_all(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> None:
+        seen = None if self.checksums is None else Checksum()
+        record = self.records[layer][expert]
         for name, part in record.items():
-            self._read(part, into[name])
+            self._read(part, into[name], seen)
+        if seen is not None and self.checksums is not None:
+            check(seen, self.checksums[layer][expert], next(iter(record.values())).pieces[0].file, layer, expert)
 
-    def _read(self, part: Part, out: torch.Tensor) -> None:
+    def _read(self, part: Part, out: torch.Tensor, seen: Checksum | None) -> None:
         flat, start = out.view(-1), 0
         for piece in part.pieces:
             for offset in range(0, piece.length, STAGE_BYTES - 2 * BLOCK):
                 length = min(piece.length - offset, STAGE_BYTES - 2 * BLOCK)
                 raw = self.staged(piece.file, piece.offset + offset, length)
+                if seen is not None:
+                    seen.update(raw)
                 values = torch.frombuffer(raw, dtype=torch.uint8)
                 count = length // part.dtype.itemsize
                 flat[start : start + count].copy_(_viewed(values, part.dtype))
