@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import thread_ranks
 import torch
 from conftest import ROOT
 from hypothesis import given, settings
@@ -28,6 +29,7 @@ from tiny_models import FAMILIES, make_model
 import coterie
 from coterie.launch.cli import main
 from coterie.launch.packing import _contents
+from coterie.moe.collectives import Group
 from coterie.offload import pack as packer
 from coterie.offload.checksum import AT_ONCE, ROW, Checksum
 from coterie.offload.sidecar import open_sidecar, run_of
@@ -115,6 +117,16 @@ def test_logits_are_the_same_from_the_sidecar(family: Path, tmp_path: Path) -> N
     assert made.cache.statistics.transfers > 0
     for one in (made, without):
         one.cache.store.close()
+
+
+def test_ranks_read_one_sidecar_and_write_what_one_does(folder: Path, packed: Path) -> None:
+    prompts = [coterie.Prompt(token_ids=tuple(row)) for row in PROMPTS.tolist()]
+    right = [o.token_ids for o in coterie.load(folder).generate(prompts, 6)[0]]
+
+    def run(group: Group) -> list[tuple[int, ...]]:
+        return [o.token_ids for o in thread_ranks.load(folder, group=group, slots=3, packed=packed).generate(prompts, 6)[0]]
+
+    assert all(found == right for found in thread_ranks.on_ranks(2, run))
 
 
 def test_the_verb_tells_what_it_did_and_verifies(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
