@@ -83,7 +83,7 @@ def build_parser() -> Parser:
     parser = Parser("coterie", description="Mixture-of-Experts inference that knows which experts keep company.")
     parser.add_argument("--version", action="version", version=f"coterie {_version()}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for add in (_demo, _trace, _import, _plan, _evaluate, _show, _export, _generate, _cache_sim, _bench, _doctor):
+    for add in (_demo, _trace, _import, _plan, _evaluate, _show, _export, _generate, _pack, _cache_sim, _bench, _doctor):
         add(verbs)
     return parser
 
@@ -246,6 +246,7 @@ def _generate(verbs: Any) -> None:
     p.add_argument(
         "--memory", metavar="SIZE", help="of each process, such as 2GiB: experts that do not fit are read from disk when needed"
     )
+    p.add_argument("--packed", type=Path, metavar="DIR", help="with --memory: read experts from what coterie pack wrote there")
     p.add_argument("--quantise", metavar="FORMAT", help="round the experts to int8, int4 or fp8 (docs/kernels.md)")
     p.add_argument(
         "--batch-invariant", action="store_true", help="text that does not depend on the batch or the rank, to the last bit"
@@ -274,6 +275,13 @@ def _running(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="prompts at once on each process (default: %(default)s)"
     )
+
+
+def _pack(verbs: Any) -> None:
+    p = _verb(verbs, "pack", "packing", "copy the experts of a model so that each is read in one go, with checksums")
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write, or to go on with after a stop")
+    p.add_argument("--verify", action="store_true", help="write nothing: read what is in DIR and check all of it")
 
 
 def _cache_sim(verbs: Any) -> None:

@@ -128,6 +128,8 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
     positive("--batch-size", options.batch_size)
     if options.resume and options.out is None:
         raise InputError("--resume: found no --out, expected the one of the stopped run")
+    if options.packed is not None and options.memory is None:
+        raise InputError(f"--packed: found {str(options.packed)!r} without --memory, expected both: it is read only with it")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     for path in (options.out, options.trace_events):
         if path is not None and group.rank == 0 and not options.dry_run:
@@ -136,7 +138,7 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
     plan = None if options.plan is None else read_plan(options.plan)
     to_come = _group_to_come(plan, group, options.dry_run)
     try:
-        share = prepare(options.model, plan, options.dtype, to_come.size, to_come.nodes, quantise=options.quantise)
+        share = prepare(options.model, plan, options.dtype, to_come.size, to_come.nodes, None, options.quantise, options.packed)
         strategy = asked_strategy(share, options.strategy, to_come)
     except CoterieError as error:
         if options.plan is None or "the plan" not in str(error):

@@ -45,7 +45,10 @@ def within_budget(asked: Asked, options: argparse.Namespace, group: Group) -> As
     )
     if group.rank == 0:
         whole = len(share.shape.layer_ids) * share.shape.num_experts
-        what = "all experts fit" if slots == _ALL else f"room for {slots} of {whole} experts at once, the others on disk"
+        unused = "" if share.packed is None else f", {options.packed} is not used"
+        what = (
+            f"all experts fit{unused}" if slots == _ALL else f"room for {slots} of {whole} experts at once, the others on disk"
+        )
         say(f"memory: {options.memory} for each process, of which {taken / 1e6:,.0f} MB are taken already: {what}")
     return replace(asked, share=replace(share, slots=None if slots == _ALL else slots))
 

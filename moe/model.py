@@ -234,7 +234,7 @@ class Model:
 def load(
     model: str | Path, plan: PlacementPlan | None = None, dtype: str = "auto", strategy: str | None = None,
     device: str | torch.device | None = None, group: Group | None = None, batch_invariant: bool = False,
-    quantise: str | None = None, slots: int | None = None,
+    quantise: str | None = None, slots: int | None = None, packed: str | Path | None = None,
 ) -> Model:  # fmt: skip
     """Load this rank's share of MODEL: a folder, a hub id, or `coterie-tiny`.
 
@@ -243,10 +243,11 @@ def load(
     dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on a GPU, float32 on a CPU.
     quantise: `int8`, `int4` or `fp8` rounds the experts (kernels/formats.py); text is then no longer the checkpoint's own.
     slots: how many experts to hold in memory at once, the others being read from disk when needed; by default all.
+    packed: the folder that `coterie pack` made of MODEL; experts on disk are read from it.
     Raises InputError for a model, checkpoint or plan that is wrong or does not fit.
     """
     group = group or Group.current()
-    share = replace(prepare(model, plan, dtype, group.size, group.nodes, device, quantise), slots=slots)
+    share = replace(prepare(model, plan, dtype, group.size, group.nodes, device, quantise, packed), slots=slots)
     check_slots(share)
     asked = asked_strategy(share, strategy, group)
     return assembled(share, share.read(group.rank), asked, group, batch_invariant=batch_invariant)

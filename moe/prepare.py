@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from coterie.moe.placement_map import check_plan, contiguous_plan
 from coterie.moe.quantise import check_format, quantise_experts
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint
+from coterie.offload.sidecar import Sidecar, open_sidecar
+from coterie.offload.store import ExpertStore
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError
 
@@ -28,7 +30,8 @@ class Share:
     """A model under a plan. empty: its skeleton on the meta device; device: of this rank.
 
     quantise: the format that experts are rounded to once they are read (kernels/formats.py), or None. slots: how many experts
-    this process holds at once, the others being read from disk when they are needed (moe/cached.py); None for all.
+    this process holds at once, the others being read from disk when they are needed (moe/cached.py); None for all. packed:
+    where these are read from, if not from the checkpoint.
     """
 
     shape: ModelShape
@@ -39,6 +42,7 @@ class Share:
     device: torch.device
     quantise: str | None = None
     slots: int | None = None
+    packed: Sidecar | None = None
 
     def read(self, rank: int, on_bytes: Callable[[int, int], object] | None = None) -> Any:
         """The transformers model with the share of `rank` in it. on_bytes: told (bytes just read, bytes in all)."""
@@ -52,7 +56,10 @@ class Share:
 
     def _cached(self, local: tuple[tuple[int, ...], ...], slots: int, on_bytes: Callable[[int, int], object] | None) -> Any:
         """The dense part, and the experts `local` (by layer) out of a cache."""
-        store = index_experts(self.shape, self.empty, self.checkpoint)
+        if self.packed is None:
+            store = index_experts(self.shape, self.empty, self.checkpoint)
+        else:
+            store = ExpertStore(self.packed.records, self.checkpoint.counter, self.packed.checksums)
         none: dict[int, tuple[int, ...]] = dict.fromkeys(self.shape.layer_ids, ())
         read = load_share(self.shape, self.empty, self.checkpoint, none, self.dtype, self.device, IMPLEMENTATION, on_bytes)
         shapes = {name: part.shape for name, part in store.records[0][0].items()}
@@ -62,11 +69,11 @@ class Share:
 
 def prepare(
     model: str | Path, plan: PlacementPlan | None, dtype: str, ranks: int, nodes: int = 1,
-    device: str | torch.device | None = None, quantise: str | None = None,
+    device: str | torch.device | None = None, quantise: str | None = None, packed: str | Path | None = None,
 ) -> Share:  # fmt: skip
     """Look at MODEL and check the plan (by default experts in order) against it and `ranks` processes on `nodes` nodes.
 
-    Raises InputError for a model, checkpoint or plan that is wrong or does not fit.
+    Raises InputError for a model, checkpoint, plan or folder of packed experts that is wrong or does not fit.
     """
     if quantise is not None:
         check_format(quantise)
@@ -74,12 +81,26 @@ def prepare(
     plan = contiguous_plan(shape, ranks, nodes) if plan is None else plan
     check_plan(plan, shape, ranks)
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    return Share(shape, empty, Checkpoint.open(shape.folder), plan, dtype_of(dtype, shape.config, target), target, quantise)
+    checkpoint = Checkpoint.open(shape.folder)
+    share = Share(shape, empty, checkpoint, plan, dtype_of(dtype, shape.config, target), target, quantise)
+    return share if packed is None else replace(share, packed=_sidecar(shape, empty, checkpoint, Path(packed)))
+
+
+def _sidecar(shape: ModelShape, empty: Any, checkpoint: Checkpoint, folder: Path) -> Sidecar:
+    store = index_experts(shape, empty, checkpoint)
+    try:
+        return open_sidecar(folder, checkpoint, store.records)
+    finally:
+        store.close()
 
 
 def check_slots(share: Share) -> None:
     """Raises InputError if so few experts at once do not make a layer, or something else needs them all."""
     if share.slots is None:
+        if share.packed is not None:
+            raise InputError(
+                "packed: found it without slots, expected slots with it: without them no expert is read from there"
+            )
         return
     if share.slots < share.shape.top_k:
         raise InputError(f"slots: found {share.slots}, expected at least {share.shape.top_k}: one token's experts in a layer")

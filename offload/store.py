@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from coterie.offload.checkpoint import ReadCounter
+from coterie.offload.checksum import Checksum, check
 from coterie.routing.errors import CoterieError
 
 BLOCK = 4096
@@ -48,11 +49,17 @@ Record = Mapping[str, Part]  # by parameter: gate_up_proj, down_proj, ...
 
 
 class ExpertStore:
-    """All experts of a checkpoint. records: `[layer][expert]`, layers by their place among those with experts."""
+    """All experts of a checkpoint. records: `[layer][expert]`, layers by their place among those with experts.
 
-    def __init__(self, records: Sequence[Sequence[Record]], counter: ReadCounter) -> None:
+    checksums: `[layer][expert]`, what the bytes of an expert's parts must give (offload/checksum.py); None: not checked.
+    """
+
+    def __init__(
+        self, records: Sequence[Sequence[Record]], counter: ReadCounter, checksums: Sequence[Sequence[str]] | None = None
+    ) -> None:
         self.records = records
         self.counter = counter
+        self.checksums = checksums
         self.readers = ThreadPoolExecutor(READERS, "coterie-read")
         self._own = threading.local()
         self._files: dict[Path, int] = {}
@@ -80,41 +87,51 @@ class ExpertStore:
     def start(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> Future[None]:
         """Begin to fill the tensors (by parameter) with an expert, casting as needed; what has not begun can be cancelled.
 
-        The result raises CoterieError, naming the file, for an error of the disk or a file that was written to meanwhile.
+        The result raises CoterieError, naming the file, for an error of the disk, a file that was written to meanwhile, or
+        bytes that do not give their checksum.
         """
         return self.readers.submit(self.read, layer, expert, into)
 
     def read(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> None:
         """The same in the calling thread."""
         record = self.records[layer][expert]
+        seen = None if self.checksums is None else Checksum()
         for name, part in record.items():
-            self._read(part, into[name])
+            self._read(part, into[name], seen)
+        if seen is not None and self.checksums is not None:
+            check(seen, self.checksums[layer][expert], next(iter(record.values())).pieces[0].file, layer, expert)
         for file in {piece.file for part in record.values() for piece in part.pieces}:
             if self._version(file) != self._versions[file]:
                 raise CoterieError(f"{file}: was changed while in use; start again once it is whole")
 
-    def _read(self, part: Part, out: torch.Tensor) -> None:
+    def _read(self, part: Part, out: torch.Tensor, seen: Checksum | None) -> None:
         flat, start = out.view(-1), 0
         for piece in part.pieces:
             count = piece.length // part.dtype.itemsize
             into = flat[start : start + count]
-            done = self._read_blocks(piece, into) if out.dtype == part.dtype and out.device.type == "cpu" else 0
-            self._read_staged(piece, done, part.dtype, into)
+            done = self._read_blocks(piece, into, seen) if out.dtype == part.dtype and out.device.type == "cpu" else 0
+            self._read_staged(piece, done, part.dtype, into, seen)
             start += count
 
-    def _read_blocks(self, piece: Piece, out: torch.Tensor) -> int:
+    def _read_blocks(self, piece: Piece, out: torch.Tensor, seen: Checksum | None) -> int:
         """The whole blocks that a piece begins with, right into `out`, where both are aligned; returns their bytes."""
         length = piece.length // BLOCK * BLOCK
         if piece.offset % BLOCK or out.data_ptr() % BLOCK or not length:
             return 0
-        self._fill(piece.file, piece.offset, out.view(torch.uint8).numpy().data[:length], length)
+        view = out.view(torch.uint8).numpy().data[:length]
+        self._fill(piece.file, piece.offset, view, length)
+        if seen is not None:
+            seen.update(view)
         self.counter.add(length)
         return length
 
-    def _read_staged(self, piece: Piece, start: int, dtype: torch.dtype, out: torch.Tensor) -> None:
+    def _read_staged(self, piece: Piece, start: int, dtype: torch.dtype, out: torch.Tensor, seen: Checksum | None) -> None:
         for offset in range(start, piece.length, STAGE_BYTES - 2 * BLOCK):
             length = min(piece.length - offset, STAGE_BYTES - 2 * BLOCK)
-            values = torch.frombuffer(self.staged(piece.file, piece.offset + offset, length), dtype=torch.uint8)
+            raw = self.staged(piece.file, piece.offset + offset, length)
+            if seen is not None:
+                seen.update(raw)
+            values = torch.frombuffer(raw, dtype=torch.uint8)
             first = offset // dtype.itemsize
             out[first : first + length // dtype.itemsize].copy_(_viewed(values, dtype))
 

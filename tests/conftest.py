@@ -66,3 +66,27 @@ def no_partial_files(tmp_path: Path):
     yield
     left = [p.name for p in tmp_path.rglob("*") if p.name.endswith((".part", ".probe"))]
     assert not left, left
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint of 3 layers with 8 experts each."""
+    from tiny_models import make_model
+
+    return make_model("qwen3_moe", tmp_path / "m")
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sidecars of tiny models take several files, too."""
+    monkeypatch.setattr("coterie.offload.pack.FILE_BYTES", 100_000)
+
+
+@pytest.fixture
+def packed(folder: Path, tmp_path: Path, small_files: None) -> Path:
+    """The sidecar of `folder`."""
+    from coterie.launch.packing import _contents
+    from coterie.offload.pack import pack
+
+    pack(_contents(str(folder)), tmp_path / "p")
+    return tmp_path / "p"

@@ -402,7 +402,7 @@ def test_what_is_no_regular_file_is_not_replaced_and_a_link_stays_one(
 
 
 def test_help_of_every_verb_fits_and_names_its_options(capsys) -> None:
-    for verb in ("demo", "trace", "import", "plan", "evaluate", "show", "generate", "doctor"):
+    for verb in ("demo", "trace", "import", "plan", "evaluate", "show", "generate", "pack", "doctor"):
         with pytest.raises(SystemExit) as ended:
             main([verb, "--help"])
         assert ended.value.code == 0

@@ -1,0 +1,49 @@
+"""`coterie pack`: the experts of a checkpoint once more, one run of bytes each (docs/offload.md)."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from coterie.launch.commands import say
+from coterie.launch.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from coterie.offload.pack import Contents
+
+
+def pack(options: argparse.Namespace) -> dict[str, Any]:
+    """Write the sidecar, go on with one, or check one."""
+    from tqdm import tqdm
+
+    quiet_transformers()
+    from coterie.offload import pack as packer
+    from coterie.offload.sidecar import aligned, length_of
+
+    started, contents = time.perf_counter(), _contents(options.model)
+    whole = sum(aligned(length_of(record)) for layer in contents.records for record in layer)
+    doing, do = ("verify", packer.verify) if options.verify else ("pack", packer.pack)
+    with tqdm(desc=doing, total=whole, unit="B", unit_scale=True, disable=None) as bar:
+        done = do(contents, options.out, bar.update)
+    seconds = time.perf_counter() - started
+    there = "all of it is right" if options.verify else f"{done.resumed_bytes / 1e6:,.1f} MB were there already"
+    say(
+        f"{options.out}: {done.experts} experts, {done.bytes / 1e6:,.1f} MB in {done.files} files, {seconds:.1f} s; {there}; "
+        f"use it with generate --memory SIZE --packed {options.out}"
+    )
+    return {"out": str(options.out), **asdict(done), "seconds": seconds}
+
+
+def _contents(model: str) -> Contents:
+    from coterie.moe.cached import index_experts
+    from coterie.moe.families import inspect
+    from coterie.offload.checkpoint import Checkpoint
+    from coterie.offload.pack import Contents
+
+    shape, empty = inspect(model)
+    checkpoint = Checkpoint.open(shape.folder)
+    store = index_experts(shape, empty, checkpoint)
+    store.close()
+    return Contents(shape.name, checkpoint, shape.layer_ids, store.records)
