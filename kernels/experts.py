@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
@@ -161,10 +162,9 @@ class StackedExperts:
 
 def compute_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """By the kernels for the device that x is on; shapes as `grouped_experts`."""
-    if x.is_cuda and experts.residency is not None:
-        return arriving_experts(experts, x, ids, weights)
     if x.is_cuda and experts.least_rows == 1:
-        return fused(experts)(x, ids, weights)
+        run = fused(experts) if experts.residency is None else partial(arriving_experts, experts)
+        return run(x, ids, weights)
     return grouped_experts(experts, x, ids, weights)
 
 

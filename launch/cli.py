@@ -246,6 +246,15 @@ def _generate(verbs: Any) -> None:
     p.add_argument(
         "--memory", metavar="SIZE", help="of each process, such as 2GiB: experts that do not fit are read from disk when needed"
     )
+    p.add_argument(
+        "--host-memory", metavar="SIZE", help="behind a GPU: for experts that were read (default: most of what is free)"
+    )
+    p.add_argument(
+        "--misses",
+        default="fetch",
+        metavar="HOW",
+        help="on a GPU: fetch, or compute on the host's cpu, which rounds differently; auto",
+    )
     p.add_argument("--packed", type=Path, metavar="DIR", help="with --memory: read experts from what coterie pack wrote there")
     p.add_argument("--quantise", metavar="FORMAT", help="round the experts to int8, int4 or fp8 (docs/kernels.md)")
     p.add_argument(

@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from coterie.launch.available import free_bytes, machine, resident_bytes
+from coterie.launch.available import free_bytes, machine, resident_bytes, system_bytes
 from coterie.launch.commands import say
 from coterie.launch.tables import table
 from coterie.routing.errors import InputError
@@ -16,7 +16,7 @@ from coterie.routing.errors import InputError
 if TYPE_CHECKING:
     from coterie.launch.generating import Asked
     from coterie.moe.collectives import Group
-    from coterie.moe.memory import RankMemory
+    from coterie.moe.memory import ModelSizes, RankMemory, Workload
 
 
 @dataclass(frozen=True)
@@ -28,40 +28,96 @@ class Checked:
 
 
 def within_budget(asked: Asked, options: argparse.Namespace, group: Group) -> Asked:
-    """With `--memory`: the same with as many experts at once as the budget of each process allows, on all ranks alike."""
-    if options.memory is None:
-        return asked
-    from coterie.moe.memory import most_slots, workload
-    from coterie.moe.sizes import sizes_of
+    """The same with as many experts at once as the budget of each process allows, on all ranks alike.
 
-    share = asked.share
-    for name, found in (("--quantise", share.quantise), ("--replan", options.replan), ("a GPU", share.device.type == "cuda")):
-        if found:
-            raise InputError(f"--memory: found it with {name}, expected one of them: experts from disk do not go with it yet")
-    sizes, work = sizes_of(share.shape, share.empty, share.dtype), workload(asked.requests, options.batch_size)
-    taken = max(group.gather(resident_bytes()))
-    slots = min(
-        most_slots(sizes, share.plan, name, work, parse_bytes(options.memory), taken) or _ALL for name in _candidates(asked)[:1]
-    )
+    The budget is `--memory`, of a GPU's memory where there is one; else what is free, where one process cannot hold all.
+    """
+    asked = _with_host(asked, options)
+    budget = _budget(asked, options, group)
+    if budget is None:
+        if asked.share.misses == "cpu":
+            raise InputError("--misses: found cpu where all experts fit, expected --memory with it: nothing is missed here")
+        return asked
+    from coterie.moe.memory import most_slots
+
+    share, (sizes, work, taken) = asked.share, _needs(asked, options, group)
+    slots = most_slots(sizes, share.plan, _candidates(asked)[0], work, budget, taken)
     if group.rank == 0:
         whole = len(share.shape.layer_ids) * share.shape.num_experts
         unused = "" if share.packed is None else f", {options.packed} is not used"
         what = (
-            f"all experts fit{unused}" if slots == _ALL else f"room for {slots} of {whole} experts at once, the others on disk"
+            f"all experts fit{unused}" if slots is None else f"room for {slots} of {whole} experts at once, the others on disk"
         )
-        say(f"memory: {options.memory} for each process, of which {taken / 1e6:,.0f} MB are taken already: {what}")
-    return replace(asked, share=replace(share, slots=None if slots == _ALL else slots))
+        given = options.memory or f"{budget / 1e9:.1f} GB, what is free,"
+        say(f"memory: {given} for each process, of which {taken / 1e6:,.0f} MB are taken already: {what}")
+    return replace(asked, share=replace(share, slots=slots))
 
 
-_ALL = 1 << 60
+def _needs(asked: Asked, options: argparse.Namespace, group: Group) -> tuple[ModelSizes, Workload, int]:
+    """Sizes, what is to be run, and bytes that the processes have taken already, the most of any."""
+    from coterie.moe.memory import workload
+    from coterie.moe.sizes import sizes_of
+
+    share = asked.share
+    sizes, work = sizes_of(share.shape, share.empty, share.dtype), workload(asked.requests, options.batch_size)
+    if share.device.type == "cpu":
+        return sizes, work, max(group.gather(resident_bytes()))
+    import torch
+
+    return replace(sizes, process=0), work, max(group.gather(torch.cuda.memory_reserved(share.device)))
+
+
+def _budget(asked: Asked, options: argparse.Namespace, group: Group) -> int | None:
+    """Bytes of a process; None where all experts are to be loaded."""
+    share = asked.share
+    others = [name for name, found in (("--quantise", share.quantise), ("--replan", options.replan)) if found]
+    if options.memory is not None:
+        if others:
+            raise InputError(f"--memory: found it with {others[0]}, expected one of them: experts from disk are as stored")
+        return parse_bytes(options.memory)
+    free = free_bytes(share.device)
+    if others or free is None or share.plan.ranks > 1:
+        return None
+    from coterie.moe.memory import estimate, most_slots
+
+    sizes, work, taken = _needs(asked, options, group)
+    if estimate(sizes, share.plan, "local", work)[0].total <= free:
+        return None
+    budget = taken + int(MARGIN * free)
+    try:
+        most_slots(sizes, share.plan, "local", work, budget, taken)
+    except InputError:
+        return None  # too small for a cache, too: `check_memory` says what would do
+    return budget
+
+
+def _with_host(asked: Asked, options: argparse.Namespace) -> Asked:
+    """`--host-memory` and `--misses`, which are about what lies behind a GPU."""
+    from coterie.moe.cached import MISSES
+
+    share = asked.share
+    if options.misses not in MISSES:
+        raise InputError(f"--misses: found {options.misses!r}, expected {', '.join(MISSES)}")
+    if share.device.type == "cpu":
+        if options.host_memory is not None:
+            raise InputError("--host-memory: found it without a GPU, expected --memory: that is the host's here")
+        if options.misses == "cpu":
+            raise InputError("--misses: found cpu without a GPU, expected fetch or auto: all is computed on the CPU here")
+        return asked
+    free = system_bytes()
+    found = parse_bytes(options.host_memory, "--host-memory") if options.host_memory else free and int(HOST_SHARE * free)
+    return replace(asked, share=replace(share, host_bytes=found, misses=options.misses))
+
+
+MARGIN, HOST_SHARE = 0.95, 0.8  # of what is free: for a process where all does not fit; of the host for experts behind a GPU
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, name: str = "--memory") -> int:
     """`2GiB`, `500MB`, `1.5G`, `123456789`. Raises InputError for anything else."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", text.lower())
     if found is None or float(found[1]) == 0:
-        raise InputError(f"--memory: found {text!r}, expected a size such as 2GiB, 500MB or 1500000000")
+        raise InputError(f"{name}: found {text!r}, expected a size such as 2GiB, 500MB or 1500000000")
     return int(float(found[1]) * UNITS[found[2] or ""])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +16,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
 
 from coterie.moe.families import ModelShape
+from coterie.moe.layer import stacked
 from coterie.moe.load import WEIGHT_DTYPES, expert_in
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint, TensorPlace
 from coterie.offload.store import ExpertStore, Part, Piece
+from coterie.offload.tiers import HostTier, Misses
 from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
 
@@ -145,6 +149,36 @@ def attach_cache(model: nn.Module, cache: ExpertCache, local: Sequence[tuple[int
         router = _router(parents[id(modules[layer])], cache.experts)
         following = LayerCache(cache, layer, local[layer], router, following)
         modules[layer].coterie_cache = following  # type: ignore[assignment]
+
+
+MISSES = ("fetch", "cpu", "auto")
+
+
+def misses_of(kind: str, cache: ExpertCache, module: nn.Module) -> Misses | None:
+    """What `--misses` asks for on a GPU, None to fetch all; `auto` measures an expert's copy and a row of `module` on the host.
+
+    Nothing may be cached yet.
+    """
+    tier = cache.source
+    if kind == "fetch" or not isinstance(tier, HostTier):
+        return None
+    cache.misses = Misses()
+    if kind == "cpu":
+        return cache.misses
+    host, slot = stacked(module).host, {name: pool[0] for name, pool in cache.pools.items()}
+    assert host is not None
+    with tier.held(0, [0]) as (place,):
+        row = torch.zeros(1, host.first.shape[1 if host.transposed else 2], dtype=next(iter(tier.pools.values())).dtype)
+        return Misses(_median(lambda: host.run(place, row)), _median(lambda: tier.start(0, 0, slot).result()))
+
+
+def _median(call: Callable[[], object]) -> float:
+    found = []
+    for _ in range(7):
+        started = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
 
 
 def _router(block: nn.Module, experts: int) -> torch.Tensor | None:

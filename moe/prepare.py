@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from coterie.moe.cached import attach_cache, index_experts
+from coterie.moe.cached import attach_cache, index_experts, misses_of
 from coterie.moe.families import ModelShape, inspect
 from coterie.moe.layer import IMPLEMENTATION
 from coterie.moe.load import load_share
@@ -19,8 +19,10 @@ from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint
 from coterie.offload.sidecar import Sidecar, open_sidecar
 from coterie.offload.store import ExpertStore
+from coterie.offload.tiers import LEAST, HostTier
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError
+from coterie.routing.record import expert_modules
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,7 +33,8 @@ class Share:
 
     quantise: the format that experts are rounded to once they are read (kernels/formats.py), or None. slots: how many experts
     this process holds at once, the others being read from disk when they are needed (moe/cached.py); None for all. packed:
-    where these are read from, if not from the checkpoint.
+    where these are read from, if not from the checkpoint. Behind a GPU's slots: host_bytes of memory for those that were read,
+    None for all; misses: what is done about what the GPU does not have (offload/tiers.py).
     """
 
     shape: ModelShape
@@ -43,6 +46,8 @@ class Share:
     quantise: str | None = None
     slots: int | None = None
     packed: Sidecar | None = None
+    host_bytes: int | None = None
+    misses: str = "fetch"
 
     def read(self, rank: int, on_bytes: Callable[[int, int], object] | None = None) -> Any:
         """The transformers model with the share of `rank` in it. on_bytes: told (bytes just read, bytes in all)."""
@@ -63,8 +68,18 @@ class Share:
         none: dict[int, tuple[int, ...]] = dict.fromkeys(self.shape.layer_ids, ())
         read = load_share(self.shape, self.empty, self.checkpoint, none, self.dtype, self.device, IMPLEMENTATION, on_bytes)
         shapes = {name: part.shape for name, part in store.records[0][0].items()}
-        attach_cache(read, ExpertCache(store, self.shape.num_experts, slots, shapes, self.dtype, self.shape.top_k), local)
+        source = store if self.device.type == "cpu" else self._tier(store, shapes)
+        cache = ExpertCache(source, self.shape.num_experts, slots, shapes, self.dtype, self.shape.top_k, device=self.device)
+        attach_cache(read, cache, local)
+        if isinstance(source, HostTier):
+            cache.misses = misses_of(self.misses, cache, next(iter(expert_modules(read).values()))[1])
         return read
+
+    def _tier(self, store: ExpertStore, shapes: dict[str, tuple[int, ...]]) -> HostTier:
+        whole = len(store.records) * self.shape.num_experts
+        one = sum(torch.Size(shape).numel() for shape in shapes.values()) * self.dtype.itemsize
+        slots = whole if self.host_bytes is None else min(whole, self.host_bytes // one)
+        return HostTier(store, max(slots, min(whole, LEAST)), shapes, self.dtype, pinned=self.device.type == "cuda")
 
 
 def prepare(
@@ -104,8 +119,8 @@ def check_slots(share: Share) -> None:
         return
     if share.slots < share.shape.top_k:
         raise InputError(f"slots: found {share.slots}, expected at least {share.shape.top_k}: one token's experts in a layer")
-    if share.quantise is not None or share.device.type == "cuda":
-        raise InputError("slots: found with quantise or a GPU, expected neither: experts from disk do not go with them yet")
+    if share.quantise is not None:
+        raise InputError("slots: found with quantise, expected one of them: experts from disk are the checkpoint's own")
 
 
 def dtype_of(name: str, config: Any, device: torch.device) -> torch.dtype:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from coterie.offload.store import READERS, ExpertStore, Record, aligned_empty
-from coterie.routing.errors import CoterieError, InputError
+from coterie.routing.errors import CoterieError
 
-KINDS = ("fetch", "cpu", "auto")
+LEAST = READERS + 1  # experts: one for each reader, and one that can give way
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Misses:
 
 
 class HostTier:
-    """`slots` experts of those in `store`, what was used longest ago giving way; `start` and `close` as the store's.
+    """`slots` experts of those in `store`, LEAST or all; what was used longest ago gives way. `start`, `close`: the store's.
 
     shapes: of one expert, by parameter. pinned: the memory is registered with CUDA, so that copies run beside computing.
     """
@@ -44,8 +44,6 @@ class HostTier:
     def __init__(
         self, store: ExpertStore, slots: int, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, pinned: bool
     ) -> None:
-        if slots < READERS + 1:
-            raise InputError(f"--host-memory: found room for {slots} experts, expected {READERS + 1} or more")
         self.store, self.slots = store, slots
         self.pools = {name: aligned_empty((slots, *shape), dtype) for name, shape in shapes.items()}
         if pinned:
@@ -145,12 +143,3 @@ class HostTier:
     def close(self) -> None:
         """Give files and threads back."""
         self.store.close()
-
-
-def misses_of(kind: str, tier: HostTier, row: Callable[[], float], copy: Callable[[], float]) -> Misses | None:
-    """What `--misses` asks for: None to fetch all. row, copy: measure the seconds of one row and of one expert's copy."""
-    if kind not in KINDS:
-        raise InputError(f"--misses: found {kind!r}, expected {', '.join(KINDS)}")
-    if kind == "fetch":
-        return None
-    return Misses() if kind == "cpu" else Misses(row(), copy())

@@ -116,6 +116,7 @@ def test_what_does_not_fit_says_what_would() -> None:
 
 def test_a_dry_run_needs_one_process_for_any_plan(tmp_path: Path, capsys) -> None:
     folder = make_model("mixtral", tmp_path / "m")
+    capsys.readouterr()  # what libraries print when they are first imported
     plan = PlacementPlan(slots_from_assignment(np.arange(24).reshape(3, 8) % 4, 4, 2), 8, (0, 1, 2), Topology(2, 2), "m")
     save_plan(plan, tmp_path / "p.json")
     (tmp_path / "p.jsonl").write_text('{"token_ids": [5, 6, 7]}\n{"token_ids": [5]}\n')
@@ -145,6 +146,22 @@ def test_a_run_that_would_not_fit_ends_before_loading(tmp_path: Path, capsys, mo
     assert main(["generate", str(folder), "--prompts", str(tmp_path / "p.jsonl"), "--out", str(out)]) == 2
     assert "memory: rank 0 needs" in capsys.readouterr().err
     assert not list(tmp_path.glob("*o.jsonl*")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_model_that_does_not_fit_leaves_experts_on_disk(tmp_path: Path, capsys, monkeypatch) -> None:
+    folder = make_model("mixtral", tmp_path / "m", hidden_size=256, intermediate_size=512, num_local_experts=16)
+    (tmp_path / "p.jsonl").write_text('{"token_ids": [5, 6, 7]}\n')
+    arguments = ["generate", str(folder), "--prompts", str(tmp_path / "p.jsonl"), "--json", "--max-new-tokens", "4"]
+    assert main(arguments) == 0
+    whole = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main([*arguments, "--dry-run"]) == 0
+    need = json.loads(capsys.readouterr().out)["memory"]["largest"]
+    monkeypatch.setattr("coterie.launch.memory.free_bytes", lambda device: need - 8_000_000)
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["outputs"] == whole["outputs"] and 0 <= found["stats"]["hit_rate"] < 1
+    assert "what is free, for each process" in captured.err and "experts at once, the others on disk" in captured.err
 
 
 def test_free_memory_is_the_least_of_the_system_and_the_control_groups(tmp_path: Path) -> None:

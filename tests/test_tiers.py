@@ -1,0 +1,174 @@
+"""Host memory behind a device's slots, groups of experts that arrive under Triton's kernels, and misses on the host.
+
+The tier is tried with host memory on both sides; streams and pinning need a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from coterie.kernels.activations import Activation
+from coterie.kernels.experts import StackedExperts, arriving_experts, fused, reference_experts
+from coterie.launch.cli import main
+from coterie.offload.cache import ExpertCache
+from coterie.offload.checkpoint import ReadCounter
+from coterie.offload.store import ExpertStore, Part, Piece
+from coterie.offload.tiers import LEAST, HostTier, Misses
+
+LAYERS, EXPERTS, VALUES = 3, 8, 2048
+
+
+def store_of(folder: Path) -> ExpertStore:
+    """Expert e of layer l is full of numbers from (l * EXPERTS + e) * VALUES on."""
+    (folder / "f").write_bytes(torch.arange(LAYERS * EXPERTS * VALUES, dtype=torch.float32).numpy().tobytes())
+    size = 4 * VALUES
+    parts = [
+        {"w": Part(torch.float32, (VALUES,), (Piece(folder / "f", size * number, size),))} for number in range(LAYERS * EXPERTS)
+    ]
+    return ExpertStore([parts[EXPERTS * layer :][:EXPERTS] for layer in range(LAYERS)], ReadCounter())
+
+
+@pytest.mark.parametrize("host_slots", [LEAST, 12, LAYERS * EXPERTS])
+def test_slots_behind_a_tier_hold_what_they_say(host_slots: int, tmp_path: Path) -> None:
+    tier = HostTier(store_of(tmp_path), host_slots, {"w": (VALUES,)}, torch.float32, pinned=False)
+    cache = ExpertCache(tier, EXPERTS, 5, {"w": (VALUES,)}, torch.float32, 3)
+    rng = np.random.default_rng(host_slots)
+    for step in range(1500):
+        layer = step % LAYERS
+        picked = rng.permutation(EXPERTS)[: rng.integers(1, 4)].tolist()
+        cache.announce(layer, picked)
+        cache.expect((layer + 1) % LAYERS, rng.permutation(EXPERTS)[:2].tolist())
+        for group in cache.arrivals(layer, picked):
+            for position, slot in group:
+                first = (layer * EXPERTS + picked[position]) * VALUES
+                assert cache.pools["w"][slot][[0, -1]].tolist() == [first, first + VALUES - 1], step
+        assert sorted([*tier.slot_of.values(), *tier.free]) == list(range(host_slots)) or tier.busy
+    read = tier.store.counter.bytes // (4 * VALUES)
+    assert read == LAYERS * EXPERTS if host_slots == LAYERS * EXPERTS else LAYERS * EXPERTS < read < cache.statistics.transfers
+    tier.close()
+    assert not tier.busy
+
+
+def test_a_failed_read_leaves_nothing_in_the_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = HostTier(store_of(tmp_path), LEAST, {"w": (VALUES,)}, torch.float32, pinned=False)
+    into, real = {"w": torch.zeros(VALUES)}, tier.store.read
+
+    def failing(*arguments: object) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(tier.store, "read", failing)
+    with pytest.raises(OSError, match="no"):
+        tier.start(0, 1, into).result()
+    assert not tier.slot_of and not tier.busy and len(tier.free) == LEAST
+    monkeypatch.setattr(tier.store, "read", real)
+    tier.start(0, 1, into).result()
+    assert into["w"][0] == VALUES
+    tier.close()
+
+
+def test_misses_fill_free_slots_first_and_then_stay_on_the_host(tmp_path: Path) -> None:
+    tier = HostTier(store_of(tmp_path), 16, {"w": (VALUES,)}, torch.float32, pinned=False)
+    cache = ExpertCache(tier, EXPERTS, 4, {"w": (VALUES,)}, torch.float32, 3, misses=Misses(row_seconds=1.0, copy_seconds=2.5))
+    cache.announce(0, [0, 1, 2])
+    with cache.on_host(0, [0, 1, 2], [1, 1, 1]) as apart:
+        assert apart == {}
+        assert sorted(p for group in cache.arrivals(0, [0, 1, 2]) for p, _ in group) == [0, 1, 2]
+    cache.announce(1, [3, 4, 5, 6])
+    with cache.on_host(1, [3, 4, 5, 6], [1, 2, 3, 1]) as apart:  # one slot is free; three rows are dearer than a copy
+        assert list(apart) == [1, 3]
+        for position, slot in apart.items():
+            assert tier.pools["w"][slot][0] == (EXPERTS + [3, 4, 5, 6][position]) * VALUES
+    found = cache.statistics
+    assert (found.requests, found.on_host) == (7, 2) and found.hit_rate == 1 - (found.transfers + 2) / 7
+    tier.close()
+
+
+@dataclass
+class InGroups:
+    """A residency that brings `size` experts at a time, each group over the last one's places."""
+
+    source: StackedExperts
+    into: StackedExperts
+    size: int
+    apart: dict[int, int] = field(default_factory=dict)
+    announced: list[list[int]] = field(default_factory=list)
+
+    @property
+    def experts(self) -> int:
+        return self.source.count
+
+    def look_ahead(self, x: torch.Tensor, top_k: int) -> None:
+        raise AssertionError("not asked here")
+
+    def announce(self, places: Sequence[int]) -> None:
+        self.announced.append(list(places))
+
+    def arrivals(self, places: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        for start in range(0, len(places), self.size):
+            group = list(enumerate(places))[start : start + self.size]
+            for slot, (_, expert) in enumerate(group):
+                self.into.first[slot], self.into.second[slot] = self.source.first[expert], self.source.second[expert]  # type: ignore[index]
+            yield [(position, slot) for slot, (position, _) in enumerate(group)]
+
+    def on_host(self, places: Sequence[int], rows: Sequence[int]) -> AbstractContextManager[dict[int, int]]:
+        return nullcontext({places.index(expert): place for expert, place in self.apart.items() if expert in places})
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+@pytest.mark.parametrize("size", [1, 2, 6])
+@pytest.mark.parametrize("apart", [False, True])
+def test_experts_that_arrive_in_groups_give_the_bits_of_all_at_once(tokens: int, size: int, apart: bool) -> None:
+    pytest.importorskip("triton")
+    from coterie.kernels.interpreter import interpreting, repair
+
+    if interpreting():
+        repair()
+    device = "cpu" if interpreting() else "cuda"
+    torch.manual_seed(tokens)
+    first, second = torch.randn(6, 24, 16, device=device), torch.randn(6, 16, 12, device=device)
+
+    def swiglu(z: torch.Tensor) -> torch.Tensor:
+        gate, up = z.chunk(2, -1)
+        return F.silu(gate) * up
+
+    whole = StackedExperts(first, second, swiglu, known=Activation())
+    host = StackedExperts(first.cpu(), second.cpu(), swiglu, known=Activation())
+    x = torch.randn(tokens, 16, device=device)
+    ids = torch.stack([torch.randperm(6)[:3] for _ in range(tokens)]).to(device)
+    ids[0, 1] = -1
+    weights = torch.rand(tokens, 3, device=device)
+    pool = replace(whole, first=torch.full((size, 24, 16), float("nan"), device=device),
+                   second=torch.full((size, 16, 12), float("nan"), device=device))  # fmt: skip
+    residency = InGroups(whole, pool, size, {0: 0, 4: 4} if apart else {})
+    found = arriving_experts(replace(pool, residency=residency, host=host), x, ids, weights)
+    right = fused(whole)(x, ids, weights)
+    if apart:
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(found, right)
+    torch.testing.assert_close(found, reference_experts(whole, x, ids, weights), rtol=1e-4, atol=1e-4)
+    assert residency.announced == [sorted(set(ids.flatten().tolist()) - {-1})]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU answers")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--misses", "cpu"], "--misses: found cpu without a GPU, expected fetch or auto"),
+        (["--misses", "never"], "--misses: found 'never', expected fetch, cpu, auto"),
+        (["--host-memory", "1GB"], "--host-memory: found it without a GPU, expected --memory"),
+    ],
+)
+def test_what_is_about_a_gpu_is_refused_without_one(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "coterie-tiny", "--prompt", "x", *arguments]) == 2
+    assert message in capsys.readouterr().err
