@@ -1,153 +1,178 @@
-"""`coterie bench offload`: a model with room for a quarter of its experts, the rest on disk, beside accelerate's disk offload.
+"""`coterie bench offload`: models with room for a part of their experts, the rest on disk, beside accelerate and llama.cpp.
 
-The model of `bench experts` (1.8 GB in bfloat16, random weights, so that its routing is nearly even and a cache is of least
-use), one sequence, a cold page cache before every token (as root; otherwise a row says that it was warm). Three figures bound
-ours: what the same steps take with all experts in memory, what the disk gives when it is read straight through, what was read.
+A model of 6.5 GB in bfloat16 with room for a quarter of its experts, random weights, its routing replayed from a recorded
+trace; one sequence, a cold page cache before every token (as root; otherwise a row says that it was warm). llama.cpp maps its
+file and routes by its own routers. Three figures bound ours: what the same steps take with all experts in memory, what the disk gives
+when it is read straight through, what was read. Then the memory that whole processes take, and a model larger than this
+machine's memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
+import json
 import os
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+import coterie
+from coterie.launch import offload_cases as cases
 from coterie.launch.bench import Row
-from coterie.launch.bench_experts import SIZES, SMALL, random_model
+from coterie.launch.packing import contents_of
 from coterie.launch.quiet import quiet_transformers
-from coterie.moe.collectives import Group
-from coterie.moe.model import Model, assembled
-from coterie.moe.prepare import prepare
-from coterie.offload.store import Piece
+from coterie.moe.model import Model
+from coterie.offload.pack import pack
 
 SHARE = 0.25
-NEW, REPEATS = 8, 5
-DROP = Path("/proc/sys/vm/drop_caches")
-AGAINST_ACCELERATE, BOUND, DISK_SHARE = 6.0, 1.15, 0.85
-CHUNK = 4 << 20
-PAGE_OUT = 21  # MADV_PAGEOUT
+NEW, PEERS_NEW, WARM, REPEATS = 16, 2, 48, 5
+AGAINST_ACCELERATE, AGAINST_LLAMA, BOUND, DISK_SHARE, OVER_BUDGET = 6.0, 3.0, 1.15, 0.85, 1.03
+HUGE_LAYERS, HUGE_BUDGET = 25, 3_000_000_000
+IN_MEMORY = "all in memory"
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
-    """Seconds a token, ours and accelerate's, in turns; `quick`: a small model."""
+    """`quick`: a small model, one turn, and nothing that takes minutes to write."""
     quiet_transformers()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    with tempfile.TemporaryDirectory(prefix="coterie-offload-", dir=Path.cwd()) as name:  # /tmp may be memory
+    with tempfile.TemporaryDirectory(prefix=cases.PREFIX, dir=Path.cwd()) as name:  # /tmp may be memory
         folder = Path(name)
-        random_model(SMALL if options.quick else SIZES, torch.bfloat16).save_pretrained(folder / "model")
-        share = prepare(folder / "model", None, "bfloat16", 1)
-        slots = max(share.shape.top_k, round(SHARE * share.shape.num_experts * len(share.shape.layer_ids)))
-        resident = _made(share)
-        ours = _made(replace(share, slots=slots))
-        peer, why = _accelerate(folder)
-        cold = os.access(DROP, os.W_OK)
+        cold = os.access(cases.DROP, os.W_OK)
         yield Row("page cache", "dropped before every token", "", float(cold), higher=True, why="" if cold else "needs root")
-        yield from _measured(ours, resident, peer, why, 1 if options.quick else REPEATS)
+        yield from _decoded(folder, options)
+        yield from _within_budgets(folder / "model", options.quick)
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not options.quick:
+            yield from _larger_than_memory(folder)
 
 
-def _measured(ours: Model, resident: Model, peer: Any, why: str, repeats: int) -> Iterator[Row]:
-    assert ours.cache is not None
-    cache, case = ours.cache, f"room for {ours.cache.slots} of {ours.cache.slot_of.size} experts"
-    times: dict[str, list[float]] = {"ours": [], "resident": [], "accelerate": [], "disk": []}
-    read, stalled, asked, transferred = [], [], [], []
-    for turn in range(repeats):
-        _drop()
-        times["disk"].append(_disk_rate(ours))
-        before = replace(cache.statistics), ours.checkpoint.counter.bytes
-        times["ours"].append(_seconds_per_token(ours.transformers, turn, cold=True))
+def _decoded(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
+    model = folder / "model"
+    no_llama = cases.write_model(cases.SMALL if options.quick else cases.LARGE, model)
+    pack(contents_of(str(model)), folder / "packed")
+    resident = cases.ours(model, None)
+    slots = max(resident.shape.top_k, round(SHARE * resident.shape.num_experts * len(resident.shape.layer_ids)))
+    made = {"in place": cases.ours(model, slots), "packed": cases.ours(model, slots, folder / "packed")}
+    replay, routing = cases.replayed(options.traces)
+    placed, no_accelerate = cases.accelerate(model, len(resident.shape.layer_ids))
+    cores = len(os.sched_getaffinity(0))
+    peers: dict[str, cases.Sequence | cases.Llama] = {IN_MEMORY: cases.Sequence(resident.transformers, replace(replay))}
+    if placed is not None:
+        peers["accelerate"] = cases.Sequence(placed, replace(replay))
+    if not no_llama:
+        peers["llama.cpp"] = cases.Llama(model.with_suffix(".gguf"), cores)
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    case = f"{size / 1e9:.1f} GB, room for {slots} of {resident.shape.num_experts * len(resident.shape.layer_ids)} experts"
+    yield Row(case, f"routing {routing}", "", float(replay.ids is not None), higher=True)
+    found = {name: _Ours(one, cases.Sequence(one.transformers, replace(replay))) for name, one in made.items()}
+    torch.set_num_threads(max(1, cores - 1))  # one core is for reading and the system
+    for side in found.values():
+        cases.seconds_per_token(side.sequence, cases.prompted(side.sequence, 0, WARM), cold=False)
+    times: dict[str, list[float]] = {name: [] for name in (IN_MEMORY, "accelerate", "llama.cpp")}
+    for turn in range(1 if options.quick else REPEATS):
+        position = WARM + cases.PROMPT + turn * (NEW + cases.PROMPT)
+        torch.set_num_threads(max(1, cores - 1))
+        for side in found.values():
+            side.measure(position)
+        torch.set_num_threads(cores)
+        for name, peer in peers.items():
+            tokens = cases.prompted(peer, position, PEERS_NEW)
+            times[name].append(cases.seconds_per_token(peer, tokens, cold=name != IN_MEMORY))
+    speeds = {name: 1 / statistics.median(values) if values else None for name, values in times.items()}
+    for name, side in found.items():
+        yield from side.rows(f"{case}, {name}", speeds, {"accelerate": no_accelerate, "llama.cpp": no_llama})
+
+
+class _Ours:
+    """What was measured of one of our models, by turn."""
+
+    def __init__(self, made: Model, sequence: cases.Sequence) -> None:
+        self.made, self.sequence = made, sequence
+        self.disk: list[float] = []
+        self.seconds: list[float] = []
+        self.read: list[float] = []
+        self.stalled: list[float] = []
+        self.hits: list[float] = []
+
+    def measure(self, position: int) -> None:
+        """One turn."""
+        assert self.made.cache is not None
+        cache, counter = self.made.cache, self.made.checkpoint.counter
+        cases.drop()
+        self.disk.append(cases.disk_rate(self.made))
+        tokens = cases.prompted(self.sequence, position, NEW)
+        before, read = replace(cache.statistics), counter.bytes
+        self.seconds.append(cases.seconds_per_token(self.sequence, tokens, cold=True))
         now = cache.statistics
-        read.append((ours.checkpoint.counter.bytes - before[1]) / NEW)
-        stalled.append((now.stalled_seconds - before[0].stalled_seconds) / NEW)
-        asked.append(now.requests - before[0].requests)
-        transferred.append(now.transfers - before[0].transfers)
-        times["resident"].append(_seconds_per_token(resident.transformers, turn))
-        if peer is not None:
-            times["accelerate"].append(_seconds_per_token(peer, turn, cold=True))
-    found = {name: statistics.median(values) if values else None for name, values in times.items()}
-    disk, mine, whole = (found[name] or 0.0 for name in ("disk", "ours", "resident"))
-    bytes_read = statistics.median(read)
-    yield Row(case, "disk, read straight through with O_DIRECT", "GB/s", disk / 1e9, higher=True)
-    yield Row(case, "decode", "tokens/s", 1 / mine, None, {"all in memory": 1 / whole}, higher=True)
-    theirs = None if found["accelerate"] is None else 1 / found["accelerate"]
-    over = None if theirs is None else 1 / mine / theirs
-    yield Row(case, "decode over accelerate's disk offload", "x", over, AGAINST_ACCELERATE, {}, higher=True, why=why)
-    yield Row(case, "accelerate's disk offload", "tokens/s", theirs, higher=True, why=why)
-    bound = max(whole, bytes_read / disk)
-    yield Row(case, "time per token over the larger of computing and reading", "x", mine / bound, BOUND)
-    yield Row(case, "read", "MB/token", bytes_read / 1e6)
-    yield Row(case, "hit rate", "", 1 - statistics.median(transferred) / statistics.median(asked), higher=True)
-    yield Row(case, "share of the time that reads were waited for", "", statistics.median(stalled) / mine)
-    yield Row(case, "disk's rate while computing, of its rate straight through", "", bytes_read / mine / disk, higher=True)
+        self.read.append((counter.bytes - read) / NEW)
+        self.stalled.append((now.stalled_seconds - before.stalled_seconds) / NEW)
+        self.hits.append(1 - (now.transfers - before.transfers) / (now.requests - before.requests))
+
+    def rows(self, case: str, peers: dict[str, float | None], missing: dict[str, str]) -> Iterator[Row]:
+        """peers: tokens/s."""
+        disk, mine, read = (statistics.median(values) for values in (self.disk, self.seconds, self.read))
+        yield Row(case, "disk, read straight through with O_DIRECT", "GB/s", disk / 1e9, higher=True)
+        yield Row(case, "decode", "tokens/s", 1 / mine, None, peers, higher=True)
+        for name, bar in (("accelerate", AGAINST_ACCELERATE), ("llama.cpp", AGAINST_LLAMA)):
+            theirs, what = peers[name], "disk offload" if name == "accelerate" else "mapped file"
+            over = None if theirs is None else 1 / mine / theirs
+            yield Row(case, f"decode over {name}'s {what}", "x", over, bar, {}, higher=True, why=missing[name])
+        whole = 1 / (peers[IN_MEMORY] or 1.0)
+        yield Row(case, "time per token over the larger of computing and reading", "x", mine / max(whole, read / disk), BOUND)
+        share = read / mine / disk
+        limited = read / disk > whole
+        why = "" if limited else "the processor limits, not the disk"
+        yield Row(case, "disk's rate while computing, of its rate straight through", "", share, DISK_SHARE if limited else None,
+                  higher=True, why=why)  # fmt: skip
+        yield Row(case, "read", "MB/token", read / 1e6)
+        yield Row(case, "hit rate", "", statistics.median(self.hits), higher=True)
+        yield Row(case, "share of the time that reads were waited for", "", statistics.median(self.stalled) / mine)
 
 
-def _made(share: Any) -> Model:
-    return assembled(share, share.read(0), None, Group())
+def _within_budgets(model: Path, quick: bool) -> Iterator[Row]:
+    """Whole processes of `coterie generate --memory`: the most memory that each had, over its budget."""
+    refused = _generate(model, 1000, "")
+    least = float(refused.stderr.split("expected ")[1].split(" ")[0]) * (1e9 if " GB or more" in refused.stderr else 1e6)
+    for name, budget in (("the least", 1.01 * least), *(() if quick else (("1.5 times that", 1.5 * least), ("4 GB", 4e9)))):
+        yield _peak(model, f"--memory of {name}", int(budget))
 
 
-def _accelerate(folder: Path) -> tuple[Any, str]:
-    """The same checkpoint with its experts on disk as accelerate has it; None and why if it cannot."""
-    from transformers import AutoModelForCausalLM
-
-    layers = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16).config.num_hidden_layers
-    places: dict[str, str] = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    for layer in range(layers):
-        at = f"model.layers.{layer}"
-        places |= dict.fromkeys((f"{at}.self_attn", f"{at}.input_layernorm", f"{at}.post_attention_layernorm"), "cpu")
-        places |= {f"{at}.mlp.gate": "cpu", f"{at}.mlp.experts": "disk"}
-    try:
-        made = AutoModelForCausalLM.from_pretrained(
-            folder / "model", dtype=torch.bfloat16, device_map=places, offload_folder=folder / "accelerate"
-        )
-    except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
-        return None, f"accelerate: {str(error).splitlines()[0][:160]}"
-    return made.eval(), ""
-
-
-def _drop() -> None:
-    """Forget what the system has cached of files, where we may; mapped pages of files first, which it would keep."""
-    if not os.access(DROP, os.W_OK):
+def _larger_than_memory(folder: Path) -> Iterator[Row]:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free, case = shutil.disk_usage(folder).free, "a model larger than this machine's memory"
+    needed = int(HUGE_LAYERS * 1.25e9)
+    if needed < machine or free < needed + (4 << 30):
+        why = f"it would have {needed / 1e9:.0f} GB; memory {machine / 1e9:.0f} GB, free on the disk {free / 1e9:.0f} GB"
+        yield Row(case, "peak memory over the budget", "x", None, OVER_BUDGET, why=why)
         return
-    libc = ctypes.CDLL(None, use_errno=True)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if "coterie-offload-" in line:
-            first, last = (int(number, 16) for number in line.split()[0].split("-"))
-            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), PAGE_OUT)
-    os.sync()
-    DROP.write_text("1")
+    size = cases.write_huge(folder / "huge", HUGE_LAYERS)
+    yield Row(case, "weights", "GB", size / 1e9)
+    yield _peak(folder / "huge", case, HUGE_BUDGET)
 
 
-def _disk_rate(model: Model) -> float:
-    """Bytes a second of the checkpoint's file, read from its beginning in large pieces by the store's own readers."""
-    assert model.cache is not None
-    store = model.cache.store
-    file = next(iter(next(iter(store.records[0][0].values())).pieces)).file
-    size = min(file.stat().st_size, 256 << 20)
-    pieces = [Piece(file, offset, min(CHUNK, size - offset)) for offset in range(0, size, CHUNK)]
-    read: Callable[[Piece], object] = lambda piece: store.staged(piece.file, piece.offset, piece.length)  # noqa: E731
-    before, started = store.counter.bytes, time.perf_counter()
-    list(store.readers.map(read, pieces))
-    took = time.perf_counter() - started
-    store.counter.bytes = before  # not the model's
-    return size / took
+def _peak(model: Path, case: str, budget: int) -> Row:
+    ended = _generate(model, budget, "--json")
+    if ended.returncode:
+        return Row(case, "peak memory over the budget", "x", None, OVER_BUDGET, why=ended.stderr.strip().splitlines()[-1][:160])
+    stats = json.loads(ended.stdout)["stats"]
+    shown = {"tokens/s": stats["tokens_per_second"], "hit rate": stats["hit_rate"], "budget, GB": budget / 1e9}
+    why = ", ".join(f"{name} {value:.3g}" for name, value in shown.items() if value is not None)
+    return Row(case, "peak memory over the budget", "x", stats["peak_memory_bytes"] / budget, OVER_BUDGET, why=why)
 
 
-@torch.no_grad()
-def _seconds_per_token(model: Any, turn: int, cold: bool = False) -> float:
-    """Decode of NEW tokens after a prompt of 8, which is not counted; others in each turn. cold: drop caches before each."""
-    ids = torch.randint(100, 4000, (1, 8 + NEW), generator=torch.Generator().manual_seed(turn))
-    cache, spent = model(ids[:, :8], use_cache=True).past_key_values, 0.0
-    for step in range(NEW):
-        if cold:
-            _drop()
-        started = time.perf_counter()
-        model(ids[:, 8 + step : 9 + step], past_key_values=cache, use_cache=True)
-        spent += time.perf_counter() - started
-    return spent / NEW
+def _generate(model: Path, budget: int, *options: str) -> subprocess.CompletedProcess[str]:
+    prompts = model.with_suffix(".jsonl")
+    prompts.write_text(json.dumps({"token_ids": list(range(100, 164))}) + "\n")
+    command = [sys.executable, "-m", "coterie", "generate", str(model), "--prompts", str(prompts), "--max-new-tokens", "8"]
+    command += ["--dtype", "bfloat16", "--memory", str(budget), *filter(None, options)]
+    paths = os.pathsep.join(
+        filter(None, [str(Path(coterie.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
+    )
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})

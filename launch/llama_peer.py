@@ -95,12 +95,12 @@ def silent(level: int, text: bytes, data: object) -> None:
 
 
 class LlamaModel:
-    """One file in llama.cpp, without memory mapping. threads: for decode and prefill alike."""
+    """One file in llama.cpp. threads: for decode and prefill alike; mapped: the file, instead of read into memory."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, mapped: bool = False) -> None:
         self.api: Any = _library()
         settings = self.api.llama_model_default_params()
-        settings.use_mmap, settings.n_gpu_layers = False, 0
+        settings.use_mmap, settings.n_gpu_layers = mapped, 0
         settings.use_extra_bufts = False  # its AMX products crash on some virtual machines (seen with 0.3.36)
         self.model = self.api.llama_model_load_from_file(str(path).encode(), settings)
         wanted = self.api.llama_context_default_params()

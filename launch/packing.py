@@ -22,11 +22,11 @@ def pack(options: argparse.Namespace) -> dict[str, Any]:
     from coterie.offload import pack as packer
     from coterie.offload.sidecar import aligned, length_of
 
-    started, contents = time.perf_counter(), _contents(options.model)
-    whole = sum(aligned(length_of(record)) for layer in contents.records for record in layer)
+    started, found = time.perf_counter(), contents_of(options.model)
+    whole = sum(aligned(length_of(record)) for layer in found.records for record in layer)
     doing, do = ("verify", packer.verify) if options.verify else ("pack", packer.pack)
     with tqdm(desc=doing, total=whole, unit="B", unit_scale=True, disable=None) as bar:
-        done = do(contents, options.out, bar.update)
+        done = do(found, options.out, bar.update)
     seconds = time.perf_counter() - started
     there = "all of it is right" if options.verify else f"{done.resumed_bytes / 1e6:,.1f} MB were there already"
     say(
@@ -36,7 +36,8 @@ def pack(options: argparse.Namespace) -> dict[str, Any]:
     return {"out": str(options.out), **asdict(done), "seconds": seconds}
 
 
-def _contents(model: str) -> Contents:
+def contents_of(model: str) -> Contents:
+    """What there is to be packed of MODEL."""
     from coterie.moe.cached import index_experts
     from coterie.moe.families import inspect
     from coterie.offload.checkpoint import Checkpoint

@@ -23,7 +23,7 @@ from tiny_models import FAMILIES, make_model
 
 import coterie
 from coterie.launch.cli import main
-from coterie.launch.packing import _contents
+from coterie.launch.packing import contents_of
 from coterie.moe.collectives import Group
 from coterie.offload import pack as packer
 from coterie.offload.checksum import Checksum
@@ -38,7 +38,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_an_expert_is_one_aligned_run_of_the_checkpoints_own_bytes(family: Path, tmp_path: Path, small_files: None) -> None:
-    contents = _contents(str(family))
+    contents = contents_of(str(family))
     done = packer.pack(contents, tmp_path / "p")
     assert done.files == len(list((tmp_path / "p").glob("*.bin"))) > 1 and done.resumed_bytes == 0
     assert done.bytes == sum(p.stat().st_size for p in (tmp_path / "p").glob("*.bin"))
@@ -62,14 +62,14 @@ def test_an_expert_is_one_aligned_run_of_the_checkpoints_own_bytes(family: Path,
 
 
 def test_biases_and_tensors_per_expert_are_packed_too(tmp_path: Path) -> None:
-    biased = _contents(str(make_model("gpt_oss", tmp_path / "g")))
+    biased = contents_of(str(make_model("gpt_oss", tmp_path / "g")))
     assert set(biased.records[0][0]) == {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}
-    several = _contents(str(make_model("mixtral", tmp_path / "x")))
+    several = contents_of(str(make_model("mixtral", tmp_path / "x")))
     assert len(several.records[0][0]["gate_up_proj"].pieces) == 2, "gate and up are tensors of their own in this checkpoint"
 
 
 def test_logits_are_the_same_from_the_sidecar(family: Path, tmp_path: Path) -> None:
-    contents = _contents(str(family))
+    contents = contents_of(str(family))
     packer.pack(contents, tmp_path / "p")
     slots = len(contents.layer_ids) * 2 + 1
     without = coterie.load(family, dtype="float32", slots=slots)
@@ -102,7 +102,7 @@ def test_the_verb_tells_what_it_did_and_verifies(folder: Path, tmp_path: Path, c
 
 
 def test_one_changed_byte_ends_the_run_and_is_found_by_verify(folder: Path, packed: Path) -> None:
-    contents = _contents(str(folder))
+    contents = contents_of(str(folder))
     run = run_of(open_sidecar(packed, contents.checkpoint, contents.records).records[1][6])
     damage(run.file, run.offset + run.length // 2 + 1)
     named = (
@@ -149,7 +149,7 @@ def test_a_file_cut_short_or_missing_is_refused(folder: Path, packed: Path) -> N
         coterie.load(folder, slots=3, packed=packed)
     first.unlink()
     with pytest.raises(InputError, match=rf"{first.name}: no such file, expected"):
-        packer.verify(_contents(str(folder)), packed)
+        packer.verify(contents_of(str(folder)), packed)
 
 
 def test_a_checkpoint_that_has_changed_is_refused_and_a_copy_is_not(folder: Path, packed: Path, tmp_path: Path) -> None:
@@ -159,8 +159,8 @@ def test_a_checkpoint_that_has_changed_is_refused_and_a_copy_is_not(folder: Path
     make_model("qwen3_moe", folder, seed=1)
     for use in (
         lambda: coterie.load(folder, slots=3, packed=packed),
-        lambda: packer.pack(_contents(str(folder)), packed),
-        lambda: packer.verify(_contents(str(folder)), packed),
+        lambda: packer.pack(contents_of(str(folder)), packed),
+        lambda: packer.verify(contents_of(str(folder)), packed),
     ):
         with pytest.raises(
             InputError, match=r"model.safetensors: byte \d+: found \w+..., expected \w+.*has changed.*pack again"
@@ -219,7 +219,7 @@ def test_an_index_that_is_not_as_it_should_be_is_refused(
 
 
 def test_an_experts_weights_of_another_dtype_are_refused(folder: Path, tmp_path: Path) -> None:
-    contents = _contents(str(folder))
+    contents = contents_of(str(folder))
     odd = {n: replace(part, dtype=torch.bfloat16) for n, part in contents.records[1][3].items()}
     records = [[odd if (i, e) == (1, 3) else r for e, r in enumerate(layer)] for i, layer in enumerate(contents.records)]
     with pytest.raises(InputError, match=r"expert 3 of layer 1: found .*bfloat16.*, expected .*float32"):
@@ -237,7 +237,7 @@ def test_generate_reads_experts_from_the_sidecar(tmp_path: Path, capsys: pytest.
     """In processes of their own where the budget matters: it is that of the whole process."""
     folder = make_model("qwen3_moe", tmp_path / "m", hidden_size=256, moe_intermediate_size=512, head_dim=64)
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"token_ids": row}) + "\n" for row in PROMPTS.tolist()))
-    packer.pack(_contents(str(folder)), tmp_path / "packed")
+    packer.pack(contents_of(str(folder)), tmp_path / "packed")
     arguments = ["generate", str(folder), "--prompts", str(tmp_path / "p.jsonl"), "--json", "--max-new-tokens", "8"]
     sidecar = ["--packed", str(tmp_path / "packed")]
 

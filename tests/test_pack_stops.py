@@ -17,7 +17,7 @@ from packed_models import damage, files_in
 from tiny_models import make_model
 
 import coterie
-from coterie.launch.packing import _contents
+from coterie.launch.packing import contents_of
 from coterie.offload import pack as packer
 from coterie.routing.errors import CoterieError, InputError
 
@@ -63,7 +63,7 @@ def test_after_kill_9_the_same_command_writes_the_same_bytes(
     place: str, count: int, kept: int, folder: Path, packed: Path, tmp_path: Path
 ) -> None:
     """By calls: the first line of the journal is its header."""
-    out, contents = tmp_path / "k", _contents(str(folder))
+    out, contents = tmp_path / "k", contents_of(str(folder))
     ended = in_a_child(lambda: (killing(place, count), packer.pack(contents, out)))
     assert os.WTERMSIG(ended) == signal.SIGKILL
     with pytest.raises(InputError, match=r"index.json: no such file, .*packing was not finished: go on with coterie pack"):
@@ -87,14 +87,14 @@ def stopped(
 
     with monkeypatch.context() as patched, pytest.raises(how) as ended:
         patched.setattr(packer.Writer, "_write", write)
-        packer.pack(_contents(str(folder)), out)
+        packer.pack(contents_of(str(folder)), out)
     return ended
 
 
 def test_ctrl_c_says_how_to_go_on(folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = stopped(folder, tmp_path / "k", monkeypatch, 5, KeyboardInterrupt)
     assert str(ended.value) == f"interrupted; the same command goes on after 5 of 24 experts in {tmp_path / 'k'}"
-    packer.pack(_contents(str(folder)), tmp_path / "k")
+    packer.pack(contents_of(str(folder)), tmp_path / "k")
     assert files_in(tmp_path / "k") == files_in(packed)
 
 
@@ -104,7 +104,7 @@ def test_what_a_stopped_run_left_is_checked_before_it_is_kept(
 ) -> None:
     out = tmp_path / "k"
     stopped(folder, out, monkeypatch, 12, KeyboardInterrupt)
-    contents = _contents(str(folder))
+    contents = contents_of(str(folder))
     runs = packer.layout(contents.records, out)
     match what:
         case "data":
@@ -129,10 +129,10 @@ def test_going_on_with_another_checkpoint_is_refused(folder: Path, tmp_path: Pat
     stopped(folder, tmp_path / "k", monkeypatch, 5, KeyboardInterrupt)
     make_model("qwen3_moe", folder, seed=1)
     with pytest.raises(InputError, match=r"model.safetensors: byte \d+: found .*, expected .*has changed"):
-        packer.pack(_contents(str(folder)), tmp_path / "k")
+        packer.pack(contents_of(str(folder)), tmp_path / "k")
     make_model("qwen3_moe", folder, moe_intermediate_size=40)
     with pytest.raises(InputError, match=r"\.experts\.journal: model.safetensors: size: found \d+, expected \d+"):
-        packer.pack(_contents(str(folder)), tmp_path / "k")
+        packer.pack(contents_of(str(folder)), tmp_path / "k")
 
 
 def test_a_checkpoint_that_changes_meanwhile_gives_no_sidecar(
@@ -146,7 +146,7 @@ def test_a_checkpoint_that_changes_meanwhile_gives_no_sidecar(
 
     monkeypatch.setattr(packer.Writer, "_write", write)
     with pytest.raises(CoterieError, match=r"has changed while it was packed; remove .* and pack again"):
-        packer.pack(_contents(str(folder)), tmp_path / "k")
+        packer.pack(contents_of(str(folder)), tmp_path / "k")
     assert not (tmp_path / "k" / "index.json").exists()
 
 
@@ -158,11 +158,11 @@ def test_a_second_run_into_the_same_folder_is_refused(folder: Path, tmp_path: Pa
         original(self, *given)
         if not refused:
             with pytest.raises(InputError) as found:
-                packer.pack(_contents(str(folder)), tmp_path / "p")
+                packer.pack(contents_of(str(folder)), tmp_path / "p")
             refused.append(str(found.value))
 
     monkeypatch.setattr(packer.Writer, "_write", write)
-    packer.pack(_contents(str(folder)), tmp_path / "p")
+    packer.pack(contents_of(str(folder)), tmp_path / "p")
     assert re.search(r"\.experts\.journal: another run is packing into .*, expected none; wait for it, or end it", refused[0])
     assert sorted(files_in(tmp_path / "p")) == ["experts-00000.bin", "index.json"]
 
@@ -171,7 +171,7 @@ def test_a_run_that_waits_behind_one_that_ends_finds_the_sidecar_complete(folder
     """Stopped between naming the index and removing the journal; and a journal that goes while it is being locked."""
     whole = files_in(packed)
     (packed / ".experts.journal").write_text("left")
-    done = packer.pack(_contents(str(folder)), packed)
+    done = packer.pack(contents_of(str(folder)), packed)
     assert done.resumed_bytes == done.bytes and files_in(packed) == whole
     first = packer._locked(tmp_path)
     assert first is not None
@@ -190,7 +190,7 @@ def test_too_little_room_is_told_beforehand(folder: Path, tmp_path: Path, monkey
     with pytest.raises(
         CoterieError, match=r"p: needs \d{6} more bytes, found 100000 free; make room, then the same command"
     ) as found:
-        packer.pack(_contents(str(folder)), tmp_path / "p")
+        packer.pack(contents_of(str(folder)), tmp_path / "p")
     assert not isinstance(found.value, InputError) and not list((tmp_path / "p").glob("*.bin"))
 
 
@@ -204,17 +204,17 @@ def test_a_disk_that_fills_up_is_told_and_gone_on_with(
         pytest.skip("this root may not mount")
     try:
         with pytest.raises(CoterieError, match=r"p: needs \d{6} more bytes, found \d+ free; make room"):
-            packer.pack(_contents(str(folder)), out / "p")
+            packer.pack(contents_of(str(folder)), out / "p")
         with monkeypatch.context() as patched:
             patched.setattr(packer.Writer, "_check_space", lambda self: None)  # room that others take meanwhile
             with pytest.raises(
                 CoterieError, match=r"p: cannot be written: No space left on device: needs \d+ more bytes, found"
             ) as full:
-                packer.pack(_contents(str(folder)), out / "p")
+                packer.pack(contents_of(str(folder)), out / "p")
         kept = int(re.search(r"goes on after (\d+) of 24 experts", str(full.value))[1])
         assert 0 < kept < 24
         subprocess.run(["mount", "-o", "remount,size=4m", str(out)], check=True)
-        done = packer.pack(_contents(str(folder)), out / "p")
+        done = packer.pack(contents_of(str(folder)), out / "p")
         assert done.resumed_bytes == done.bytes * kept // 24
         assert files_in(out / "p") == files_in(packed)
     finally:
@@ -245,13 +245,13 @@ def test_a_write_that_fails_at_any_place_is_told_and_gone_on_with(
         with pytest.raises(
             CoterieError, match=r"k: cannot be written: No space left on device: needs \d+ more bytes, found \d+ free"
         ):
-            packer.pack(_contents(str(folder)), tmp_path / "k")
-    packer.pack(_contents(str(folder)), tmp_path / "k")
+            packer.pack(contents_of(str(folder)), tmp_path / "k")
+    packer.pack(contents_of(str(folder)), tmp_path / "k")
     assert files_in(tmp_path / "k") == files_in(packed)
 
 
 def test_a_limit_on_the_size_of_files_is_told(folder: Path, packed: Path, tmp_path: Path) -> None:
-    contents = _contents(str(folder))
+    contents = contents_of(str(folder))
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -265,11 +265,11 @@ def test_a_limit_on_the_size_of_files_is_told(folder: Path, packed: Path, tmp_pa
 
 def test_a_folder_with_something_else_in_it_is_left_alone(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"m: found 'config.json' in it, expected an empty folder or none; give another --out"):
-        packer.pack(_contents(str(folder)), folder)
+        packer.pack(contents_of(str(folder)), folder)
     with pytest.raises(InputError, match=r"the folder .*none does not exist; create it first"):
-        packer.pack(_contents(str(folder)), tmp_path / "none" / "p")
+        packer.pack(contents_of(str(folder)), tmp_path / "none" / "p")
     with pytest.raises(InputError, match=r"config.json: cannot be made or read"):
-        packer.pack(_contents(str(folder)), folder / "config.json")
+        packer.pack(contents_of(str(folder)), folder / "config.json")
 
 
 def test_a_journal_of_another_format_is_refused_and_kept(folder: Path, tmp_path: Path) -> None:
@@ -277,5 +277,5 @@ def test_a_journal_of_another_format_is_refused_and_kept(folder: Path, tmp_path:
     journal = tmp_path / "p" / ".experts.journal"
     journal.write_text('{"format": "coterie.pack-journal.v0"}\n')
     with pytest.raises(InputError, match=r"format: found 'coterie.pack-journal.v0', expected 'coterie.pack-journal.v1'"):
-        packer.pack(_contents(str(folder)), tmp_path / "p")
+        packer.pack(contents_of(str(folder)), tmp_path / "p")
     assert files_in(tmp_path / "p") == {".experts.journal": b'{"format": "coterie.pack-journal.v0"}\n'}
