@@ -2,8 +2,8 @@
 
 A model of 6.5 GB in bfloat16 with room for a quarter of its experts, random weights, its routing replayed from a recorded
 trace; one sequence, a cold page cache before every token (as root; otherwise a row says that it was warm). llama.cpp maps its
-file and routes by its own routers. Three figures bound ours: what the same steps take with all experts in memory, what the disk gives
-when it is read straight through, what was read. Then the memory that whole processes take, and a model larger than this
+file and routes by its own routers. Three figures bound ours: what the same steps take with all experts in memory, what the disk
+gives when it is read straight through, what was read. Then the memory that whole processes take, and a model larger than this
 machine's memory.
 """
 
@@ -81,8 +81,8 @@ def _decoded(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
         torch.set_num_threads(max(1, cores - 1))
         for side in found.values():
             side.measure(position)
-        torch.set_num_threads(cores)
         for name, peer in peers.items():
+            torch.set_num_threads(max(1, cores - 1) if name == IN_MEMORY else cores)
             tokens = cases.prompted(peer, position, PEERS_NEW)
             times[name].append(cases.seconds_per_token(peer, tokens, cold=name != IN_MEMORY))
     speeds = {name: 1 / statistics.median(values) if values else None for name, values in times.items()}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from coterie.launch.bench_experts import SIZES, random_model
+from coterie.launch.bench_experts import random_model
 from coterie.launch.cluster_sides import Replay
 from coterie.launch.llama_peer import LlamaModel, missing, write_gguf
 from coterie.moe.collectives import Group
@@ -32,7 +32,7 @@ LARGE = {
     "num_experts_per_tok": 6,
     "num_hidden_layers": 26,
 }
-SMALL = SIZES | {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2}
+SMALL = LARGE | {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2}
 HUGE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
 DROP = Path("/proc/sys/vm/drop_caches")
 PROMPT = 8
@@ -41,7 +41,7 @@ PAGE_OUT = 21  # MADV_PAGEOUT
 
 
 def write_model(sizes: dict[str, int], folder: Path) -> str:
-    """Random weights in bfloat16 as transformers writes them, and for llama.cpp beside the folder; why the latter is missing."""
+    """Random weights in bfloat16 as transformers writes them, and beside them for llama.cpp; why the latter is missing."""
     made, why = random_model(sizes, torch.bfloat16), missing()
     made.save_pretrained(folder)
     if not why:
