@@ -84,7 +84,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
                 together(group, lambda: _new_plan(options.replan, model)), say if group.rank == 0 else lambda text: None
             )
         if options.trace_events is not None:
-            timeline.begin(group)
+            timeline.begin(group, model.cache)
         result = _run(model, asked, options, resuming)
         if options.trace_events is not None:
             _write_timeline(model, options.trace_events)
@@ -111,7 +111,7 @@ def _write_timeline(model: Model, path: Path) -> None:
     seconds = max((e.start + e.seconds for e in started or []), default=0.0) - min(
         (e.start for e in started or []), default=0.0
     )
-    sums = timeline.write(path, model.group, len(model.shape.layer_ids))
+    sums = timeline.write(path, model.group, len(model.shape.layer_ids), model.cache)
     if sums is not None:
         say(timeline.describe(sums, max(seconds, 1e-9)))
         say(f"{path}: open it in chrome://tracing or ui.perfetto.dev, or with coterie show")

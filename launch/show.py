@@ -57,6 +57,10 @@ def write_report(path: Path, plan: PlacementPlan | None, routing: RoutingTrace |
         sections.append(_load_picture(routing))
     if isinstance(routing, RoutingTrace) and routing.layers > 1:
         sections.append(_affinity_pictures(routing, plan))
+    if isinstance(routing, RoutingTrace):
+        from coterie.launch.show_cache import promised
+
+        sections += filter(None, [promised(routing)])
     title = html.escape((plan or routing).model or "model")  # type: ignore[union-attr]
     head = f'<head><meta charset="utf-8"><title>coterie: {title}</title><style>{STYLE}</style></head>'
     body = "\n".join(sections)

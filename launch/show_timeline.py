@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 
 from coterie.launch.show import STYLE, check_plotting, picture_axes, section, svg
+from coterie.launch.show_cache import happened
 from coterie.launch.timeline import Sums
 from coterie.routing.files import write_text
 
 
 def write_traffic_report(path: Path, sums: Sums, source: str) -> None:
-    """One page, atomically: bytes on each link, rows by layer, time of each rank."""
+    """One page, atomically: bytes on each link, rows by layer, time of each rank, and what its cache of experts did."""
     check_plotting()
     ranks = len(sums.hosts)
     heading = f"<h1>{html.escape(source)}</h1><p>{ranks} ranks on {len(set(sums.hosts))} host(s)</p>"
-    body = "\n".join([heading, _links(sums), _layers(sums), _time(sums)])
+    pictures = [] if ranks == 1 else [_links(sums), _layers(sums)]
+    body = "\n".join([heading, *pictures, _time(sums), *([] if sums.cache is None else [happened(sums.cache)])])
     head = f'<head><meta charset="utf-8"><title>coterie: traffic</title><style>{STYLE}</style></head>'
     write_text(path, f'<!doctype html><html lang="en">{head}<body>{body}</body></html>\n')
 

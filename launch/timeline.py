@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from coterie.routing.files import read_json, write_text
 
 if TYPE_CHECKING:
     from coterie.moe.collectives import Group
+    from coterie.offload.cache import ExpertCache
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Sums:
     """Of a whole run. bytes: `[ranks][ranks]`, from rank to rank; rows_by_layer: `[ranks][layers]`, sent by each rank.
 
     seconds: by rank, what it spent in collectives (sending, and waiting for others) and in its experts; hosts: by rank.
+    cache: by rank the steps of its cache of experts (`offload/cache.py` Sample), or None where all experts are in memory.
     """
 
     hosts: list[str]
@@ -32,25 +34,31 @@ class Sums:
     rows_by_layer: list[list[int]]
     communication_seconds: list[float]
     experts_seconds: list[float]
+    cache: list[list[list[float]]] | None = None
 
 
-def begin(group: Group) -> None:
+def begin(group: Group, cache: ExpertCache | None) -> None:
     """Record events from now on."""
     group.traffic.events = []
+    if cache is not None:
+        cache.samples = []
 
 
-def write(path: Path, group: Group, layers: int) -> Sums | None:
+def write(path: Path, group: Group, layers: int, cache: ExpertCache | None) -> Sums | None:
     """Gather all ranks' events and sums; rank 0 writes the file and returns the sums. Every rank must call it."""
     traffic = group.traffic
     mine = (
         socket.gethostname(), [traffic.bytes_to[r] for r in range(group.size)],
         [traffic.rows_by_layer[layer] for layer in range(layers)], traffic.exchanging() + traffic.seconds["agree"],
         traffic.seconds["experts"], [(e.name, e.start, e.seconds, e.layer) for e in traffic.events or []],
+        None if cache is None else [list(sample) for sample in cache.samples or []],
     )  # fmt: skip
     gathered = group.gather(mine)
     if group.rank != 0:
         return None
     sums = Sums(*(list(column) for column in zip(*(said[:5] for said in gathered), strict=True)))
+    if cache is not None:
+        sums = replace(sums, cache=[said[6] for said in gathered])
     events = [event for rank, said in enumerate(gathered) for event in _lane(rank, said[0], said[5])]
     write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "coterie": asdict(sums)}))
     return sums
@@ -67,6 +75,8 @@ def _lane(rank: int, host: str, events: list[tuple[str, float, float, int]]) -> 
 
 def describe(sums: Sums, seconds: float) -> str:
     """For people, a line: what went over the links, the busiest one, and how long ranks waited."""
+    if len(sums.hosts) == 1:
+        return f"experts: {100 * sums.experts_seconds[0] / seconds:.0f}% of the time"
     sent = np.array(sums.bytes)
     source, to = np.unravel_index(sent.argmax(), sent.shape)
     waited = [100 * s / seconds for s in sums.communication_seconds]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +39,16 @@ class CacheStatistics:
         return 1 - (self.transfers + self.on_host) / self.requests if self.requests else None
 
 
+class Sample(NamedTuple):
+    """What a cache had done when a step of its first layer began. seconds: of a clock, and so far stalled."""
+
+    seconds: float
+    requests: int
+    transfers: int
+    bytes: int
+    stalled_seconds: float
+
+
 class ExpertCache:
     """`slots` experts of `layers` x `experts`, in tensors `[slots, ...]` by parameter.
 
@@ -57,11 +68,16 @@ class ExpertCache:
         self.free = list(range(slots - 1, -1, -1))
         self.policy = MAKERS[policy](layers, experts, top_k, slots)
         self.statistics = CacheStatistics()
+        self.samples: list[Sample] | None = None  # a step each, where a timeline is recorded
         self.coming: dict[int, Future[None]] = {}  # experts that have a slot and are still being read
         self.expected: tuple[int, Sequence[int]] | None = None
 
     def announce(self, layer: int, experts: Sequence[int]) -> None:
         """All experts that a step of this layer will ask for, each once."""
+        if layer == 0 and self.samples is not None:
+            s = self.statistics
+            now = Sample(time.perf_counter(), s.requests, s.transfers, self.store.counter.bytes, s.stalled_seconds)
+            self.samples.append(now)
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
         missing = int((self.slot_of[at] < 0).sum())
         began = time.perf_counter()

@@ -227,12 +227,16 @@ def test_generate_within_a_budget_writes_the_same_text(tmp_path: Path) -> None:
     alone, refused = json.loads(generate().stdout), generate("--memory", "1k")
     assert refused.returncode == 2, refused.stderr
     budget = least_megabytes(refused.stderr) + 15
-    ran = generate("--memory", f"{budget}MB")
+    ran = generate("--memory", f"{budget}MB", "--trace-events", str(tmp_path / "t.json"))
     cached = json.loads(ran.stdout)
     assert cached["outputs"] == alone["outputs"] and alone["stats"]["hit_rate"] is None
     assert 0 < cached["stats"]["hit_rate"] < 1 and "experts at once, the others on disk" in ran.stderr
     assert cached["stats"]["peak_memory_bytes"] < 1.03 * budget * 1e6
     assert cached["stats"]["bytes_read"] > alone["stats"]["bytes_read"]
+    steps = json.loads((tmp_path / "t.json").read_text())["coterie"]["cache"][0]
+    assert len(steps) == 8 and steps[-1][4] > steps[0][4] >= 0  # a prefill and seven tokens; seconds that reads were waited for
+    assert main(["show", str(tmp_path / "t.json"), "--out", str(tmp_path / "r.html")]) == 0
+    assert "MB/s read" in (tmp_path / "r.html").read_text()
     assert "all experts fit" in generate("--memory", "64GiB", "--dry-run").stderr
 
 

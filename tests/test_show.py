@@ -48,9 +48,10 @@ def test_the_report_is_drawn_by_a_real_browser(tmp_path: Path) -> None:
         "The plan",
         "Load of each expert",
         "Affinity of consecutive",
+        "What a cache of experts would find",
     ):
         assert title in dom
-    assert dom.count("<svg") == 5
+    assert dom.count("<svg") == 6
 
 
 def test_names_from_files_are_escaped(tmp_path: Path) -> None:
