@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from coterie.launch.available import free_bytes, machine, resident_bytes, system_bytes
 from coterie.launch.commands import say
 from coterie.launch.tables import table
+from coterie.offload.expect import Weights
 from coterie.routing.errors import InputError
 
 if TYPE_CHECKING:
     from coterie.launch.generating import Asked
     from coterie.moe.collectives import Group
     from coterie.moe.memory import ModelSizes, RankMemory, Workload
+    from coterie.moe.prepare import Share
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,15 @@ def within_budget(asked: Asked, options: argparse.Namespace, group: Group) -> As
         )
         given = options.memory or f"{budget / 1e9:.1f} GB, what is free,"
         say(f"memory: {given} for each process, of which {taken / 1e6:,.0f} MB are taken already: {what}")
+        if slots is not None:
+            say(f"experts to read for a token, if routing is even: {_read(share, sizes, slots) / 1e6:,.0f} MB")
     return replace(asked, share=replace(share, slots=slots))
+
+
+def _read(share: Share, sizes: ModelSizes, slots: int) -> float:
+    """Bytes a token, where a cache of `slots` finds the share of experts that it holds (docs/cards.md)."""
+    layers, experts = len(share.shape.layer_ids), share.shape.num_experts
+    return Weights(sizes.dense, max(sizes.expert), layers, experts, sizes.top_k).read(slots / (layers * experts))
 
 
 def _needs(asked: Asked, options: argparse.Namespace, group: Group) -> tuple[ModelSizes, Workload, int]:
