@@ -1,4 +1,4 @@
-"""What decode with a part of the experts in memory can be expected to take: reading what is missing, or computing, at best at once.
+"""What decode with a part of the experts in memory can be expected to take: reading what is missing beside computing.
 
     seconds a token = max(weights touched / memory's rate, layers * top_k * (1 - hit rate) * bytes of an expert / link's rate)
 
