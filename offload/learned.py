@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from coterie.offload.predictors import Ids, Path, Transition
 
-Floats = NDArray[np.float64]
-
 
 class Reuse:
     """p is a hazard learned online, for all layers together: how often experts were picked of the same age and rate of use.
@@ -26,11 +24,12 @@ class Reuse:
     RATES, LOWEST, RATIO = 12, 0.01, 1.48  # classes of rates: below the lowest, and by that ratio above it
     TRUST = 8.0  # observations that a cell's own rate counts for
     FADE = 0.999  # of what was counted, by token
+    EAGER = 32  # tokens that are all learned from; of later ones every other, to save time
     RARE = 1e-4  # a chance or rate below this is taken for this
 
     def __init__(self, layers: int, experts: int, top_k: int) -> None:
         self.layers, self.experts, self.prior = layers, experts, top_k / experts
-        self.here, self.tokens, self.steps = layers, 0, 0
+        self.here, self.tokens = layers, 0
         self.age = np.full((layers, experts), self.AGES[-1] + 1)
         self._age_class = np.searchsorted(self.AGES, np.arange(self.AGES[-1] + 2)) * self.RATES
         self.rate = np.full((layers, experts), self.prior, dtype=np.float32)
@@ -43,7 +42,7 @@ class Reuse:
         self.seen, self.picked = np.zeros(size), np.zeros(size)
         self.nominal = np.tile(self.LOWEST * self.RATIO ** (np.arange(self.RATES) - 0.5), len(self.AGES) + 1)
         self.odds = np.log(self.nominal / (1 - self.nominal)).astype(np.float32)
-        self.worth = np.empty((layers, experts))  # minus the time of the expected next use, in tokens
+        self.worth = np.empty((layers, experts), dtype=np.float32)  # minus tokens from this one's start to the next use
         self.worth[:] = -np.arange(layers)[:, None] / layers - 1 / self.prior
         self._place()
 
@@ -55,27 +54,27 @@ class Reuse:
         if layer <= self.here:
             self._next_token()
         self.here = layer
-        self.steps += 1
         self.picks[layer, experts] = True
         rate = self.rate[layer].take(experts) + np.float32(self.gain)
         self.rate[layer, experts] = rate
         self.cells[layer, experts] = self._bounds.searchsorted(rate)  # of the first age
         self._expect(layer, experts)
 
-    def keep(self) -> Floats:
+    def keep(self) -> NDArray[np.float32]:
         """As `EvictionPolicy`."""
         return self.worth.reshape(-1)
 
     def _expect(self, layer: int, experts: Ids) -> None:
         back = np.exp(-self.odds.take(self.cells[layer]))
         back += 1
-        np.subtract(-self.steps / self.layers, back, out=self.worth[layer])
+        np.subtract(-layer / self.layers, back, out=self.worth[layer])
 
     def _next_token(self) -> None:
         """Learn from the token that is complete; all are a token older."""
-        if self.tokens > 1:
+        if self.tokens > 1 and (self.tokens < self.EAGER or self.tokens % 2):
             self._learn()
         self.tokens += 1
+        self.worth += 1
         self.gain = max(1 / (self.tokens + 4), 1 / 64)
         self.age[self.picks] = 1
         np.minimum(self.age + 1, self.AGES[-1] + 1, out=self.age)
@@ -139,7 +138,7 @@ class Foresight(Reuse):
         np.log(ratios, out=ratios)
         back = self.back[layer]
         np.exp(np.minimum(-self.weights @ evidence, self.FAR), out=back)
-        np.subtract(-1 - self.steps / self.layers, back, out=self.worth[layer])
+        np.subtract(-1 - layer / self.layers, back, out=self.worth[layer])
 
     def _learn(self) -> None:
         super()._learn()

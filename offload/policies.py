@@ -28,7 +28,7 @@ from coterie.offload.learned import Foresight, Reuse
 
 HALF_LIFE = 32.0
 Ids = NDArray[np.int64]
-Scores = NDArray[np.float64]
+Scores = NDArray[np.float64] | NDArray[np.float32]
 
 
 class EvictionPolicy(Protocol):

@@ -157,7 +157,7 @@ class Path:
         self.by_token = np.zeros((layers, tokens, experts), dtype=np.uint8)
         self.alike = np.full(tokens, -np.inf, dtype=np.float32)
         self.here, self.now, self.seen, self.margin = layers, tokens - 1, 0, 2.0
-        self._found: tuple[Ids, NDArray[np.float32], float] | None = None
+        self._found: tuple[Ids, Ids, NDArray[np.float32], float] | None = None
 
     def begin(self) -> None:
         """As `Predictor`."""
@@ -194,18 +194,19 @@ class Path:
         """The scores, and how much of 1 is left to what was known without."""
         if self._found is None:
             self._found = self._nearest()
-        places, weights, rest = self._found
+        places, successors, weights, rest = self._found
         layer = self.here + ahead
         if layer >= self.layers:
-            places, layer = (places + layer // self.layers) % self.tokens, layer % self.layers
+            places, layer = successors, layer - self.layers
         found: Scores = weights @ self.by_token[layer].take(places, 0).astype(np.float32)
         return found, rest
 
-    def _nearest(self) -> tuple[Ids, NDArray[np.float32], float]:
-        """Their places and weights, and what is left: as if one more, as good as the best, knew nothing."""
+    def _nearest(self) -> tuple[Ids, Ids, NDArray[np.float32], float]:
+        """Places, the next tokens' places, weights, and what is left: as if one more, as good as the best, knew nothing."""
         best = np.maximum.reduce(self.alike)
         if best == -np.inf:
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32), 1.0
+            nothing = np.zeros(0, dtype=np.int64)
+            return nothing, nothing, np.zeros(0, dtype=np.float32), 1.0
         places = (self.alike >= best - self.margin).nonzero()[0][: self.MOST]
         if len(places) > self.MANY:
             self.margin *= 0.9
@@ -214,7 +215,7 @@ class Path:
         weights = np.exp(self.sharpness * (self.alike.take(places) - best))
         rest = 1 / (1 + float(np.add.reduce(weights)))
         weights *= np.float32(rest)
-        return places, weights, rest
+        return places, (places + 1) % self.tokens, weights, rest
 
 
 class Activation:
