@@ -59,8 +59,8 @@ Computed by `python bench/cards.py` with the arithmetic of `offload/expect.py`, 
 bfloat16, at best, where the larger of computing and fetching missing experts is all that counts. The lower figure is for even
 routing, where a cache finds the share of experts that it holds; the higher one for routing that misses {HIGHER:.0%} as often:
 with a quarter of the experts in memory the recorded routing of three models missed 27% to 80% as often (docs/offload.md;
-`coterie cache-sim` tells of a trace of yours). *From host memory*: the host has room for all experts. *From disk*: {DISK:g} GB/s,
-and nothing is kept in the host.
+`coterie cache-sim` tells of a trace of yours). *From host memory*: the host has room for all experts. *From disk*: {DISK:g}
+GB/s, and nothing is kept in the host.
 
 Assumed of cards, memory's and link's GB/s: {rates}. Of each {RESERVE / GB:g} GB are kept
 for context, keys and values, and buffers.

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from coterie.launch.commands import say
 from coterie.launch.tables import table
+from coterie.offload.predictors import AHEAD, PREDICTORS
 from coterie.offload.simulate import Simulated, Simulation
 from coterie.routing.errors import InputError, positive
 from coterie.routing.trace import read_trace
@@ -20,25 +21,41 @@ def cache_sim(options: argparse.Namespace) -> dict[str, Any]:
     trace = read_trace(options.trace)
     if options.max_tokens is not None:
         trace = trace.select(np.arange(min(trace.tokens, positive("--max-tokens", options.max_tokens))))
+    prior = None if options.prior is None else read_trace(options.prior)
     try:
-        simulation = Simulation(trace, options.slots)
+        simulation = Simulation(trace, options.slots, prior)
     except InputError as error:
         raise InputError(f"{options.trace}: {error}") from error
     found: dict[str, Simulated] = {}
     for name in tqdm(simulation.names, desc="policies", disable=None):
         found[name] = simulation.run(name)
-    low, high = found["lru"].hit_rate, found["belady"].hit_rate
-    policies = {
-        name: {
-            "hit_rate": one.hit_rate,
-            "gap_closed": (one.hit_rate - low) / (high - low) if high > low else 0.0,
-            "microseconds_per_layer": one.microseconds,
-        }
-        for name, one in found.items()
+    foretold = {name: simulation.foretell(name) for name in tqdm(PREDICTORS, desc="predictors", disable=None)}
+    policies = _policies(found)
+    predictors = {
+        name: {"recall": {str(d): r for d, r in one.recall.items()}, "microseconds_per_layer": one.microseconds}
+        for name, one in foretold.items()
     }
     if not options.json:
         share = f"{simulation.slots} of {trace.num_experts * len(trace.layer_ids)} experts in slots"
         say(f"{options.trace}: {trace.tokens} tokens, {len(trace.layer_ids)} layers, {share}")
-        header = ["policy", "hit rate", "gap to Belady closed", "us a layer and token"]
-        print(table(header, [[name, *policy.values()] for name, policy in policies.items()]))
-    return {"slots": simulation.slots, "tokens": trace.tokens, "policies": policies}
+        header = ["policy", "hit rate", "gap to Belady closed", "us a layer and token", "misses read ahead"]
+        print(table(header, [[name, *policy.values(), *[""] * (4 - len(policy))] for name, policy in policies.items()]))
+        header = ["predictor", *(f"recall {d} ahead" for d in AHEAD), "us a layer and token"]
+        rows = [[n, *(one.recall.get(d, "") for d in AHEAD), one.microseconds] for n, one in foretold.items()]
+        print("\n" + table(header, rows))
+    return {"slots": simulation.slots, "tokens": trace.tokens, "policies": policies, "predictors": predictors}
+
+
+def _policies(found: dict[str, Simulated]) -> dict[str, dict[str, float]]:
+    """The contract's fields by policy, and `hidden` where something was read ahead."""
+    low, high = found["lru"].hit_rate, found["belady"].hit_rate
+    made = {}
+    for name, one in found.items():
+        made[name] = {
+            "hit_rate": one.hit_rate,
+            "gap_closed": (one.hit_rate - low) / (high - low) if high > low else 0.0,
+            "microseconds_per_layer": one.microseconds,
+        }
+        if one.hidden is not None:
+            made[name]["hidden"] = one.hidden
+    return made

@@ -294,12 +294,13 @@ def _pack(verbs: Any) -> None:
 
 
 def _cache_sim(verbs: Any) -> None:
-    p = _verb(verbs, "cache-sim", "cache_sim", "hit rates of every eviction policy on a trace, beside Belady's optimum")
+    p = _verb(verbs, "cache-sim", "cache_sim", "eviction policies and predictors on a trace, beside Belady's optimum")
     p.add_argument("trace", type=Path, metavar="T", help="a trace file, played in its order, one token at a time")
     p.add_argument(
         "--slots", type=float, default=0.125, metavar="F", help="share of all experts that fit (default: %(default)s)"
     )
     p.add_argument("--max-tokens", type=int, metavar="N", help="the first N tokens alone")
+    p.add_argument("--prior", type=Path, metavar="TRACE", help="a trace of the same model that `transition` knows beforehand")
 
 
 def _bench(verbs: Any) -> None:

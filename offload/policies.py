@@ -11,7 +11,8 @@ Experts are numbered `layer * E + expert`; one pool of slots holds experts of al
 | `gdsf` | least count above the value of the last one given up (Greedy-Dual-Size-Frequency, equal sizes) | Cherkasova 1998 |
 | `fixed` | never what the prefill used most (CoreInfer's experts fixed at prefill), else as `lru` | Wang et al. 2024 |
 | `reuse` | what is expected back last, by a hazard learned online | |
-| `coterie` | the default: `reuse` beside a shadow of `lru`, and as that while learning does not pay | |
+| `foresight` | the same, by the hazard and by what predictors say of the next token (`offload/learned.py`) | |
+| `coterie` | the default: `foresight` beside a shadow of `lru`, and as that while learning does not pay | |
 | `belady` | what is needed last, known in hindsight: nobody can do better | Belady 1966 |
 """
 
@@ -23,9 +24,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from coterie.offload.learned import Foresight, Reuse
+
 HALF_LIFE = 32.0
 Ids = NDArray[np.int64]
-Scores = NDArray[np.float64]
+Scores = NDArray[np.float64] | NDArray[np.float32]
 
 
 class EvictionPolicy(Protocol):
@@ -148,96 +151,71 @@ class Fixed(Lru):
         return self.used + self.bonus
 
 
-class Reuse(Indifferent):
-    """By when an expert is expected back: the wait for its layer's next turn, and 1 / p - 1 tokens beyond that.
+class Adaptive:
+    """`lru` at first, `foresight` once that misses less: the one not in use runs in a shadow of tags, as large as the cache.
 
-    p, the chance that its layer picks it in the next token, is a hazard learned online, for all layers together: how often
-    experts were picked that had the same age (tokens since the last use) and the same rate of use so far. It is what decides
-    between recency and frequency, by what the routing at hand shows.
-    """
-
-    name = "reuse"
-    AGES = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 1024])
-    RATES = np.array([0.01, 0.02, 0.03, 0.045, 0.065, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5])
-
-    def __init__(self, layers: int, experts: int, top_k: int) -> None:
-        self.layers, self.experts = layers, experts
-        self.prior = top_k / experts
-        self.tokens = np.zeros(layers)
-        self.age = np.full((layers, experts), 1e6)
-        self.rate = np.full((layers, experts), self.prior)
-        cells = (len(self.AGES) + 1, len(self.RATES) + 1)
-        self.seen, self.picked = np.zeros(cells), np.zeros(cells)
-        self.back = np.empty((layers, experts))  # tokens until an expert is expected back, from its layer's next turn on
-        turns = (np.arange(layers)[None, :] - np.arange(layers)[:, None] - 1) % layers
-        self.wait = -(turns / layers)[:, :, None]  # by the layer at hand: tokens until each layer's next turn, below zero
-        self.here = 0
-        self._cells = np.zeros((layers, experts), dtype=np.int64)
-        for layer in range(layers):
-            self._predict(layer)
-
-    def observe(self, layer: int, experts: Ids, missing: int = 0) -> None:
-        """As `EvictionPolicy`."""
-        self.here = layer
-        cells = self._cells[layer]
-        self.seen.reshape(-1)[:] += np.bincount(cells, minlength=self.seen.size)
-        self.picked.reshape(-1)[:] += np.bincount(cells[experts], minlength=self.seen.size)
-        if layer == 0:
-            self.seen *= 0.999
-            self.picked *= 0.999
-        self.tokens[layer] += 1
-        weight = max(1 / (self.tokens[layer] + 4), 1 / 64)
-        self.age[layer] += 1
-        self.age[layer, experts] = 1
-        self.rate[layer] *= 1 - weight
-        self.rate[layer, experts] += weight
-        self._predict(layer)
-
-    def _predict(self, layer: int) -> None:
-        ages, rates = np.searchsorted(self.AGES, self.age[layer]), np.searchsorted(self.RATES, self.rate[layer])
-        self._cells[layer] = ages * self.seen.shape[1] + rates
-        cells, rate = self._cells[layer], self.rate[layer]
-        trust = 8.0  # observations that the rate itself counts for
-        chance = (self.picked.reshape(-1)[cells] + trust * rate) / (self.seen.reshape(-1)[cells] + trust)
-        self.back[layer] = 1 / np.maximum(chance, 1e-6)
-
-    def keep(self) -> Scores:
-        """As `EvictionPolicy`: minus the expected time until the next use, in tokens."""
-        scores: Scores = (self.wait[self.here] - self.back).reshape(-1)
-        return scores
-
-
-class Adaptive(Indifferent):
-    """`reuse`, or `lru` where that misses less: the one not in use runs in a shadow of tags alone, as large as the cache.
-
-    It takes over when the cache has missed so many more than the shadow that chance does not explain it; each change of mind
-    asks for twice the evidence.
+    It takes over when the cache has missed so many more than the shadow that chance does not explain it: more than a sum of
+    as many misses, each this way or that, strays in so many deviations. It takes more to leave `lru` than to go back to it,
+    and each change of mind asks for twice the evidence.
     """
 
     name = "coterie"
+    LEAVE, RETURN = 3.0, 1.0  # standard deviations
 
     def __init__(self, layers: int, experts: int, top_k: int, slots: int) -> None:
         self.experts = experts
-        self.using: EvictionPolicy = Reuse(layers, experts, top_k)
-        self.other: EvictionPolicy = Lru(layers, experts)
-        self.shadow = Tags(layers * experts, slots)
-        self.debt, self.patience = 0.0, 4.0 * top_k
+        self.learned, self.lru = Foresight(layers, experts, top_k), Lru(layers, experts)
+        self.learning = False  # which one is in use
+        self.by_age = LruTags(slots)
+        self.shadow = Tags(layers * experts, slots)  # of `learned` while `lru` is in use
+        self.held = np.zeros(layers * experts, dtype=bool)
+        self.debt, self.differences, self.patience = 0.0, 0, 2.0 * top_k
 
     def observe(self, layer: int, experts: Ids, missing: int = 0) -> None:
         """As `EvictionPolicy`."""
-        self.using.observe(layer, experts)
-        self.other.observe(layer, experts)
+        self.learned.observe(layer, experts)
+        self.lru.observe(layer, experts)
         at = layer * self.experts + experts
-        absent = self.shadow.absent(at)
-        self.shadow.admit(at, absent, self.other)
-        self.debt = max(0.0, self.debt + missing - len(absent))
-        if self.debt > self.patience:
-            self.using, self.other = self.other, self.using
-            self.debt, self.patience = 0.0, 2 * self.patience
+        self.held[at] = True
+        others = self.by_age.use(at.tolist())
+        if not self.learning:
+            absent = self.shadow.absent(at)
+            self.shadow.admit(at, absent, self.learned)
+            others = len(absent)
+        self.debt = max(0.0, self.debt + missing - others)
+        self.differences += abs(missing - others)
+        deviations = self.RETURN if self.learning else self.LEAVE
+        if self.debt > self.patience + deviations * self.differences**0.5:
+            self.learning = not self.learning
+            self.debt, self.differences, self.patience = 0.0, 0, 2 * self.patience
+            self.shadow.resident, self.shadow.held = self.held.copy(), int(self.held.sum())
 
     def keep(self) -> Scores:
         """As `EvictionPolicy`."""
-        return self.using.keep()
+        return self.learned.keep() if self.learning else self.lru.keep()
+
+    def gone(self, victims: Ids) -> None:
+        """As `EvictionPolicy`."""
+        self.held[victims] = False
+
+
+class LruTags:
+    """Which experts would be in `slots` slots if what was used longest ago gave way."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.order: dict[int, None] = {}  # oldest first
+
+    def use(self, experts: list[int]) -> int:
+        """How many of them were not there; all are, afterwards, and the newest."""
+        before = len(self.order)
+        for one in experts:
+            self.order.pop(one, None)
+        found = before - len(self.order)
+        self.order.update(dict.fromkeys(experts))
+        for _ in range(len(self.order) - self.slots):
+            del self.order[next(iter(self.order))]
+        return len(experts) - found
 
 
 class Tags:
@@ -252,7 +230,16 @@ class Tags:
         return at[~self.resident[at]]
 
     def admit(self, at: Ids, absent: Ids, policy: EvictionPolicy) -> None:
-        """Let `absent` in, at the cost of what `policy` gives up; all of `at` stay."""
+        """Let `absent` in, at the cost of what `policy` gives up; all of `at` stay, or as many as there are slots."""
+        if len(at) >= self.slots:
+            others = self.resident.copy()
+            others[at] = False
+            if others.any():
+                policy.gone(others.nonzero()[0])
+            self.resident[:] = False
+            self.resident[at[: self.slots]] = True
+            self.held = self.slots
+            return
         over = self.held + len(absent) - self.slots
         if over > 0:
             victims = lowest(policy.keep(), self.resident, at, over)
@@ -267,8 +254,12 @@ def lowest(worth: Scores, resident: NDArray[np.bool_], needed: Ids, count: int) 
     """The `count` resident experts of least worth, those `needed` now left out."""
     masked = np.where(resident, worth, np.inf)
     masked[needed] = np.inf
-    if count == 1:
-        return np.array([masked.argmin()])
+    if count <= 8:  # faster than to partition
+        found = np.empty(count, dtype=np.int64)
+        for i in range(count):
+            found[i] = least = masked.argmin()
+            masked[least] = np.inf
+        return found
     return np.argpartition(masked, count - 1)[:count]
 
 
@@ -279,5 +270,6 @@ MAKERS: dict[str, Callable[[int, int, int, int], EvictionPolicy]] = {
     "gdsf": lambda layers, experts, top_k, slots: Gdsf(layers, experts),
     "fixed": lambda layers, experts, top_k, slots: Fixed(layers, experts),
     "reuse": lambda layers, experts, top_k, slots: Reuse(layers, experts, top_k),
+    "foresight": lambda layers, experts, top_k, slots: Foresight(layers, experts, top_k),
     "coterie": Adaptive,
 }

@@ -9,19 +9,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.offload.policies import MAKERS, EvictionPolicy, Indifferent, Tags
+from coterie.offload.predictors import AHEAD, PREDICTORS, Predictor, Transition
 from coterie.routing.errors import InputError, require
 from coterie.routing.trace import RoutingTrace
+
+DEFAULT = "coterie"
+Steps = list[list[NDArray[np.int64]]]
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """hit_rate: 1 - transfers / requests; microseconds: of the policy's own work, per layer and token."""
+    """hit_rate: 1 - transfers / requests; microseconds: CPU time of policy and predictor, per layer and token.
+
+    hidden: of the experts that had to be read for a step, the share that was read ahead; None without a predictor.
+    """
 
     hit_rate: float
     microseconds: float
+    hidden: float | None = None
 
 
-def steps_of(trace: RoutingTrace) -> list[list[NDArray[np.int64]]]:
+@dataclass(frozen=True)
+class Foretold:
+    """recall: by distance in layers, the share of a layer's experts among as many that were expected; within a token.
+
+    microseconds: CPU time to see a step and to score the next layer, per layer and token.
+    """
+
+    recall: dict[int, float]
+    microseconds: float
+
+
+def steps_of(trace: RoutingTrace) -> Steps:
     """By token and layer the experts picked, each once, empty slots left out."""
     ids = np.sort(trace.expert_ids.astype(np.int64), axis=2)
     fresh = np.concatenate([ids[..., :1] >= 0, (ids[..., 1:] != ids[..., :-1]) & (ids[..., 1:] >= 0)], axis=2)
@@ -38,23 +57,83 @@ def slots_for(share: float, layers: int, experts: int, top_k: int) -> int:
     return slots
 
 
-def simulate(steps: list[list[NDArray[np.int64]]], experts: int, slots: int, policy: EvictionPolicy) -> Simulated:
-    """Token by token, layer by layer; experts of the step at hand stay."""
+def simulate(
+    steps: Steps, experts: int, slots: int, policy: EvictionPolicy, ahead: Predictor | None = None,
+    begins: NDArray[np.bool_] | None = None,
+) -> Simulated:  # fmt: skip
+    """Token by token, layer by layer; experts of the step at hand stay.
+
+    ahead: after a step, as many experts of the next layer as this one picked are expected, and those missing are read into
+    the same slots. They stay until that layer's turn, then they are like any other. begins: where sequences do, by token.
+    """
     layers = len(steps[0]) if steps else 0
     tags, spent = Tags(layers * experts, slots), 0.0
-    transfers = requests = 0
-    for token in steps:
+    waiting = np.zeros(layers * experts, dtype=bool)  # read ahead, not asked for yet
+    transfers = requests = missed = in_time = 0
+    for number, token in enumerate(steps):
+        if ahead is not None and begins is not None and begins[number]:
+            ahead.begin()
         for layer, picked in enumerate(token):
             at = layer * experts + picked
             missing = tags.absent(at)
             requests += len(at)
-            transfers += len(missing)
-            began = time.perf_counter()
+            missed += len(missing)
+            began = time.process_time()
             policy.observe(layer, picked, len(missing))
             tags.admit(at, missing, policy)
-            spent += time.perf_counter() - began
-    count = max(1, len(steps) * layers)
-    return Simulated(1 - transfers / requests if requests else 0.0, 1e6 * spent / count)
+            if ahead is not None:
+                ahead.observe(layer, picked)
+                following = (layer + 1) % layers
+                expected = following * experts + likeliest(ahead.scores(1), len(picked))
+            spent += time.process_time() - began
+            if ahead is not None:
+                in_time += int(waiting[at].sum())
+                waiting[layer * experts : (layer + 1) * experts] = False
+                read = _read_ahead(tags, policy, at, expected)
+                waiting[read] = True
+                transfers += len(read)
+    count, needed = max(1, len(steps) * layers), in_time + missed
+    hidden = None if ahead is None else in_time / needed if needed else 0.0
+    return Simulated(1 - (transfers + missed) / requests if requests else 0.0, 1e6 * spent / count, hidden)
+
+
+def _read_ahead(tags: Tags, policy: EvictionPolicy, at: NDArray[np.int64], expected: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of `expected` that are missing, the likeliest first, as far as there is room beside what is needed `at` hand."""
+    missing = tags.absent(expected)
+    kept = np.union1d(at, np.setdiff1d(expected, missing))
+    missing = missing[: max(0, tags.slots - len(kept))]
+    tags.admit(np.concatenate([kept, missing]), missing, policy)
+    return missing
+
+
+def likeliest(scores: NDArray[np.floating], count: int) -> NDArray[np.int64]:
+    """The `count` experts with the highest scores `[E]` above zero, the highest first."""
+    if not count:
+        return np.zeros(0, dtype=np.int64)
+    top = np.argpartition(scores, -count)[-count:]
+    top = top[np.argsort(-scores[top], kind="stable")]
+    return top[scores[top] > 0]
+
+
+def foretell(steps: Steps, predictor: Predictor, begins: NDArray[np.bool_]) -> Foretold:
+    """What a predictor knows beforehand."""
+    layers, spent = len(steps[0]), 0.0
+    distances = [d for d in AHEAD if d < layers]
+    found, asked = dict.fromkeys(distances, 0), dict.fromkeys(distances, 0)
+    for token, begin in zip(steps, begins, strict=True):
+        if begin:
+            predictor.begin()
+        for layer, picked in enumerate(token):
+            began = time.process_time()
+            predictor.observe(layer, picked)
+            predictor.scores(1)
+            spent += time.process_time() - began
+            for distance in distances:
+                if layer + distance < layers:
+                    wanted = token[layer + distance]
+                    asked[distance] += len(wanted)
+                    found[distance] += len(np.intersect1d(wanted, likeliest(predictor.scores(distance), len(wanted))))
+    return Foretold({d: found[d] / max(1, asked[d]) for d in distances}, 1e6 * spent / (len(steps) * layers))
 
 
 class Belady(Indifferent):
@@ -62,7 +141,7 @@ class Belady(Indifferent):
 
     name = "belady"
 
-    def __init__(self, steps: list[list[NDArray[np.int64]]], experts: int) -> None:
+    def __init__(self, steps: Steps, experts: int) -> None:
         layers = len(steps[0]) if steps else 0
         self.experts, self.step = experts, 0
         self.coming = np.full(layers * experts, np.inf)
@@ -85,20 +164,45 @@ class Belady(Indifferent):
 
 
 class Simulation:
-    """A trace and a number of slots. Raises InputError for a trace without tokens, or less slots than one layer's picks."""
+    """A trace and a number of slots; `prior`: a trace of the same model that `transition` may know from the start.
 
-    def __init__(self, trace: RoutingTrace, share: float) -> None:
+    Raises InputError for a trace without tokens, less slots than one layer's picks, a prior of another shape.
+    """
+
+    def __init__(self, trace: RoutingTrace, share: float, prior: RoutingTrace | None = None) -> None:
         if not trace.expert_ids.size:
             raise InputError("trace: found no tokens, expected some")
         self.layers, self.top_k = trace.expert_ids.shape[1:]
         self.experts = trace.num_experts
         self.slots = slots_for(share, self.layers, self.experts, self.top_k)
-        self.steps = steps_of(trace)
-        self.names = (*MAKERS, "belady")
+        self.steps, self.begins = steps_of(trace), begins_of(trace)
+        if prior is not None:
+            shape, own = (len(prior.layer_ids), prior.num_experts), (self.layers, self.experts)
+            require(shape == own, "--prior", f"{shape[0]} layers of {shape[1]} experts", f"{own[0]} layers of {own[1]}")
+        self.prior = prior
+        self.names = (*MAKERS, *(f"{DEFAULT}+{name}" for name in PREDICTORS), "belady")
 
     def run(self, name: str) -> Simulated:
-        """One policy, from an empty cache."""
+        """One policy, and a predictor after a plus sign, from an empty cache."""
         if name == "belady":
             return simulate(self.steps, self.experts, self.slots, Belady(self.steps, self.experts))
-        policy = MAKERS[name](self.layers, self.experts, self.top_k, self.slots)
-        return simulate(self.steps, self.experts, self.slots, policy)
+        evicting, _, ahead = name.partition("+")
+        policy = MAKERS[evicting](self.layers, self.experts, self.top_k, self.slots)
+        predictor = self.predictor(ahead) if ahead else None
+        return simulate(self.steps, self.experts, self.slots, policy, predictor, self.begins)
+
+    def foretell(self, name: str) -> Foretold:
+        """A predictor alone."""
+        return foretell(self.steps, self.predictor(name), self.begins)
+
+    def predictor(self, name: str) -> Predictor:
+        """A new one, which knows the prior if it can."""
+        made = PREDICTORS[name](self.layers, self.experts)
+        if self.prior is not None and isinstance(made, Transition):
+            made.learn(steps_of(self.prior), begins_of(self.prior))
+        return made
+
+
+def begins_of(trace: RoutingTrace) -> NDArray[np.bool_]:
+    """Where another sequence than the token before's is at hand."""
+    return np.append(True, trace.sequence_ids[1:] != trace.sequence_ids[:-1])

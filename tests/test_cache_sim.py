@@ -101,11 +101,14 @@ def test_the_command_prints_the_contracts_fields(tmp_path: Path, capsys: pytest.
     assert main(["cache-sim", str(tmp_path / "t.safetensors"), "--slots", "0.25", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["slots"] == 6 and found["tokens"] == 60 and {"lru", "lfu", "coterie", "belady"} <= set(found["policies"])
-    for policy in found["policies"].values():
-        assert set(policy) == {"hit_rate", "gap_closed", "microseconds_per_layer"} and policy["microseconds_per_layer"] > 0
+    for name, policy in found["policies"].items():
+        assert set(policy) - {"hidden"} == {"hit_rate", "gap_closed", "microseconds_per_layer"}
+        assert policy["microseconds_per_layer"] > 0 and ("hidden" in policy) == ("+" in name)
+    assert {"coterie+path", "coterie+transition", "coterie+popularity", "coterie+activation"} <= set(found["policies"])
     assert found["policies"]["lru"]["gap_closed"] == 0 and found["policies"]["belady"]["gap_closed"] == 1
     assert main(["cache-sim", str(tmp_path / "t.safetensors"), "--max-tokens", "10"]) == 0
-    assert "gap to Belady closed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "gap to Belady closed" in out and "recall 1 ahead" in out
 
 
 @pytest.mark.parametrize(
