@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from coterie.moe.queue import PREFILL_TOKENS
+from coterie.offload.cache import remembered_bytes
 from coterie.offload.store import READERS, STAGE_BYTES
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError
@@ -108,7 +109,8 @@ def estimate(
     """What each rank of the plan needs. strategy: its name; slots: experts that a rank holds at once, None for all."""
     if slots is not None:
         states, buffers = state_bytes(sizes, strategy, work, plan.ranks), buffer_bytes(sizes, strategy, work, plan.ranks)
-        one = RankMemory(sizes.dense, slots * max(sizes.expert), states, buffers + READING_BYTES + sizes.process)
+        kept = READING_BYTES + remembered_bytes(len(plan.layer_ids), plan.num_experts)
+        one = RankMemory(sizes.dense, slots * max(sizes.expert), states, buffers + kept + sizes.process)
         return [one] * plan.ranks
     held = plan.holds().sum(1)  # [layers, ranks]
     experts = np.array(sizes.expert, dtype=np.int64) @ held.astype(np.int64)

@@ -12,11 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from coterie.offload.ahead import Guesser
 from coterie.offload.policies import MAKERS, lowest
 from coterie.offload.store import READERS, ExpertStore, aligned_empty
 from coterie.offload.tiers import HostTier, Misses
 
 DEFAULT = "coterie"
+PATH_BYTES = 2 * 512  # by expert and layer: a byte for each of 512 tokens, twice (predictors.Path)
 
 
 @dataclass
@@ -70,7 +72,8 @@ class ExpertCache:
         self.statistics = CacheStatistics()
         self.samples: list[Sample] | None = None  # a step each, where a timeline is recorded
         self.coming: dict[int, Future[None]] = {}  # experts that have a slot and are still being read
-        self.expected: tuple[int, Sequence[int]] | None = None
+        self.expected: tuple[int, Sequence[int], bool] | None = None
+        self.guesser = Guesser(layers, experts)
 
     def announce(self, layer: int, experts: Sequence[int]) -> None:
         """All experts that a step of this layer will ask for, each once."""
@@ -82,6 +85,7 @@ class ExpertCache:
         missing = int((self.slot_of[at] < 0).sum())
         began = time.perf_counter()
         self.policy.observe(layer, np.asarray(experts, dtype=np.int64), missing)
+        self.guesser.observe(layer, experts)
         self.statistics.policy_seconds += time.perf_counter() - began
         self.statistics.requests += len(experts)
 
@@ -100,8 +104,8 @@ class ExpertCache:
         while left:
             missing = missing[self._start_some(missing, left) :]
             if not missing and self.expected is not None:
-                following, self.expected = self.expected, None
-                self._prefetch(*following, at)
+                (following, router, sure), self.expected = self.expected, None
+                self._prefetch(following, router if sure else self._guess(following, router, len(at)), at)
             there = [one for one in left if self.slot_of[one] >= 0 and one not in self.coming]
             if not there:
                 first = next((one for one in left if one in self.coming), None)
@@ -130,9 +134,18 @@ class ExpertCache:
             least = worth[self.slot_of >= 0].min()
             self._prefetch(layer, [experts[place] for place in chosen if worth[at[place]] > least], at)
 
-    def expect(self, layer: int, experts: Sequence[int]) -> None:
-        """What a coming step is expected to ask for, likeliest first: read behind what is needed, as room allows."""
-        self.expected = layer, experts
+    def expect(self, layer: int, experts: Sequence[int], sure: bool = False) -> None:
+        """What the next step's router would pick now, likeliest first: read behind what is needed, as room allows.
+
+        Unless sure, or where the path so far has been a better guide, or neither was any good (offload/ahead.py).
+        """
+        self.expected = layer, experts, sure
+
+    def _guess(self, layer: int, router: Sequence[int], count: int) -> Sequence[int]:
+        began = time.perf_counter()
+        found = self.guesser.guess(layer, router, count)
+        self.statistics.policy_seconds += time.perf_counter() - began
+        return found
 
     def _prefetch(self, layer: int, experts: Sequence[int], held: np.ndarray) -> None:
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
@@ -200,3 +213,8 @@ class ExpertCache:
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return aligned_empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+
+
+def remembered_bytes(layers: int, experts: int) -> int:
+    """What the default policy and the guesser remember of earlier tokens: two paths, a matrix of transitions, and scores."""
+    return layers * experts * (2 * PATH_BYTES + 4 * experts + 100)

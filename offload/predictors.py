@@ -25,6 +25,15 @@ Scores = NDArray[np.float64] | NDArray[np.float32]
 AHEAD = (1, 2, 3)  # distances that `cache-sim` reports on
 
 
+def likeliest(scores: NDArray[np.floating], count: int) -> NDArray[np.int64]:
+    """The `count` experts with the highest scores `[E]` above zero, the highest first."""
+    if not count:
+        return np.zeros(0, dtype=np.int64)
+    top = np.argpartition(scores, -count)[-count:]
+    top = top[np.argsort(-scores[top], kind="stable")]
+    return top[scores[top] > 0]
+
+
 class Predictor(Protocol):
     """Sees every step, and answers in the middle of a token."""
 

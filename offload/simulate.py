@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.offload.policies import MAKERS, EvictionPolicy, Indifferent, Tags
-from coterie.offload.predictors import AHEAD, PREDICTORS, Predictor, Transition
+from coterie.offload.predictors import AHEAD, PREDICTORS, Predictor, Transition, likeliest
 from coterie.routing.errors import InputError, require
 from coterie.routing.trace import RoutingTrace
 
@@ -104,15 +104,6 @@ def _read_ahead(tags: Tags, policy: EvictionPolicy, at: NDArray[np.int64], expec
     missing = missing[: max(0, tags.slots - len(kept))]
     tags.admit(np.concatenate([kept, missing]), missing, policy)
     return missing
-
-
-def likeliest(scores: NDArray[np.floating], count: int) -> NDArray[np.int64]:
-    """The `count` experts with the highest scores `[E]` above zero, the highest first."""
-    if not count:
-        return np.zeros(0, dtype=np.int64)
-    top = np.argpartition(scores, -count)[-count:]
-    top = top[np.argsort(-scores[top], kind="stable")]
-    return top[scores[top] > 0]
 
 
 def foretell(steps: Steps, predictor: Predictor, begins: NDArray[np.bool_]) -> Foretold:

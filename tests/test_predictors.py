@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.launch.cli import main
+from coterie.offload.ahead import Guesser
 from coterie.offload.learned import Foresight
 from coterie.offload.policies import MAKERS, Lru, LruTags, Tags
 from coterie.offload.predictors import PREDICTORS, Activation, Path, Popularity, Predictor, Transition
@@ -237,3 +238,21 @@ def test_sequences_begin_where_the_id_changes() -> None:
     trace = make_trace(tokens=50)
     begins = begins_of(trace)
     assert begins[0] and begins.sum() == len(np.unique(trace.sequence_ids))
+
+
+def test_the_better_guesser_decides_and_none_where_both_are_wrong() -> None:
+    """Layer 1 asks for what layer 0 did: the path learns it; the router is always wrong."""
+    guesser, rng = Guesser(2, 16), np.random.default_rng(0)
+    said: list[list[int]] = []
+    for _ in range(600):
+        first = rng.permutation(16)[:2].tolist()
+        guesser.observe(0, first)
+        said.append(list(guesser.guess(1, [(first[0] + 1) % 16], 2)))
+        guesser.observe(1, first)
+    assert guesser.right["router"] < 0.3 and guesser.right["path"] > 0.6
+    assert said[0] and len(said[-1]) == 2, "the router is believed at first, the path in the end"
+    for _ in range(600):  # now nothing follows from anything
+        guesser.observe(0, rng.permutation(16)[:2].tolist())
+        said.append(list(guesser.guess(1, [int(rng.integers(16))], 2)))
+        guesser.observe(1, rng.permutation(16)[:2].tolist())
+    assert said[-1] == []

@@ -1,0 +1,49 @@
+"""What is worth reading before it is asked for, decided by how often such guesses were right.
+
+Two guessers are followed: the next layer's own router, applied to the present layer's input (Eliseev and Mazur 2023), and the
+path through the experts so far (`predictors.Path`). Each guess is compared with what the layer then asks for, whether it was
+carried out or not. The better one decides; where even that is wrong more often than right, nothing is read ahead: a wrong guess
+takes as long to read as a right one saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from coterie.offload.predictors import Path, Predictor, likeliest
+
+WORTH = 0.5  # share of right guesses from which on reading ahead pays
+MEMORY = 256  # guesses that count
+
+
+class Guesser:
+    """Follows the steps of one token after another; `guess` in the middle of a step says what the next layer will ask for."""
+
+    def __init__(self, layers: int, experts: int, path: Predictor | None = None) -> None:
+        self.layers = layers
+        self.path: Predictor = Path(layers, experts) if path is None else path
+        self.right = {"router": 0.75, "path": 0.5}  # share of guesses, as known beforehand
+        self.made: tuple[int, dict[str, Sequence[int]]] | None = None
+
+    def observe(self, layer: int, experts: Sequence[int]) -> None:
+        """A step's experts, each once: the last guess is judged by them."""
+        if self.made is not None and self.made[0] == layer:
+            asked = set(experts)
+            for name, guess in self.made[1].items():
+                for one in guess:
+                    self.right[name] += ((one in asked) - self.right[name]) / MEMORY
+        self.made = None
+        self.path.observe(layer, np.asarray(experts, dtype=np.int64))
+
+    def guess(self, layer: int, router: Sequence[int], count: int) -> Sequence[int]:
+        """The experts of `layer`, the next one, worth reading now, likeliest first. router: its own choice, if it was asked;
+        count: how many the path is asked for.
+        """
+        guesses = {"path": likeliest(self.path.scores(1), count).tolist()} if layer else {}
+        if router:
+            guesses["router"] = router
+        self.made = layer, guesses
+        best = max(guesses, key=self.right.__getitem__, default=None)
+        return guesses[best] if best is not None and self.right[best] >= WORTH else ()
