@@ -231,11 +231,10 @@ class Tags:
 
     def admit(self, at: Ids, absent: Ids, policy: EvictionPolicy) -> None:
         """Let `absent` in, at the cost of what `policy` gives up; all of `at` stay, or as many as there are slots."""
-        if len(at) >= self.slots:
-            others = self.resident.copy()
-            others[at] = False
-            if others.any():
-                policy.gone(others.nonzero()[0])
+        if len(at) > self.slots:
+            victims = np.setdiff1d(self.resident.nonzero()[0], at[: self.slots])
+            if len(victims):
+                policy.gone(victims)
             self.resident[:] = False
             self.resident[at[: self.slots]] = True
             self.held = self.slots
