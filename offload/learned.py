@@ -116,7 +116,7 @@ class Foresight(Reuse):
 
     def __init__(self, layers: int, experts: int, top_k: int) -> None:
         super().__init__(layers, experts, top_k)
-        self.following, self.path = Transition(layers, experts, (layers,)), Path(layers, experts, every=2)
+        self.following, self.path = Transition(layers, experts, (layers,)), Path(layers, experts, every=3)
         self.evidence = np.zeros((5, layers, experts), dtype=np.float32)
         self.evidence[0] = 1
         self.back = np.full((layers, experts), 1 / self.prior, dtype=np.float32)  # (1 - p) / p

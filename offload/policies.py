@@ -177,8 +177,9 @@ class Adaptive:
         self.lru.observe(layer, experts)
         at = layer * self.experts + experts
         self.held[at] = True
-        others = self.by_age.use(at.tolist())
-        if not self.learning:
+        if self.learning:
+            others = self.by_age.use(at.tolist())
+        else:
             absent = self.shadow.absent(at)
             self.shadow.admit(at, absent, self.learned)
             others = len(absent)
@@ -189,6 +190,7 @@ class Adaptive:
             self.learning = not self.learning
             self.debt, self.differences, self.patience = 0.0, 0, 2 * self.patience
             self.shadow.resident, self.shadow.held = self.held.copy(), int(self.held.sum())
+            self.by_age.start(self.lru.used)
 
     def keep(self) -> Scores:
         """As `EvictionPolicy`."""
@@ -205,6 +207,11 @@ class LruTags:
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.order: dict[int, None] = {}  # oldest first
+
+    def start(self, used: Scores) -> None:
+        """With what was used last, `used` being when, below zero for never."""
+        newest = np.argsort(used, kind="stable")[-self.slots :]
+        self.order = dict.fromkeys(newest[used[newest] >= 0].tolist())
 
     def use(self, experts: list[int]) -> int:
         """How many of them were not there; all are, afterwards, and the newest."""
@@ -251,15 +258,17 @@ class Tags:
 
 def lowest(worth: Scores, resident: NDArray[np.bool_], needed: Ids, count: int) -> Ids:
     """The `count` resident experts of least worth, those `needed` now left out."""
-    masked = np.where(resident, worth, np.inf)
-    masked[needed] = np.inf
+    candidates = resident.copy()
+    candidates[needed] = False
+    places = candidates.nonzero()[0]
+    values = worth.take(places)
     if count <= 8:  # faster than to partition
         found = np.empty(count, dtype=np.int64)
         for i in range(count):
-            found[i] = least = masked.argmin()
-            masked[least] = np.inf
-        return found
-    return np.argpartition(masked, count - 1)[:count]
+            found[i] = least = values.argmin()
+            values[least] = np.inf
+        return places.take(found)
+    return places.take(np.argpartition(values, count - 1)[:count])
 
 
 MAKERS: dict[str, Callable[[int, int, int, int], EvictionPolicy]] = {

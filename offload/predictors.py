@@ -88,6 +88,7 @@ class Transition:
         self.layers, self.experts, self.here = layers, experts, layers
         self.counts = {d: np.zeros((layers, experts, experts), dtype=np.float32) for d in distances if d <= layers}
         self.uses = np.full((layers, experts), self.TRUST / experts, dtype=np.float32)
+        self._weigh()
         self.token: dict[int, Ids] = {}  # by layer
         self.last: dict[int, Ids] = {}
 
@@ -117,7 +118,12 @@ class Transition:
         if self.token:
             self.uses.reshape(-1)[np.concatenate([layer * self.experts + at for layer, at in self.token.items()])] += 1
             self.last, self.token = self.token, {}
+            self._weigh()
         self.here = self.layers
+
+    def _weigh(self) -> None:
+        """What a use of each expert says."""
+        self.weight = 1 / (self.uses + np.float32(self.TRUST))
 
     def learn(self, steps: Sequence[Sequence[Ids]], begins: NDArray[np.bool_], worth: float = 64.0) -> None:
         """Start from a recording: by token and layer the experts, and where sequences begin. It counts for `worth` tokens."""
@@ -130,6 +136,7 @@ class Transition:
         scale = np.float32(min(1.0, worth / max(1, len(steps))))
         for counts in (*self.counts.values(), self.uses):
             counts *= scale
+        self._weigh()
 
     def scores(self, ahead: int) -> Scores:
         """As `Predictor`: the mean over the experts at hand of the share of their uses that led there, rare ones shrunk."""
@@ -140,7 +147,7 @@ class Transition:
         at = self.token.get(self.here)
         if at is None or not len(at):
             return np.zeros(self.experts, dtype=np.float32), 1.0
-        weights = 1 / (self.uses[self.here].take(at) + self.TRUST)
+        weights = self.weight[self.here].take(at)
         found: Scores = (weights / len(at)) @ self.counts[ahead][self.here].take(at, 0)
         return found, self.TRUST * float(np.add.reduce(weights)) / len(at)
 
