@@ -4,7 +4,8 @@ Given its neighbours, a layer's best placement is a transportation problem (solv
 its experts change the cost independently of each other. So all odd layers, then all even ones, are annealed at once, each
 by E/2 swaps at a time. Several annealed placements are recombined by a Viterbi pass over a pool of layer partitions, the
 ranks of the next layer renamed as is best (exact for the pool); the search then goes on from the best found, at a lower
-temperature. Deterministic for a seed and a number of iterations.
+temperature. In a large problem that is the one at which an anneal just does not spoil what it starts from. Deterministic for
+a seed and a number of iterations.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ FAR = 16  # in a larger problem every FAR-th anneal only is from scratch
 POOL = 12
 PATIENCE = 60  # anneals without a better placement after which it ends
 HOT, WARM, COLD = 0.5, 0.2, 0.01  # temperatures, in the mean traffic of an expert with the next layer
-LARGE_WARM = 0.25  # in place of WARM: few sweeps forget less
+LARGE_WARM = 0.25  # in place of WARM at first; few sweeps have to be as hot as is of use, which depends on the problem
+WORSE, STEP = 0.002, 1.04  # it then falls by STEP after an anneal that ended more than WORSE above the best, else it rises
 ROUNDS = 8  # swap rounds per refresh of the gains
 SWEEPS = (40, 1500)
 WORK = 1.3e9  # multiply-adds of all gain refreshes of one anneal
@@ -51,14 +53,16 @@ def search(
     best = polish(traffic, grown(padded) if not padded.limits else first, deadline)
     best_cost, kept, made = traffic.cost(best), padded.feasible(best), 0
     members, pool, large, found_at = [best], Pool(traffic), is_large(padded), 0
+    warm = LARGE_WARM if large else WARM
     for made in itertools.count():
         done = kept and (best_cost <= target + 1e-9 or made - found_at > PATIENCE)
         if done or made == iterations or deadline.passed():
             break
         fresh = made > 0 and made % FAR == 0 if large else made < STARTS or made % STARTS == 0
         begin = _shuffled(padded, first, rng) if fresh else best
-        hot = HOT if fresh else LARGE_WARM if large else WARM
-        trial = polish(traffic, anneal(traffic, begin, rng, hot, deadline), deadline)
+        trial = polish(traffic, anneal(traffic, begin, rng, HOT if fresh else warm, deadline), deadline)
+        if large and not fresh:
+            warm = max(COLD, warm / STEP) if traffic.cost(trial) > (1 + WORSE) * best_cost else min(HOT, warm * STEP)
         members = [best, trial, *members[1 : POOL - 1]]
         if padded.interchangeable and (large or made + 1 >= STARTS):
             trial = min(trial, polish(traffic, pool.best(members), deadline), key=traffic.cost)
