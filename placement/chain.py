@@ -32,7 +32,7 @@ PATIENCE = 60  # anneals without a better placement after which it ends
 HOT, WARM, COLD = 0.5, 0.2, 0.01  # temperatures, in the mean traffic of an expert with the next layer
 LARGE_WARM = 0.25  # in place of WARM at first; few sweeps have to be as hot as is of use, which depends on the problem
 WORSE, STEP = 0.002, 1.04  # it then falls by STEP after an anneal that ended more than WORSE above the best, else it rises
-ROUNDS = 8  # swap rounds per refresh of the gains
+ROUNDS, LARGE_ROUNDS = 8, 16  # swap rounds per refresh of the gains; more where there are few refreshes
 SWEEPS = (40, 1500)
 WORK = 1.3e9  # multiply-adds of all gain refreshes of one anneal
 
@@ -78,6 +78,7 @@ def anneal(traffic: Traffic, begin: Assignment, rng: np.random.Generator, hot: f
     problem, current = traffic.problem, begin.copy()
     unit = traffic.total / max(problem.layers - 1, 1) / problem.experts
     steps = sweeps(problem.layers, problem.experts, problem.ranks)
+    rounds = LARGE_ROUNDS if is_large(problem) else ROUNDS
     for step in range(steps):
         if deadline.passed():
             break
@@ -86,7 +87,7 @@ def anneal(traffic: Traffic, begin: Assignment, rng: np.random.Generator, hot: f
             layers = np.arange(parity, problem.layers, 2)
             if len(layers):
                 kept = traffic.gains(current, layers)
-                for _ in range(ROUNDS):
+                for _ in range(rounds):
                     _swap_round(problem, current, layers, kept, temperature, rng)
     return current
 
@@ -149,11 +150,14 @@ def _reject_excess(
 
 
 def polish(traffic: Traffic, assignment: Assignment, deadline: Deadline) -> Assignment:
-    """Each layer best given its neighbours, to and fro, until nothing changes: exact without limits, else by swaps."""
+    """Each layer best given its neighbours, until nothing changes: exact without limits, else by swaps.
+
+    Every second layer, then those between them: each pass then sees what both neighbours have become.
+    """
     problem = traffic.problem
     current, settled = assignment.copy(), np.zeros(problem.layers, dtype=bool)  # settled: best given its present neighbours
     before = np.inf
-    order = [*range(problem.layers), *range(problem.layers - 2, 0, -1)]
+    order = [*range(0, problem.layers, 2), *range(1, problem.layers, 2)]
     while (cost := traffic.cost(current)) < before - 1e-9 and not deadline.passed():
         before = cost
         for layer in order:

@@ -135,6 +135,38 @@ def test_the_chain_search_comes_to_the_optimum_of_small_chains(seed, cap, shape)
         assert problem.cost(found) == pytest.approx(optimum(problem))
 
 
+def test_a_chain_too_large_for_anneals_from_scratch_is_searched_the_same_way_again(monkeypatch) -> None:
+    monkeypatch.setattr(chain, "LONG", 10**9)
+    monkeypatch.setattr(chain, "SWEEPS", (5, 5))
+    problem = random_chain(np.random.default_rng(3), 6, 12, 3)
+    (found, made), (again, _) = (chain.search(problem, 1, 20, Deadline(LATER)) for _ in range(2))
+    assert made == 20 and (found == again).all() and problem.feasible(found)
+    assert problem.cost(found) <= problem.cost(chain.polish(Traffic(problem), chain.grown(problem), Deadline(LATER)))
+
+
+@pytest.mark.parametrize(("spoils", "direction"), [(True, -1), (False, 1)])
+def test_the_temperature_of_a_large_chain_follows_what_anneals_make_of_it(spoils, direction, monkeypatch) -> None:
+    heard: list[float] = []
+
+    def anneal(traffic: Traffic, begin: np.ndarray, rng: np.random.Generator, hot: float, deadline: Deadline) -> np.ndarray:
+        heard.append(hot)
+        return anywhere(problem, rng) if spoils else begin.copy()
+
+    problem = planted_chain(np.random.default_rng(2), 6, 12, 3)
+    for name, value in {"LONG": 10**9, "anneal": anneal, "FAR": 10**9}.items():
+        monkeypatch.setattr(chain, name, value)
+    monkeypatch.setattr(chain, "polish", lambda traffic, assignment, deadline: assignment)
+    chain.search(problem, 0, 8, Deadline(LATER), target=-1.0)
+    assert len(heard) == 8 and (direction * np.diff(heard) > 0).all()
+
+
+def planted_chain(rng: np.random.Generator, layers: int, experts: int, ranks: int) -> Problem:
+    """Groups that send 9 within and 1 to each of the others."""
+    group = np.stack([rng.permutation(np.arange(experts) % ranks) for _ in range(layers)])
+    pairs = np.where(group[:-1, :, None] == group[1:, None, :], 9.0, 1.0)
+    return Problem(layers, experts, ranks, experts // ranks, 1 / pairs.sum(), transitions=pairs, integral=True)
+
+
 def test_searches_count_their_iterations() -> None:
     found = problems(3, 3, 6, 2, 3, 2)
     for made in (0, 1, 2):
