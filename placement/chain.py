@@ -4,7 +4,8 @@ Given its neighbours, a layer's best placement is a transportation problem (solv
 its experts change the cost independently of each other. So all odd layers, then all even ones, are annealed at once, each
 by E/2 swaps at a time. Several annealed placements are recombined by a Viterbi pass over a pool of layer partitions, the
 ranks of the next layer renamed as is best (exact for the pool); the search then goes on from the best found, at a lower
-temperature. Deterministic for a seed and a number of iterations.
+temperature. In a large problem that is the one at which an anneal just does not spoil what it starts from. Deterministic for
+a seed and a number of iterations.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from coterie.placement import limits
 from coterie.placement.baselines import Assignment
 from coterie.placement.deadline import Deadline
 from coterie.placement.problem import Problem, held_by, one_hot
+from coterie.placement.recombine import Pool
+from coterie.placement.traffic import Traffic
 
 STARTS = 4  # anneals from scratch before the pool is first recombined; every STARTS-th one is from scratch later, too
 LONG = 200  # sweeps that an anneal from scratch is worth; a larger problem has no time for them and starts from the grown chain
@@ -27,8 +30,9 @@ FAR = 16  # in a larger problem every FAR-th anneal only is from scratch
 POOL = 12
 PATIENCE = 60  # anneals without a better placement after which it ends
 HOT, WARM, COLD = 0.5, 0.2, 0.01  # temperatures, in the mean traffic of an expert with the next layer
-LARGE_WARM = 0.25  # in place of WARM: few sweeps forget less
-ROUNDS = 8  # swap rounds per refresh of the gains
+LARGE_WARM = 0.25  # in place of WARM at first; few sweeps have to be as hot as is of use, which depends on the problem
+WORSE, STEP = 0.002, 1.04  # it then falls by STEP after an anneal that ended more than WORSE above the best, else it rises
+ROUNDS, LARGE_ROUNDS = 8, 16  # swap rounds per refresh of the gains; more where there are few refreshes
 SWEEPS = (40, 1500)
 WORK = 1.3e9  # multiply-adds of all gain refreshes of one anneal
 
@@ -44,50 +48,37 @@ def search(
     within the limits was found, what is returned is not feasible.
     """
     padded = problem.padded()
-    rng = np.random.default_rng(seed)
+    traffic, rng = Traffic(padded), np.random.default_rng(seed)
     first = limits.start(padded)
-    best = polish(padded, grown(padded) if not padded.limits else first, deadline)
-    best_cost, kept, made = padded.cost(best), padded.feasible(best), 0
-    pool, large, found_at = [best], is_large(padded), 0
+    best = polish(traffic, grown(padded) if not padded.limits else first, deadline)
+    best_cost, kept, made = traffic.cost(best), padded.feasible(best), 0
+    members, pool, large, found_at = [best], Pool(traffic), is_large(padded), 0
+    warm = LARGE_WARM if large else WARM
     for made in itertools.count():
         done = kept and (best_cost <= target + 1e-9 or made - found_at > PATIENCE)
         if done or made == iterations or deadline.passed():
             break
         fresh = made > 0 and made % FAR == 0 if large else made < STARTS or made % STARTS == 0
         begin = _shuffled(padded, first, rng) if fresh else best
-        trial = polish(padded, anneal(padded, begin, rng, HOT if fresh else LARGE_WARM if large else WARM, deadline), deadline)
-        pool = [best, trial, *pool[1 : POOL - 1]]
+        trial = polish(traffic, anneal(traffic, begin, rng, HOT if fresh else warm, deadline), deadline)
+        if large and not fresh:
+            warm = max(COLD, warm / STEP) if traffic.cost(trial) > (1 + WORSE) * best_cost else min(HOT, warm * STEP)
+        members = [best, trial, *members[1 : POOL - 1]]
         if padded.interchangeable and (large or made + 1 >= STARTS):
-            trial = min(trial, polish(padded, recombined(padded, pool), deadline), key=padded.cost)
-        if (not padded.feasible(trial), cost := padded.cost(trial)) < (not kept, best_cost):
+            trial = min(trial, polish(traffic, pool.best(members), deadline), key=traffic.cost)
+        if (not padded.feasible(trial), cost := traffic.cost(trial)) < (not kept, best_cost):
             best, best_cost, kept, found_at = trial, cost, padded.feasible(trial), made
         if report is not None:
             report(best_cost, made + 1)
     return best[:, : problem.experts], made
 
 
-def gains(
-    transitions: NDArray[np.float32], assignment: Assignment, layers: NDArray[np.int64], ranks: int
-) -> NDArray[np.float32]:
-    """What each expert of `layers` keeps together if it stands on a rank, float32 `[layers, E, ranks]`.
-
-    transitions: `[L-1, E, E]`; assignment `[L, E]`, of which only the neighbours of `layers` are read.
-    """
-    held = (assignment[:, :, None] == np.arange(ranks)).astype(np.float32)
-    kept = np.zeros((len(layers), assignment.shape[1], ranks), np.float32)
-    after, before = layers > 0, layers < len(assignment) - 1
-    kept[after] += np.matmul(transitions[layers[after] - 1].transpose(0, 2, 1), held[layers[after] - 1])
-    kept[before] += np.matmul(transitions[layers[before]], held[layers[before] + 1])
-    return kept
-
-
-def anneal(problem: Problem, begin: Assignment, rng: np.random.Generator, hot: float, deadline: Deadline) -> Assignment:
+def anneal(traffic: Traffic, begin: Assignment, rng: np.random.Generator, hot: float, deadline: Deadline) -> Assignment:
     """Simulated annealing from temperature `hot` to COLD by parallel swaps; keeps within the limits that `begin` keeps."""
-    assert problem.transitions is not None
-    weights = problem.transitions.astype(np.float32)
-    current = begin.copy()
-    unit = float(weights.sum()) / max(len(weights), 1) / problem.experts
+    problem, current = traffic.problem, begin.copy()
+    unit = traffic.total / max(problem.layers - 1, 1) / problem.experts
     steps = sweeps(problem.layers, problem.experts, problem.ranks)
+    rounds = LARGE_ROUNDS if is_large(problem) else ROUNDS
     for step in range(steps):
         if deadline.passed():
             break
@@ -95,8 +86,8 @@ def anneal(problem: Problem, begin: Assignment, rng: np.random.Generator, hot: f
         for parity in (0, 1):
             layers = np.arange(parity, problem.layers, 2)
             if len(layers):
-                kept = gains(weights, current, layers, problem.ranks)
-                for _ in range(ROUNDS):
+                kept = traffic.gains(current, layers)
+                for _ in range(rounds):
                     _swap_round(problem, current, layers, kept, temperature, rng)
     return current
 
@@ -115,18 +106,22 @@ def _swap_round(
     problem: Problem, current: Assignment, layers: NDArray[np.int64], kept: NDArray[np.float32], temperature: float,
     rng: np.random.Generator,
 ) -> None:  # fmt: skip
-    """Propose E/2 disjoint swaps in each of `layers`, in place; kept: `gains` of these layers."""
+    """Propose E/2 disjoint swaps in each of `layers`, in place; kept: `gains` of these layers.
+
+    The same pairs of numbers in every layer: what experts of different layers have the same number says nothing.
+    """
     here, row = current[layers], np.arange(len(layers))[:, None]
-    order = np.argsort(rng.random(here.shape, dtype=np.float32), axis=1)
     half = here.shape[1] // 2
-    one, two = order[:, :half], order[:, half : 2 * half]
-    a, b = here[row, one], here[row, two]
-    worse = kept[row, one, a] + kept[row, two, b] - kept[row, one, b] - kept[row, two, a]
+    one, two = np.split(rng.permutation(here.shape[1])[: 2 * half], 2)
+    a, b = here[:, one], here[:, two]
+    flat, count = kept.reshape(-1), kept.shape[1]
+    at_one, at_two = (row * count + one) * problem.ranks, (row * count + two) * problem.ranks
+    worse = flat.take(at_one + a) + flat.take(at_two + b) - flat.take(at_one + b) - flat.take(at_two + a)
     accepted = (a != b) & (worse < temperature * rng.standard_exponential(worse.shape, dtype=np.float32))
     for limit in problem.limits:
         weights, caps = limit.weights[layers], limit.caps[layers]
-        _reject_excess(accepted, weights[row, two] - weights[row, one], a, b, _held(weights, here, problem.ranks), caps)
-    here[row, one], here[row, two] = np.where(accepted, b, a), np.where(accepted, a, b)
+        _reject_excess(accepted, weights[:, two] - weights[:, one], a, b, _held(weights, here, problem.ranks), caps)
+    here[:, one], here[:, two] = np.where(accepted, b, a), np.where(accepted, a, b)
     current[layers] = here
 
 
@@ -154,26 +149,27 @@ def _reject_excess(
     accepted[over.any(1)] = False
 
 
-def polish(problem: Problem, assignment: Assignment, deadline: Deadline) -> Assignment:
-    """Each layer best given its neighbours, to and fro, until nothing changes: exact without limits, else by swaps."""
-    assert problem.transitions is not None
-    weights = problem.transitions.astype(np.float32)
+def polish(traffic: Traffic, assignment: Assignment, deadline: Deadline) -> Assignment:
+    """Each layer best given its neighbours, until nothing changes: exact without limits, else by swaps.
+
+    Every second layer, then those between them: each pass then sees what both neighbours have become.
+    """
+    problem = traffic.problem
     current, settled = assignment.copy(), np.zeros(problem.layers, dtype=bool)  # settled: best given its present neighbours
     before = np.inf
-    order = [*range(problem.layers), *range(problem.layers - 2, 0, -1)]
-    while (cost := problem.cost(current)) < before - 1e-9 and not deadline.passed():
+    order = [*range(0, problem.layers, 2), *range(1, problem.layers, 2)]
+    while (cost := traffic.cost(current)) < before - 1e-9 and not deadline.passed():
         before = cost
         for layer in order:
             if not settled[layer]:
-                _settle(problem, weights, current, settled, layer)
+                _settle(traffic, current, settled, layer)
     return current
 
 
-def _settle(
-    problem: Problem, weights: NDArray[np.float32], current: Assignment, settled: NDArray[np.bool_], layer: int
-) -> None:
+def _settle(traffic: Traffic, current: Assignment, settled: NDArray[np.bool_], layer: int) -> None:
     """One layer placed best given its neighbours, in place; if it changes they are settled no more."""
-    kept = gains(weights, current, np.array([layer]), problem.ranks)[0].astype(np.float64)
+    problem = traffic.problem
+    kept = traffic.gains(current, np.array([layer]))[0].astype(np.float64)
     was = current[layer].copy()
     if problem.limits:
         _descend(problem, current, layer, kept)
@@ -214,47 +210,6 @@ def allowed_swaps(problem: Problem, here: NDArray[np.int64], layer: int) -> NDAr
         fits = held[here][:, None] - weight[:, None] + weight[None, :] <= ceiling[here][:, None]  # e's rank, f instead
         allowed &= fits & fits.T
     return allowed
-
-
-def recombined(problem: Problem, pool: list[Assignment]) -> Assignment:
-    """The best chain of layer partitions, each from any member of the pool, with the best renaming of ranks between layers."""
-    assert problem.transitions is not None
-    members = np.stack(pool)
-    size, ranks = len(pool), problem.ranks
-    held = one_hot(members, ranks).astype(np.float64)  # [member, layer, E, rank]
-    best = np.zeros(size)
-    back: list[NDArray[np.int64]] = []
-    renamings = []
-    for layer in range(problem.layers - 1):
-        left = held[:, layer].transpose(0, 2, 1).reshape(size * ranks, -1)
-        right = held[:, layer + 1].transpose(1, 0, 2).reshape(-1, size * ranks)
-        meet = (left @ problem.transitions[layer] @ right).reshape(size, ranks, size, ranks)
-        value, renaming = _best_renamings(meet)
-        total = best[:, None] + value
-        origin = total.argmax(0)
-        best = total[origin, np.arange(size)]
-        back.append(origin)
-        renamings.append(renaming)
-    path = [int(best.argmax())]
-    for origin in reversed(back):
-        path.append(int(origin[path[-1]]))
-    path.reverse()
-    chosen, name = members[path, np.arange(problem.layers)], np.arange(ranks)
-    for layer in range(1, problem.layers):
-        name = name[renamings[layer - 1][path[layer - 1], path[layer]]]
-        chosen[layer] = name[chosen[layer]]
-    return chosen
-
-
-def _best_renamings(meet: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """For `[i, rank, j, rank]`: what the best renaming of j's ranks keeps `[i, j]`, each rank's name in i `[i, j, rank]`."""
-    size, ranks = meet.shape[:2]
-    value, renaming = np.empty((size, size)), np.empty((size, size, ranks), dtype=np.int64)
-    for i, j in itertools.product(range(size), repeat=2):
-        row, column = linear_sum_assignment(meet[i, :, j], maximize=True)
-        value[i, j] = meet[i, row, j, column].sum()
-        renaming[i, j, column] = row
-    return value, renaming
 
 
 def grown(problem: Problem) -> Assignment:

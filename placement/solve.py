@@ -12,6 +12,7 @@ from coterie.placement.baselines import Assignment
 from coterie.placement.deadline import Deadline
 from coterie.placement.plan import holders
 from coterie.placement.problem import Problem, hops_problem
+from coterie.placement.recombine import recombined
 from coterie.placement.rows import dispatch, time, within_caps
 from coterie.placement.spread import Child
 from coterie.placement.task import (
@@ -46,7 +47,7 @@ def hops(task: Task) -> Solution:
     found = spread.run(chain.search, searching, max(0, task.request.workers - 1 - (proof.child is not None)), **own)
     best, made = min((a for a, _ in found), key=by_cost(problem)), sum(n for _, n in found)
     if len(found) > 1 and problem.interchangeable:
-        best = min(best, chain.recombined(problem, [a for a, _ in found]), key=by_cost(problem))
+        best = min(best, recombined(problem, [a for a, _ in found]), key=by_cost(problem))
     check_feasible(problem, best, task)
     best, bound = proof.finish(best)
     holds = copies.held(best, task.ranks)

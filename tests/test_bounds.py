@@ -12,7 +12,7 @@ from conftest import make_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.placement import anchors, bounds, semidefinite
+from coterie.placement import anchors, bounds, cuts, semidefinite
 from coterie.placement.cost import coherent_rows, evaluate, evaluate_load
 from coterie.placement.deadline import Deadline
 from coterie.placement.planner import PlanRequest, plan
@@ -271,12 +271,60 @@ def test_every_bound_that_is_reported_on_the_way_holds() -> None:
     assert max(heard) <= optimum(problem) + 1e-6
 
 
-def test_triangles_tighten_the_bound(monkeypatch) -> None:
+def test_stars_tighten_the_bound(monkeypatch) -> None:
     problem = problems(4, 2, 8, 4, 2, 2)["hops"]
     full = bounds.chain_bound(problem, soon(3))
-    monkeypatch.setattr(semidefinite._Triangles, "renew", lambda self, placed: None)
+    monkeypatch.setattr(cuts.Stars, "renew", lambda self, placed: None)
     without = bounds.chain_bound(problem, soon(3))
     assert without + 1e-3 < full <= optimum(problem) + 1e-6
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS, size=st.sampled_from([4, 8, 12]))
+def test_stars_hold_for_every_grouping_and_are_violated_where_found(seed, size) -> None:
+    rng = np.random.default_rng(seed)
+    mixed = np.mean([_together(rng.integers(3, size=size)) for _ in range(4)], axis=0)
+    blurred = np.clip(mixed + 0.3 * rng.random() * (1 - np.eye(size)), 0, 1)
+    stars = cuts.Stars((1, size, size))
+    stars.renew(blurred[None])
+    assert (stars._left(blurred[None]) > 1 + cuts.VIOLATION - 1e-9).all()
+    assert len({tuple(cut) for cut in stars.cuts.tolist()}) == len(stars.cuts)
+    for _ in range(20):
+        assert (stars._left(_together(rng.integers(1, 5, size=1)[0] * rng.random(size) // 1)[None]) <= 1 + 1e-9).all()
+    before = len(stars.cuts)
+    stars.renew(blurred[None])
+    assert len(stars.cuts) >= before  # what is violated stays, and is not added again
+    assert len({tuple(cut) for cut in stars.cuts.tolist()}) == len(stars.cuts)
+
+
+def _together(groups: np.ndarray) -> np.ndarray:
+    return (groups[:, None] == groups[None]).astype(float)
+
+
+def test_a_star_with_three_arms_is_found_and_priced_off() -> None:
+    # 0 shares half of its rank with each of three that share nothing: every triangle holds, the star does not.
+    matrix = np.eye(5)
+    matrix[0, 1:4] = matrix[1:4, 0] = 0.5
+    assert cuts.violated(matrix).tolist() == [[0, 1, 2, 3, 5]]
+    stars = cuts.Stars((1, 5, 5))
+    stars.renew(matrix[None])
+    stars.ascend(matrix[None], 1.0)
+    charge = np.zeros((1, 5, 5))
+    stars.add_to(charge)
+    assert stars.total() > 0 and (charge == charge.transpose(0, 2, 1)).all()
+    assert (charge[0, 0, 1:4] > 0).all() and (charge[0, 1:4, 1:4][~np.eye(3, dtype=bool)] < 0).all()
+    assert (charge * matrix).sum() == pytest.approx(1.5 * stars.total())
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS, each=st.integers(1, 4))
+def test_priced_rows_and_columns_bound_every_choice(seed, each) -> None:
+    gain = np.random.default_rng(seed).normal(size=(2, 4, 4))
+    ways = [np.array(rows) for rows in product([0, 1], repeat=16) if sum(rows) == 4 * each]
+    ways = [w.reshape(4, 4) for w in ways if (w.reshape(4, 4).sum(0) == each).all() and (w.reshape(4, 4).sum(1) == each).all()]
+    best = sum(max(float((matrix * way).sum()) for way in ways) for matrix in gain)
+    stated = semidefinite._most(gain, each)
+    assert best - 1e-9 <= stated <= np.maximum(0, gain).sum() + 1e-9
 
 
 def test_load_rows_tighten_the_bound() -> None:

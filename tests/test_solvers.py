@@ -18,11 +18,13 @@ from coterie.placement.cost import coherent_rows, evaluate, hops, layer_seconds
 from coterie.placement.deadline import Deadline
 from coterie.placement.planner import PlanRequest
 from coterie.placement.problem import Limit, Problem, dispatch_problem, one_hot
+from coterie.placement.recombine import Pool, recombined
 from coterie.placement.rows import TimeScore
 from coterie.placement.scenarios import gathered
 from coterie.placement.task import Task
 from coterie.placement.timing import TIE, LayerTime
 from coterie.placement.topology import Link, Topology
+from coterie.placement.traffic import Traffic
 
 SEEDS = st.integers(0, 10_000)
 LATER = 60.0
@@ -42,12 +44,18 @@ def random_chain(rng: np.random.Generator, layers: int, experts: int, ranks: int
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=SEEDS, ranks=st.sampled_from([2, 3]), layers=st.integers(2, 4))
-def test_gains_are_what_an_expert_keeps_together(seed, ranks, layers) -> None:
+@given(seed=SEEDS, ranks=st.sampled_from([2, 3]), layers=st.integers(2, 4), listed=st.booleans())
+def test_gains_are_what_an_expert_keeps_together(seed, ranks, layers, listed) -> None:
     rng = np.random.default_rng(seed)
     problem = random_chain(rng, layers, 6, ranks)
     here, pairs = anywhere(problem, rng), problem.transitions
-    kept = chain.gains(pairs.astype(np.float32), here, np.arange(layers), ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("coterie.placement.traffic.DENSE", 0 if listed else 1e9)
+        traffic = Traffic(problem)
+    assert traffic.listed == listed
+    kept = traffic.gains(here, np.arange(layers))
+    assert traffic.cost(here) == problem.cost(here)
+    assert (traffic.gains(here, np.array([1])) == kept[[1]]).all()
     for layer, expert, rank in product(range(layers), range(6), range(ranks)):
         before = pairs[layer - 1][here[layer - 1] == rank, expert].sum() if layer else 0
         after = pairs[layer][expert, here[layer + 1] == rank].sum() if layer < layers - 1 else 0
@@ -75,9 +83,9 @@ def test_polish_never_makes_it_worse_and_annealing_keeps_the_limits(seed, capped
     loads = np.stack([np.bincount(row, weights=w, minlength=3) for row, w in zip(begin, limit.weights, strict=True)])
     if capped:
         problem = replace(problem, limits=(replace(limit, caps=np.tile(loads.max(1, keepdims=True), (1, 3))),))
-    polished = chain.polish(problem, begin, Deadline(LATER))
+    polished = chain.polish(Traffic(problem), begin, Deadline(LATER))
     assert problem.feasible(polished) and problem.cost(polished) <= problem.cost(begin)
-    assert problem.feasible(chain.anneal(problem, begin, rng, chain.HOT, Deadline(0.05)))
+    assert problem.feasible(chain.anneal(Traffic(problem), begin, rng, chain.HOT, Deadline(0.05)))
 
 
 @settings(max_examples=15, deadline=None)
@@ -89,8 +97,11 @@ def test_recombined_is_the_best_of_all_renamed_layers_of_the_pool(seed, members,
     names = [np.array(order) for order in permutations(range(3))]
     ways = [[name[member[layer]] for member in pool for name in names] for layer in range(layers)]
     best = min(problem.cost(np.stack(rows)) for rows in product(*ways))
-    found = chain.recombined(problem, pool)
+    found = recombined(problem, pool)
     assert problem.cost(found) == best <= min(problem.cost(member) for member in pool)
+    kept = Pool(Traffic(problem))
+    for members in (pool, [*pool[1:], anywhere(problem, rng), pool[0]]):  # the second time with what it has kept
+        assert problem.cost(kept.best(members)) == problem.cost(recombined(problem, members))
 
 
 @settings(max_examples=30, deadline=None)
@@ -122,6 +133,38 @@ def test_the_chain_search_comes_to_the_optimum_of_small_chains(seed, cap, shape)
     assert problem.cost(found) >= optimum(problem) - 1e-9
     if cap == 100.0:
         assert problem.cost(found) == pytest.approx(optimum(problem))
+
+
+def test_a_chain_too_large_for_anneals_from_scratch_is_searched_the_same_way_again(monkeypatch) -> None:
+    monkeypatch.setattr(chain, "LONG", 10**9)
+    monkeypatch.setattr(chain, "SWEEPS", (5, 5))
+    problem = random_chain(np.random.default_rng(3), 6, 12, 3)
+    (found, made), (again, _) = (chain.search(problem, 1, 20, Deadline(LATER)) for _ in range(2))
+    assert made == 20 and (found == again).all() and problem.feasible(found)
+    assert problem.cost(found) <= problem.cost(chain.polish(Traffic(problem), chain.grown(problem), Deadline(LATER)))
+
+
+@pytest.mark.parametrize(("spoils", "direction"), [(True, -1), (False, 1)])
+def test_the_temperature_of_a_large_chain_follows_what_anneals_make_of_it(spoils, direction, monkeypatch) -> None:
+    heard: list[float] = []
+
+    def anneal(traffic: Traffic, begin: np.ndarray, rng: np.random.Generator, hot: float, deadline: Deadline) -> np.ndarray:
+        heard.append(hot)
+        return anywhere(problem, rng) if spoils else begin.copy()
+
+    problem = planted_chain(np.random.default_rng(2), 6, 12, 3)
+    for name, value in {"LONG": 10**9, "anneal": anneal, "FAR": 10**9}.items():
+        monkeypatch.setattr(chain, name, value)
+    monkeypatch.setattr(chain, "polish", lambda traffic, assignment, deadline: assignment)
+    chain.search(problem, 0, 8, Deadline(LATER), target=-1.0)
+    assert len(heard) == 8 and (direction * np.diff(heard) > 0).all()
+
+
+def planted_chain(rng: np.random.Generator, layers: int, experts: int, ranks: int) -> Problem:
+    """Groups that send 9 within and 1 to each of the others."""
+    group = np.stack([rng.permutation(np.arange(experts) % ranks) for _ in range(layers)])
+    pairs = np.where(group[:-1, :, None] == group[1:, None, :], 9.0, 1.0)
+    return Problem(layers, experts, ranks, experts // ranks, 1 / pairs.sum(), transitions=pairs, integral=True)
 
 
 def test_searches_count_their_iterations() -> None:
