@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can prove, in under nine minutes: tests without the interpreter, sanitizer, timings, tables.
-#   bench/gpu_day.sh OUT [STEP...]   steps: tests graph memcheck racecheck tune kernels (all by default, in this order)
-# OUT: a folder; day.log has what every step said, kernels.jsonl the figures, a line a model, tiles.json the table of tiles.
+#   bench/gpu_day.sh OUT [STEP...]   steps: tests graph memcheck racecheck offload tune kernels (all by default, in this order)
+# OUT: a folder; day.log has what every step said, kernels.jsonl the figures, a line a model, tiles.json the table of tiles,
+# offload.jsonl experts in host memory.
 # Needs torch with CUDA, triton, transformers, pytest and hypothesis; the package is used from this checkout.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: bench/gpu_day.sh OUT [STEP...]}
 shift
-steps=${*:-tests graph memcheck racecheck tune kernels}
+steps=${*:-tests graph memcheck racecheck offload tune kernels}
 mkdir -p "$out"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 unset TRITON_INTERPRET
@@ -31,7 +32,7 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton
 P
 for name in $steps; do
   case $name in
-    tests) step tests 110 python -m pytest -q -x tests/test_triton.py tests/test_seam.py ;;
+    tests) step tests 110 python -m pytest -q -x tests/test_triton.py tests/test_seam.py tests/test_tiers.py ;;
     graph) step graph 40 python bench/cuda_graph.py ;;
     memcheck | racecheck)
       if [ -z "$sanitizer" ]; then
@@ -40,6 +41,7 @@ for name in $steps; do
         step "$name" 40 "$sanitizer" --tool "$name" --error-exitcode 9 python bench/cuda_graph.py --small
       fi
       ;;
+    offload) step offload 120 sh -c "python bench/gpu_offload.py '$out/model' --layers 8 > '$out/offload.jsonl'; rm -rf '$out/model'" ;;
     tune) step tune 60 python -m coterie bench kernels --quick --tune "$out/tiles.json" ;;
     kernels)
       for model in Mixtral Qwen3 OLMoE DeepSeek gpt-oss; do

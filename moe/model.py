@@ -24,13 +24,14 @@ from coterie.moe.layer import attach
 from coterie.moe.placement_map import layer_maps
 from coterie.moe.prepare import Share, check_slots, prepare
 from coterie.moe.replanning import AutoReplan, Boundary, TakeOver
+from coterie.moe.schedule import in_order
 from coterie.moe.text import Output, Prompt, Text
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError, positive
 from coterie.routing.files import check_writable
-from coterie.routing.record import Recorder, TraceWriter, metadata_for
+from coterie.routing.record import Recorder, TraceWriter, expert_modules, metadata_for
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Model:
         if max_new_tokens < 1:
             raise InputError(f"--max-new-tokens: found {max_new_tokens}, expected 1 or more")
         positive("--batch-size", batch_size)
-        requests = self.text.requests(asked, max_new_tokens)
+        requests = self.scheduled(self.text.requests(asked, max_new_tokens), batch_size)
         watch = _streaming(streamer, on_token)
         rows = self.group.traffic.rows
         started = time.perf_counter()
@@ -113,6 +114,14 @@ class Model:
         outputs = [self._output(asked[r.request.index], r) for r in ordered]
         counts = sum(len(r.request.token_ids) for r in ordered), sum(len(r.new_tokens) for r in ordered)
         return outputs, self.statistics(*counts, seconds, self.group.traffic.rows - rows)
+
+    def scheduled(self, requests: Sequence[Request], batch_size: int) -> list[Request]:
+        """In the order to run them: as given, or alike ones side by side where experts are on disk (moe/schedule.py)."""
+        layers = [getattr(module, "coterie_cache", None) for _, module in expert_modules(self.transformers).values()]
+        routers = [layer.router for layer in layers if layer is not None and layer.router is not None]
+        if len(routers) < len(layers):
+            return list(requests)
+        return in_order(requests, routers, self.transformers.get_input_embeddings(), batch_size)
 
     def _output(self, prompt: Prompt, run: Running) -> Output:
         return self.text.output(prompt, run.request, run.new_tokens, run.finish_reason or "length")

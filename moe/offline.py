@@ -120,6 +120,7 @@ def run(
     use_homes: carry out the plan's homes; told_homes: what they came to, None if they are not carried out.
     """
     rows, started = model.group.traffic.rows, time.perf_counter()
+    requests = model.scheduled(requests, batch_size)
     choice, homes = model.settle(requests, batch_size, use_homes)
     told_homes(homes)
     at = None if homes is None else homes.ranks

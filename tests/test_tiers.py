@@ -1,6 +1,6 @@
 """Host memory behind a device's slots, groups of experts that arrive under Triton's kernels, and misses on the host.
 
-The tier is tried with host memory on both sides; streams and pinning need a GPU.
+Without a GPU the tier is tried with host memory on both sides: streams and pinning are not.
 """
 
 from __future__ import annotations
@@ -13,17 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import make_model
 from torch.nn import functional as F
 
 from coterie.kernels.activations import Activation
 from coterie.kernels.experts import StackedExperts, arriving_experts, fused, reference_experts
 from coterie.launch.cli import main
+from coterie.moe.collectives import Group
+from coterie.moe.model import assembled
+from coterie.moe.prepare import prepare
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import ReadCounter
 from coterie.offload.store import ExpertStore, Part, Piece
 from coterie.offload.tiers import LEAST, HostTier, Misses
 
 LAYERS, EXPERTS, VALUES = 3, 8, 2048
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 
 
 def store_of(folder: Path) -> ExpertStore:
@@ -38,8 +44,8 @@ def store_of(folder: Path) -> ExpertStore:
 
 @pytest.mark.parametrize("host_slots", [LEAST, 12, LAYERS * EXPERTS])
 def test_slots_behind_a_tier_hold_what_they_say(host_slots: int, tmp_path: Path) -> None:
-    tier = HostTier(store_of(tmp_path), host_slots, {"w": (VALUES,)}, torch.float32, pinned=False)
-    cache = ExpertCache(tier, EXPERTS, 5, {"w": (VALUES,)}, torch.float32, 3)
+    tier = HostTier(store_of(tmp_path), host_slots, {"w": (VALUES,)}, torch.float32, pinned=GPU)
+    cache = ExpertCache(tier, EXPERTS, 5, {"w": (VALUES,)}, torch.float32, 3, device=DEVICE)
     rng = np.random.default_rng(host_slots)
     for step in range(1500):
         layer = step % LAYERS
@@ -58,7 +64,7 @@ def test_slots_behind_a_tier_hold_what_they_say(host_slots: int, tmp_path: Path)
 
 
 def test_a_failed_read_leaves_nothing_in_the_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tier = HostTier(store_of(tmp_path), LEAST, {"w": (VALUES,)}, torch.float32, pinned=False)
+    tier = HostTier(store_of(tmp_path), LEAST, {"w": (VALUES,)}, torch.float32, pinned=GPU)
     into, real = {"w": torch.zeros(VALUES)}, tier.store.read
 
     def failing(*arguments: object) -> None:
@@ -75,8 +81,8 @@ def test_a_failed_read_leaves_nothing_in_the_tier(tmp_path: Path, monkeypatch: p
 
 
 def test_misses_fill_free_slots_first_and_then_stay_on_the_host(tmp_path: Path) -> None:
-    tier = HostTier(store_of(tmp_path), 16, {"w": (VALUES,)}, torch.float32, pinned=False)
-    cache = ExpertCache(tier, EXPERTS, 4, {"w": (VALUES,)}, torch.float32, 3, misses=Misses(row_seconds=1.0, copy_seconds=2.5))
+    tier = HostTier(store_of(tmp_path), 16, {"w": (VALUES,)}, torch.float32, pinned=GPU)
+    cache = ExpertCache(tier, EXPERTS, 4, {"w": (VALUES,)}, torch.float32, 3, misses=Misses(1.0, 2.5), device=DEVICE)
     cache.announce(0, [0, 1, 2])
     with cache.on_host(0, [0, 1, 2], [1, 1, 1]) as apart:
         assert apart == {}
@@ -158,7 +164,18 @@ def test_experts_that_arrive_in_groups_give_the_bits_of_all_at_once(tokens: int,
     assert residency.announced == [sorted(set(ids.flatten().tolist()) - {-1})]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU answers")
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("host_bytes", [None, 200_000])
+def test_logits_from_host_memory_are_the_residents_to_the_bit(host_bytes: int | None, tmp_path: Path) -> None:
+    share = prepare(make_model("qwen3_moe", tmp_path), None, "bfloat16", 1)
+    ids = torch.randint(1, 90, (2, 9), device="cuda")
+    right = assembled(share, share.read(0), None, Group()).transformers(ids).logits
+    for slots in (share.shape.top_k, 9):
+        cached = replace(share, slots=slots, host_bytes=host_bytes)
+        assert torch.equal(assembled(cached, cached.read(0), None, Group()).transformers(ids).logits, right)
+
+
+@pytest.mark.skipif(GPU, reason="says what a machine without a GPU answers")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
