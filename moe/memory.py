@@ -13,14 +13,15 @@ import numpy as np
 
 from coterie.moe.queue import PREFILL_TOKENS
 from coterie.offload.cache import remembered_bytes
-from coterie.offload.store import READERS, STAGE_BYTES
+from coterie.offload.store import AHEAD_READERS, READERS, STAGE_BYTES
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError
 
 SLACK = 64  # positions that the coherent strategy's store of keys and values allocates ahead
 HIDDEN_COPIES = 12  # of a step's hidden states: residual, normalised, queries, keys, values, shared experts, messages
 FLOAT32 = 4
-READING_BYTES = READERS * STAGE_BYTES
+READING_BYTES = (READERS + AHEAD_READERS) * STAGE_BYTES + 20_000_000  # their own memory, and what threads and libraries take
+RECORD_BYTES = 6_000  # of an expert of a layer: its places on disk, as Python's objects
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def estimate(
     """What each rank of the plan needs. strategy: its name; slots: experts that a rank holds at once, None for all."""
     if slots is not None:
         states, buffers = state_bytes(sizes, strategy, work, plan.ranks), buffer_bytes(sizes, strategy, work, plan.ranks)
-        kept = READING_BYTES + remembered_bytes(len(plan.layer_ids), plan.num_experts)
+        layers, experts = len(plan.layer_ids), plan.num_experts
+        kept = READING_BYTES + layers * experts * RECORD_BYTES + remembered_bytes(layers, experts)
         one = RankMemory(sizes.dense, slots * max(sizes.expert), states, buffers + kept + sizes.process)
         return [one] * plan.ranks
     held = plan.holds().sum(1)  # [layers, ranks]

@@ -37,13 +37,15 @@ class Guesser:
         self.made = None
         self.path.observe(layer, np.asarray(experts, dtype=np.int64))
 
-    def guess(self, layer: int, router: Sequence[int], count: int) -> Sequence[int]:
-        """The experts of `layer`, the next one, worth reading now, likeliest first. router: its own choice, if it was asked;
-        count: how many the path is asked for.
+    def guess(self, layer: int, router: Sequence[int], count: int, ahead: int = 1) -> Sequence[int]:
+        """The experts of `layer`, `ahead` layers on, worth reading now, likeliest first.
+
+        router: that layer's own choice, if it was asked; count: how many the path is asked for.
         """
-        guesses = {"path": likeliest(self.path.scores(1), count).tolist()} if layer else {}
+        guesses = {"path": likeliest(self.path.scores(ahead), count).tolist()}
         if router:
             guesses["router"] = router
-        self.made = layer, guesses
-        best = max(guesses, key=self.right.__getitem__, default=None)
-        return guesses[best] if best is not None and self.right[best] >= WORTH else ()
+        if ahead == 1:
+            self.made = layer, guesses
+        best = max(guesses, key=self.right.__getitem__)
+        return guesses[best] if self.right[best] >= WORTH else ()

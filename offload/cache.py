@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,9 @@ from coterie.offload.store import READERS, ExpertStore, aligned_empty
 from coterie.offload.tiers import HostTier, Misses
 
 DEFAULT = "coterie"
+DEPTH = 3  # layers ahead that experts are read for
+AHEAD_SHARE = 0.25  # of the slots, that may wait for later layers
+MOST_COMING = 12  # experts, from which on nothing more is read ahead
 PATH_BYTES = 2 * 512  # by expert and layer: a byte for each of 512 tokens, twice (predictors.Path)
 
 
@@ -63,7 +67,7 @@ class ExpertCache:
         dtype: torch.dtype, top_k: int, policy: str = DEFAULT, device: torch.device | str = "cpu", misses: Misses | None = None,
     ) -> None:  # fmt: skip
         layers = len(source.records)
-        self.source, self.experts, self.slots, self.misses = source, experts, slots, misses
+        self.source, self.experts, self.slots, self.top_k, self.misses = source, experts, slots, top_k, misses
         self.store = source.store if isinstance(source, HostTier) else source
         self.pools = {name: _empty((slots, *shape), dtype, torch.device(device)) for name, shape in shapes.items()}
         self.slot_of = np.full(layers * experts, -1, dtype=np.int64)
@@ -72,19 +76,22 @@ class ExpertCache:
         self.statistics = CacheStatistics()
         self.samples: list[Sample] | None = None  # a step each, where a timeline is recorded
         self.coming: dict[int, Future[None]] = {}  # experts that have a slot and are still being read
+        self.reserved: dict[int, set[int]] = {}  # by layer, what was read for its next turn
         self.expected: tuple[int, Sequence[int], bool] | None = None
         self.guesser = Guesser(layers, experts)
 
     def announce(self, layer: int, experts: Sequence[int]) -> None:
-        """All experts that a step of this layer will ask for, each once."""
+        """All experts that a step of this layer will ask for, each once; reading those that free slots can take begins."""
         if layer == 0 and self.samples is not None:
             s = self.statistics
             now = Sample(time.perf_counter(), s.requests, s.transfers, self.store.counter.bytes, s.stalled_seconds)
             self.samples.append(now)
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
-        missing = int((self.slot_of[at] < 0).sum())
+        missing = at[self.slot_of[at] < 0].tolist()
+        self.reserved = {ahead: held for ahead, held in self.reserved.items() if layer < ahead <= layer + DEPTH}
+        self._start((self._give_way(at) + missing if missing else [])[: len(self.free)])
         began = time.perf_counter()
-        self.policy.observe(layer, np.asarray(experts, dtype=np.int64), missing)
+        self.policy.observe(layer, np.asarray(experts, dtype=np.int64), len(missing))
         self.guesser.observe(layer, experts)
         self.statistics.policy_seconds += time.perf_counter() - began
         self.statistics.requests += len(experts)
@@ -98,16 +105,17 @@ class ExpertCache:
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
         left = dict(zip(at.tolist(), range(len(at)), strict=True))
         missing = [one for one in left if self.slot_of[one] < 0]
-        if missing:
-            self._give_way(at)
-        self.statistics.transfers += len(missing)
         while left:
             missing = missing[self._start_some(missing, left) :]
             if not missing and self.expected is not None:
-                (following, router, sure), self.expected = self.expected, None
-                self._prefetch(following, router if sure else self._guess(following, router, len(at)), at)
+                expected, self.expected = self.expected, None
+                self._read_ahead(*expected, at)
+                self._spare(at)
             there = [one for one in left if self.slot_of[one] >= 0 and one not in self.coming]
             if not there:
+                if not self.coming:  # nothing is under way for want of room: what was read ahead has it
+                    self.reserved.clear()
+                    continue
                 first = next((one for one in left if one in self.coming), None)
                 self._wait([first] if first is not None else list(self.coming))  # the latter: what was read ahead has the room
                 self._wait([one for one, future in self.coming.items() if future.done()])
@@ -141,51 +149,78 @@ class ExpertCache:
         """
         self.expected = layer, experts, sure
 
-    def _guess(self, layer: int, router: Sequence[int], count: int) -> Sequence[int]:
-        began = time.perf_counter()
-        found = self.guesser.guess(layer, router, count)
-        self.statistics.policy_seconds += time.perf_counter() - began
-        return found
+    def _read_ahead(self, layer: int, router: Sequence[int], sure: bool, held: np.ndarray) -> None:
+        """The experts that the next layer is expected to ask for, and the path's guesses for those after it."""
+        if sure:
+            return self._prefetch(layer, router, held)
+        for ahead in range(1, DEPTH + 1):
+            if layer + ahead - 1 == len(self.source.records) or len(self.coming) >= MOST_COMING:
+                break
+            began = time.perf_counter()
+            guess = self.guesser.guess(layer + ahead - 1, router if ahead == 1 else (), len(held), ahead)
+            self.statistics.policy_seconds += time.perf_counter() - began
+            self._prefetch(layer + ahead - 1, guess, held)
+        return None
 
     def _prefetch(self, layer: int, experts: Sequence[int], held: np.ndarray) -> None:
+        """What is read so stays until its layer's turn, if nothing needed wants the room."""
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
-        missing = at[self.slot_of[at] < 0].tolist()
-        started = self._start_some(missing, np.concatenate([held, at]))
-        self.statistics.transfers += started
+        room = int(AHEAD_SHARE * self.slots) - sum(map(len, self.reserved.values()))
+        missing = at[self.slot_of[at] < 0][: max(0, room)].tolist()
+        started = self._start_some(missing, np.concatenate([held, at]), ahead=True)
+        self.reserved.setdefault(layer, set()).update(missing[:started])
         self.statistics.prefetched += started
 
-    def _start_some(self, missing: list[int], kept: Collection[int]) -> int:
+    def _start_some(self, missing: list[int], kept: Collection[int], ahead: bool = False) -> int:
         """Begin to read the first of these, as many as there is room for without `kept`; returns how many."""
         if not missing:
             return 0
-        pinned = np.fromiter((*kept, *self.coming), dtype=np.int64)
+        count = self._make_room(len(missing), kept)
+        self._start(missing[:count], ahead)
+        return count
+
+    def _spare(self, kept: Collection[int]) -> None:
+        """Leave a few slots free, while there is time, so that the next layer's reads need not wait for the policy."""
+        if self.slots < self.slot_of.size and self.misses is None:
+            self._make_room(min(self.top_k, self.slots // 8), kept)
+
+    def _make_room(self, count: int, kept: Collection[int]) -> int:
+        """Free slots, up to `count` of them, at the cost of what is worth least and is not `kept`; how many there are."""
+        if count <= len(self.free):
+            return count
+        began = time.perf_counter()
+        pinned = np.fromiter((*kept, *self.coming, *chain.from_iterable(self.reserved.values())), dtype=np.int64)
         held = self.slot_of >= 0
         held[pinned] = False
-        count = min(len(missing), len(self.free) + int(held.sum()))
+        count = min(count, len(self.free) + int(held.sum()))
         if count > len(self.free):
-            began = time.perf_counter()
             victims = lowest(self.policy.keep(), held, pinned, count - len(self.free))
             self.policy.gone(victims)
             self._forget(victims)
-            self.statistics.policy_seconds += time.perf_counter() - began
-        self._start(missing[:count])
+        self.statistics.policy_seconds += time.perf_counter() - began
         return count
 
-    def _start(self, experts: list[int]) -> None:
+    def _start(self, experts: list[int], ahead: bool = False) -> None:
+        self.statistics.transfers += len(experts)
         for one in experts:
             slot = self.slot_of[one] = self.free.pop()
             into = {name: pool[slot] for name, pool in self.pools.items()}
-            self.coming[one] = self.source.start(one // self.experts, one % self.experts, into)
+            self.coming[one] = self.source.start(one // self.experts, one % self.experts, into, ahead)
 
-    def _give_way(self, needed: np.ndarray) -> None:
-        """Of what was being read for later: what is there is like any other, what has not begun is called off."""
+    def _give_way(self, needed: np.ndarray) -> list[int]:
+        """Of what was being read for later: what is there is like any other, what has not begun is called off.
+
+        Returns what of that is needed now, to be read before all else.
+        """
         self._wait([one for one, future in self.coming.items() if future.done()])
-        for one in set(self.coming) - set(needed.tolist()):
-            if self.coming[one].cancel():
-                del self.coming[one]
-                self._forget([one])
-                self.statistics.transfers -= 1
-                self.statistics.prefetched -= 1
+        off = [one for one, future in self.coming.items() if future.cancel()]
+        for one in off:
+            del self.coming[one]
+            self.reserved.get(one // self.experts, set()).discard(one)
+        self._forget(off)
+        self.statistics.transfers -= len(off)
+        self.statistics.prefetched -= len(off)
+        return sorted(set(off) & set(needed.tolist()))
 
     def _wait(self, experts: list[int]) -> None:
         """Until these are there. What failed is forgotten, for its slot holds nothing, and so is all that was under way."""

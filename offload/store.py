@@ -24,7 +24,8 @@ from coterie.routing.errors import CoterieError
 
 BLOCK = 4096
 STAGE_BYTES = 8 << 20  # of one reader; longer pieces are read in parts
-READERS = 4
+READERS = 4  # of what is needed; and
+AHEAD_READERS = 2  # of what may be: few, so that what is needed meanwhile does not wait long
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class ExpertStore:
         self.counter = counter
         self.checksums = checksums
         self.readers = ThreadPoolExecutor(READERS, "coterie-read")
+        self.ahead = ThreadPoolExecutor(AHEAD_READERS, "coterie-ahead")
         self._own = threading.local()
         self._files: dict[Path, int] = {}
         self._versions: dict[Path, tuple[int, int]] = {}
@@ -84,13 +86,14 @@ class ExpertStore:
         found = os.fstat(self._files[file])
         return found.st_size, found.st_mtime_ns
 
-    def start(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> Future[None]:
+    def start(self, layer: int, expert: int, into: Mapping[str, torch.Tensor], ahead: bool = False) -> Future[None]:
         """Begin to fill the tensors (by parameter) with an expert, casting as needed; what has not begun can be cancelled.
 
+        ahead: not needed yet, behind others of that kind.
         The result raises CoterieError, naming the file, for an error of the disk, a file that was written to meanwhile, or
         bytes that do not give their checksum.
         """
-        return self.readers.submit(self.read, layer, expert, into)
+        return (self.ahead if ahead else self.readers).submit(self.read, layer, expert, into)
 
     def read(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> None:
         """The same in the calling thread."""
@@ -166,6 +169,7 @@ class ExpertStore:
     def close(self) -> None:
         """Give the files and threads back."""
         self.readers.shutdown()
+        self.ahead.shutdown()
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()

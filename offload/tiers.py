@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from coterie.offload.store import READERS, ExpertStore, Record, aligned_empty
+from coterie.offload.store import AHEAD_READERS, READERS, ExpertStore, Record, aligned_empty
 from coterie.routing.errors import CoterieError
 
-LEAST = READERS + 1  # experts: one for each reader, and one that can give way
+LEAST = READERS + AHEAD_READERS + 1  # experts: one for each reader, and one that can give way
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class HostTier:
             if int(torch.cuda.cudart().cudaHostRegister(pool.data_ptr(), size, 0)):  # type: ignore[no-untyped-call]
                 raise CoterieError(f"host memory: {size / 1e9:.1f} GB cannot be pinned; give a smaller --host-memory")
 
-    def start(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> Future[None]:
+    def start(self, layer: int, expert: int, into: Mapping[str, torch.Tensor], ahead: bool = False) -> Future[None]:
         """As `ExpertStore.start`. What the device is still computing may read the old contents of `into`: it is waited for."""
         ready = None
         if next(iter(into.values())).is_cuda:
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
-        return self.store.readers.submit(self._deliver, (layer, expert), into, ready)
+        return (self.store.ahead if ahead else self.store.readers).submit(self._deliver, (layer, expert), into, ready)
 
     def _deliver(self, key: tuple[int, int], into: Mapping[str, torch.Tensor], ready: torch.cuda.Event | None) -> None:
         slot = self._taken(key)
@@ -128,7 +128,7 @@ class HostTier:
 
     @contextmanager
     def held(self, layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
-        """Their slots, for as long as they are computed here; at most `slots - READERS` at once."""
+        """Their slots, for as long as they are computed here; at most `slots - LEAST` at once."""
         futures = [self.store.readers.submit(self._taken, (layer, expert)) for expert in experts]
         taken = []
         try:

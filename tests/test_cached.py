@@ -213,7 +213,7 @@ def test_slots_hold_what_they_say_whatever_was_expected(slots: int, tmp_path: Pa
         assert sorted(came) == list(range(len(picked)))
         held = cache.slot_of[cache.slot_of >= 0].tolist()
         assert sorted(held + cache.free) == list(range(slots)) and len(cache.coming) <= slots
-    assert 0 < cache.statistics.prefetched < cache.statistics.transfers
+    assert (slots >= 4) <= cache.statistics.prefetched < cache.statistics.transfers
     cache.store.close()
 
 
