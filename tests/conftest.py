@@ -85,8 +85,8 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def packed(folder: Path, tmp_path: Path, small_files: None) -> Path:
     """The sidecar of `folder`."""
-    from coterie.launch.packing import _contents
+    from coterie.launch.packing import contents_of
     from coterie.offload.pack import pack
 
-    pack(_contents(str(folder)), tmp_path / "p")
+    pack(contents_of(str(folder)), tmp_path / "p")
     return tmp_path / "p"

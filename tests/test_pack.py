@@ -235,7 +235,7 @@ def test_packed_needs_memory(folder: Path, packed: Path, capsys: pytest.CaptureF
 
 def test_generate_reads_experts_from_the_sidecar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In processes of their own where the budget matters: it is that of the whole process."""
-    folder = make_model("qwen3_moe", tmp_path / "m", hidden_size=256, moe_intermediate_size=512, head_dim=64)
+    folder = make_model("qwen3_moe", tmp_path / "m", hidden_size=256, moe_intermediate_size=2048, head_dim=64)
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"token_ids": row}) + "\n" for row in PROMPTS.tolist()))
     packer.pack(contents_of(str(folder)), tmp_path / "packed")
     arguments = ["generate", str(folder), "--prompts", str(tmp_path / "p.jsonl"), "--json", "--max-new-tokens", "8"]
