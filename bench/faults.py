@@ -27,6 +27,7 @@ RANKS, TIMEOUT, SLACK = 4, 5.0, 5.0
 TOKENS, FIRST, LAST = 400, 5, 120  # new tokens of a run; the fault comes after that many characters of its text
 MARK = "COTERIE_FAULT_RUN"
 START_SECONDS, END_SECONDS = 180.0, 120.0
+CLOSING_SECONDS = 2.0  # for the system, to close the sockets of processes that are gone
 KINDS = ("kill", "stop", "delay", "late")
 RESTART = "restart"  # SIGKILL under torchrun --max-restarts, with --resume
 PROMPTS, RESTARTS = 60, 3
@@ -292,6 +293,7 @@ def _strike(job: Job, fault: Fault, pids: dict[int, int], ports: set[tuple[int, 
     said = [line for line in job.err.splitlines() if line.startswith("coterie: ")]
     named = any(f"rank {fault.rank} (host " in line for line in said)
     equal = job.out.strip().endswith(expected) if fault.kind == "delay" else None
+    wait_for(lambda: not ports & _listening(), CLOSING_SECONDS)
     left = ports & _listening()
     code = job.process.poll()
     return Outcome(
