@@ -15,8 +15,8 @@ import torch
 
 from coterie.offload.ahead import Guesser
 from coterie.offload.policies import MAKERS, lowest
-from coterie.offload.store import READERS, ExpertStore, aligned_empty
-from coterie.offload.tiers import HostTier, Misses
+from coterie.offload.store import ExpertStore, aligned_empty
+from coterie.offload.tiers import LEAST, HostTier, Misses
 
 DEFAULT = "coterie"
 DEPTH = 3  # layers ahead that experts are read for
@@ -133,7 +133,7 @@ class ExpertCache:
             return
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
         absent = [place for place, one in enumerate(at.tolist()) if self.slot_of[one] < 0][len(self.free) :]
-        chosen = [place for place in absent if self.misses.on_host(rows[place])][: self.source.slots - READERS]
+        chosen = [place for place in absent if self.misses.on_host(rows[place])][: self.source.slots - LEAST]
         with self.source.held(layer, [experts[place] for place in chosen]) as slots:
             yield dict(zip(chosen, slots, strict=True))
         self.statistics.on_host += len(chosen)
