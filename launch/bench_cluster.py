@@ -18,7 +18,7 @@ from typing import Any
 
 from coterie.launch import cluster_cases as cases
 from coterie.launch.bench import Row
-from coterie.launch.cluster_cases import CHOSEN, CHOSEN_GLOO, CONTIGUOUS, HOMED, PEERS, PLANNED, RETURNING, STAYING, Case
+from coterie.launch.cluster_cases import CHOSEN, CHOSEN_GLOO, CONTIGUOUS, HOMED, PEERS, PLANNED, RANKS, RETURNING, STAYING, Case
 from coterie.launch.cluster_driver import Workers, workers
 from coterie.launch.cluster_sides import Side
 from coterie.launch.netns import Network, check_available, network
@@ -30,7 +30,9 @@ EP, LAYER = PEERS
 REPEATS = 5
 RATES = {1e8: "100 Mbit/s", 1e9: "1 Gbit/s", 1e10: "10 Gbit/s"}
 LIMITED = 1e8  # the rate at which the network is the limit
+RULING = 8e-3  # a latency that takes longer than computing a layer here, 6 ms: what rules where links are good and GPUs fast
 NEVER_BELOW = 0.97
+NEAR = 0.9  # of the best side measured, that the chosen one has to be
 DECODE_BAR, LAYER_BAR, COHERENT_BAR = 1.4, 2.5, 1.3
 EQUAL = 1e-4
 LINK_BYTES_SECONDS = 0.4  # how long a link is tried
@@ -55,15 +57,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Layout:
-    """nodes x ranks_per_node; rates: of the links, in bits per second; works: names in `WORKS`."""
+    """nodes x ranks_per_node; rates: of the links, in bits per second; works: names in `WORKS`; seconds: links' latency."""
 
     nodes: int
     ranks_per_node: int
     rates: tuple[float, ...]
     works: tuple[str, ...]
+    seconds: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.nodes}x{self.ranks_per_node}"
+        return f"{self.nodes}x{self.ranks_per_node}" + (f", {self.seconds * 1e3:g} ms" if self.seconds else "")
 
 
 SMALL: dict[str, Any] = {"per_rank": 2, "decode": 3}  # of a quick run
@@ -73,7 +76,11 @@ WORKS = {
     "recorded": Work(lambda folder, options: cases.recorded(folder, options.traces), Bars()),
     "single": Work(lambda folder, options: cases.single(folder), Bars(), cases.coherent_sides),
 }
-FULL = (Layout(2, 2, tuple(RATES), tuple(WORKS)), Layout(4, 1, tuple(RATES), ("embedded", "synthetic", "single")))
+FULL = (
+    Layout(2, 2, tuple(RATES), tuple(WORKS)),
+    Layout(4, 1, tuple(RATES), ("embedded", "synthetic", "single")),
+    *(Layout(nodes, RANKS // nodes, (1e9,), ("single",), seconds) for nodes in (2, 4) for seconds in (1e-3, RULING)),
+)
 QUICK = (Layout(2, 2, (1e8, 1e9), ("embedded", "synthetic")),)
 PLAN_SECONDS, QUICK_PLAN_SECONDS = 15.0, 3.0
 
@@ -101,17 +108,20 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
 
 def _layout(layout: Layout, made: dict[str, Case], root: Path, plan_seconds: float) -> Iterator[Row]:
     sides = {work: _planned(work, case, layout, root / work, plan_seconds) for work, case in made.items()}
-    with network(layout.nodes, max(layout.rates)) as links, workers(links, layout.ranks_per_node, root) as running:
+    far = layout.seconds > 0
+    with network(layout.nodes, max(layout.rates), far) as links, workers(links, layout.ranks_per_node, root) as running:
         yield from _links(layout, links, running)
         for work, case in made.items():
-            links.shape(max(layout.rates))
+            links.shape(max(layout.rates), layout.seconds)
             running.load(root / work, case.model, sides[work])
             cells = {}
             for rate in layout.rates:
-                links.shape(rate)
+                links.shape(rate, layout.seconds)
                 cells[rate] = running.ask("cell", prefill=case.prefill, decode=case.decode, repeats=REPEATS)
-            made_rows = coherent_rows if work == "single" else case_rows
-            yield from made_rows(case, layout, WORKS[work].bars, cells)
+            if work == "single":
+                yield from coherent_rows(case, layout, cells)
+            else:
+                yield from case_rows(case, layout, WORKS[work].bars, cells)
 
 
 def _planned(work: str, case: Case, layout: Layout, folder: Path, seconds: float) -> Any:
@@ -123,7 +133,7 @@ def _planned(work: str, case: Case, layout: Layout, folder: Path, seconds: float
 def _links(layout: Layout, links: Network, running: Workers) -> Iterator[Row]:
     """What the links carry: the larger rates are more than this machine's network stack may reach."""
     for rate in layout.rates:
-        links.shape(rate)
+        links.shape(rate, layout.seconds)
         count = int(rate / 8 * LINK_BYTES_SECONDS)
         carried = [running.ask("transfer", bytes=count)["bits_per_second"] for _ in range(REPEATS)]
         yield Row(f"links of {layout}, {RATES[rate]}", "carried", "Mbit/s", statistics.median(carried) / 1e6, higher=True)
@@ -142,8 +152,8 @@ def case_rows(case: Case, layout: Layout, bars: Bars, cells: dict[float, dict[st
     yield from _equal_rows(name, cells)
 
 
-def coherent_rows(case: Case, layout: Layout, bars: Bars, cells: dict[float, dict[str, Any]]) -> Iterator[Row]:
-    """Tokens that stay beside tokens that return, one expert per token."""
+def coherent_rows(case: Case, layout: Layout, cells: dict[float, dict[str, Any]]) -> Iterator[Row]:
+    """Tokens that stay beside tokens that return, one expert per token; and which of them was chosen."""
     name = f"{case.name}, {layout}"
     for rate, cell in cells.items():
         where = f"{name}, {RATES[rate]}"
@@ -151,8 +161,11 @@ def coherent_rows(case: Case, layout: Layout, bars: Bars, cells: dict[float, dic
         theirs = {side: _speed(cell, side, "decode", tokens) for side in (RETURNING, EP)}
         value = _speed(cell, STAYING, "decode", tokens)
         yield Row(where, f"decode: {STAYING}", "tokens/s", value, None, theirs, higher=True, why=_why(cell, STAYING, EP))
-        bar = COHERENT_BAR if rate > LIMITED else None
+        bar = COHERENT_BAR if layout.seconds >= RULING else None
         yield Row(where, f"decode: {STAYING} over {RETURNING}", "x", _over(value, theirs[RETURNING]), bar, higher=True)
+        chosen = _speed(cell, CHOSEN, "decode", tokens)
+        best = max(v for v in (value, theirs[RETURNING]) if v is not None)
+        yield Row(where, f"decode: {_labelled(cell, CHOSEN)}", "tokens/s", chosen, NEAR * best, higher=True)
     worst = max(cell["sides"][RETURNING]["difference"] for cell in cells.values())
     yield Row(name, f"logits: {RETURNING} against {STAYING}", "", worst, EQUAL)
 

@@ -99,6 +99,9 @@ def coherent_sides(case: Case, nodes: int, ranks_per_node: int, folder: Path, se
         request = PlanRequest(topology, strategy=strategy, max_load=MAX_LOAD, time_limit=seconds, workers=2)
         coterie.save_plan(plan(case.seen, request, prove=False), path)
         sides.append(Side(name, OURS, dealt, str(path), strategy))
+    free = folder / "plan-free.json"
+    coterie.save_plan(replace(coterie.read_plan(folder / "plan-coherent.json"), strategy="all_to_all"), free)
+    sides.append(Side(CHOSEN, OURS, dealt, str(free)))
     return sides + [Side(name, kind, dealt) for name, kind in PEERS.items() if kind == TRANSFORMERS]
 
 

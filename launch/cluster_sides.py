@@ -150,9 +150,9 @@ class Ours:
 
     def decode(self, position: int) -> Logits:
         """As `Loaded`."""
-        said = self.made.group.agree([0, self.executor.running, 0, 0])
+        agreed = self.executor.agree(0, 0)
         self._tell(self.executor.sequences, position, 1)
-        return self._grown(self.executor.decode(tuple(running for _, running, _, _ in said)))
+        return self._grown(self.executor.decode(agreed.running))
 
     def _tell(self, sequences: Sequence[Running], first: int, length: int) -> None:
         self.replay.at([s.request.index for s in sequences], first, length)
@@ -162,7 +162,7 @@ class Ours:
         at, self.at = self.at, self.at + 1
         if at < self.token_ids.shape[1]:
             given = [(s, int(self.token_ids[s.request.index, at])) for s, _ in scored]
-            for sequence, token in self.executor.settle(given):
+            for sequence, token in self.executor.settle(given, 0):
                 sequence.new_tokens.append(token)
         return {s.request.index: logits for s, logits in scored}
 

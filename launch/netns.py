@@ -1,24 +1,29 @@
 """Several hosts on one: nodes as network namespaces, joined by a switch with links of a chosen rate. Linux, root, iproute2.
 
 Every node has one link, `eth0`, to a bridge that stands in a namespace of its own, so that nothing of the host's network is
-touched. Both ends of a link are shaped by a token bucket (tc tbf): what a node sends and what it receives. Processes of one
-node reach each other by its loopback, unshaped, as by shared memory.
+touched. Both ends of a link are shaped by a token bucket (tc tbf): what a node sends and what it receives. Where links shall
+take time, the bridge is a process of ours (`far_links`). Processes of one node reach each other by its loopback, unshaped, as
+by shared memory.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from coterie.launch import far_links
 from coterie.routing.errors import CoterieError, InputError, first_line, require
 
 DEVICE = "eth0"
@@ -26,6 +31,7 @@ SENT = f"/sys/class/net/{DEVICE}/statistics/tx_bytes"  # as seen inside a node
 ADDRESS = "10.77.0.{}"
 MOST_NODES = 250
 QUEUE_BYTES = 64 << 20  # of a link: more than is ever in flight here, so that nothing is dropped
+FAR_MTU = 9000  # of links through a process: fewer packets to carry
 BURST_SECONDS = 1e-3  # what a link may send at once, in its own time; seen: half of that loses a tenth of 1 Gbit/s,
 LEAST_BURST = 4 << 10  # and a tenth of it loses half. In bytes: two packets
 COMMAND_SECONDS = 20
@@ -49,19 +55,27 @@ class Node:
 
 @dataclass(frozen=True)
 class Network:
-    """Nodes and what joins them. switch: the bridge's namespace, with a port `p<n>` for node n."""
+    """Nodes and what joins them. switch: the bridge's namespace, with a port `p<n>` for node n; or the process in its place."""
 
     nodes: tuple[Node, ...]
-    switch: str
+    switch: str | subprocess.Popen[str]
 
-    def shape(self, bits_per_second: float) -> None:
-        """Give every link another rate, in both directions. Connections stay."""
+    def shape(self, bits_per_second: float, seconds: float = 0.0) -> None:
+        """Give every link another rate, in both directions, and latency, of nodes that are `far`. Connections stay."""
         require(bits_per_second >= 1e4, "rate", bits_per_second, "at least 10000 bits per second")
-        burst = max(LEAST_BURST, int(bits_per_second / 8 * BURST_SECONDS))
+        least = LEAST_BURST if isinstance(self.switch, str) else 2 * FAR_MTU
+        burst = max(least, int(bits_per_second / 8 * BURST_SECONDS))
         bucket = ("root", "tbf", "rate", f"{bits_per_second:.0f}bit", "burst", str(burst), "limit", str(QUEUE_BYTES))
-        for number, node in enumerate(self.nodes):
-            for namespace, device in ((node.namespace, DEVICE), (self.switch, f"p{number}")):
-                _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, *bucket)
+        for node in self.nodes:
+            _run("tc", "-n", node.namespace, "qdisc", "replace", "dev", DEVICE, *bucket)
+        if isinstance(self.switch, str):
+            require(seconds == 0, "latency", seconds, "0 s, or nodes that are far")
+            for number in range(len(self.nodes)):
+                _run("tc", "-n", self.switch, "qdisc", "replace", "dev", f"p{number}", *bucket)
+        else:
+            assert self.switch.stdin is not None
+            print(json.dumps({"bits_per_second": bits_per_second, "seconds": seconds}), file=self.switch.stdin, flush=True)
+            _hear(self.switch, "done")
 
 
 def check_available() -> None:
@@ -74,20 +88,33 @@ def check_available() -> None:
 
 
 @contextmanager
-def network(nodes: int, bits_per_second: float) -> Iterator[Network]:
-    """`nodes` hosts, links of this rate; they and all processes in them are gone at the end, whatever happens."""
+def network(nodes: int, bits_per_second: float, far: bool = False) -> Iterator[Network]:
+    """`nodes` hosts, links of this rate; they and all processes in them are gone at the end, whatever happens.
+
+    far: links that can be given latency; packets then go through a process, so that such a link carries a Gbit/s at most.
+    """
     require(2 <= nodes <= MOST_NODES, "nodes", nodes, f"2 to {MOST_NODES}")
     check_available()
     name = f"coterie-{os.getpid()}-{secrets.token_hex(3)}"
-    made = Network(tuple(Node(f"{name}-{i}", ADDRESS.format(i + 1)) for i in range(nodes)), f"{name}-switch")
+    hosts = tuple(Node(f"{name}-{i}", ADDRESS.format(i + 1)) for i in range(nodes))
+    switch: str | subprocess.Popen[str] = f"{name}-switch"
     try:
         with _stopping_on_sigterm():
-            _build(made)
+            if far:
+                switch = _plugged(hosts)
+            else:
+                _bridged(hosts, str(switch))
+            made = Network(hosts, switch)
             made.shape(bits_per_second)
             yield made
     finally:
-        for namespace in (*(node.namespace for node in made.nodes), made.switch):
-            _remove(namespace)
+        for host in hosts:
+            _remove(host.namespace)
+        if isinstance(switch, str):
+            _remove(switch)
+        else:
+            switch.kill()
+            switch.communicate()
 
 
 @contextmanager
@@ -107,22 +134,57 @@ def _stopping_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _build(made: Network) -> None:
+def _bridged(hosts: Sequence[Node], switch: str) -> None:
+    _add(switch)
+    _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
+    _run("ip", "-n", switch, "link", "set", "bridge", "up")
+    for number, host in enumerate(hosts):
+        port = f"p{number}"
+        _add(host.namespace)
+        _run("ip", "link", "add", DEVICE, "netns", host.namespace, "type", "veth", "peer", "name", port, "netns", switch)
+        _run("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
+        _connect(host)
+
+
+def _plugged(hosts: Sequence[Node]) -> subprocess.Popen[str]:
+    """The process that joins the hosts by links with latency."""
+    for host in hosts:
+        _add(host.namespace)
+    ends = [f"{host.namespace}={host.address}" for host in hosts]
+    command = [sys.executable, "-I", str(Path(far_links.__file__)), *ends]
+    pipe = subprocess.PIPE
+    switch = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     try:
-        _run("ip", "netns", "add", made.switch)
+        _hear(switch, "ready")
+        for host in hosts:
+            _run("ip", "-n", host.namespace, "link", "set", DEVICE, "mtu", str(FAR_MTU))
+            _connect(host)
+    except BaseException:
+        switch.kill()
+        switch.communicate()
+        raise
+    return switch
+
+
+def _hear(switch: subprocess.Popen[str], expected: str) -> None:
+    """Wait for a line of the switch. Raises CoterieError with its error if it has ended instead."""
+    assert switch.stdout is not None and switch.stderr is not None
+    if switch.stdout.readline().strip() != expected:
+        raise CoterieError(f"links with latency: the switch has ended ({first_line(CoterieError(switch.stderr.read()))})")
+
+
+def _add(namespace: str) -> None:
+    try:
+        _run("ip", "netns", "add", namespace)
     except CoterieError as error:
         hint = "run where root may make network namespaces (CAP_SYS_ADMIN; in a container: --privileged)"
         raise InputError(f"{error}: {hint}") from error
-    _run("ip", "-n", made.switch, "link", "add", "bridge", "type", "bridge")
-    _run("ip", "-n", made.switch, "link", "set", "bridge", "up")
-    for number, node in enumerate(made.nodes):
-        name, port = node.namespace, f"p{number}"
-        _run("ip", "netns", "add", name)
-        _run("ip", "link", "add", DEVICE, "netns", name, "type", "veth", "peer", "name", port, "netns", made.switch)
-        _run("ip", "-n", made.switch, "link", "set", port, "master", "bridge", "up")
-        _run("ip", "-n", name, "addr", "add", f"{node.address}/24", "dev", DEVICE)
-        for device in ("lo", DEVICE):
-            _run("ip", "-n", name, "link", "set", device, "up")
+
+
+def _connect(host: Node) -> None:
+    _run("ip", "-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", DEVICE)
+    for device in ("lo", DEVICE):
+        _run("ip", "-n", host.namespace, "link", "set", device, "up")
 
 
 def _remove(namespace: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -45,6 +45,14 @@ class Running:
     new_tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     reported: bool = False
+
+
+class Agreement(NamedTuple):
+    """What ranks know of each other before a step, by rank: newcomers each has room for, sequences it runs, what it tells."""
+
+    rooms: tuple[int, ...]
+    running: tuple[int, ...]
+    words: tuple[int, ...]
 
 
 Scored = list[tuple[Running, torch.Tensor]]  # sequences with the logits `[vocabulary]` of their next token
@@ -115,9 +123,13 @@ class Batch:
             logits, _ = self._forward(*padded([], self.device), None, live, tokens, [])
         return [(s, row) for s, row in zip(self.sequences, logits, strict=False) if s.finish_reason is None]
 
-    def settle(self, chosen: list[tuple[Running, int]]) -> list[tuple[Running, int]]:
-        """The tokens by which this rank's sequences grow, from those that it chose: the same ones."""
+    def settle(self, chosen: list[tuple[Running, int]], word: int) -> list[tuple[Running, int]]:
+        """The tokens by which this rank's sequences grow, from those that it chose: the same ones. word: see `agree`."""
         return chosen
+
+    def agree(self, size: int, word: int) -> Agreement:
+        """How every rank stands before a step, of `size` sequences at most; word: what this rank tells the others."""
+        return Agreement(*zip(*self.group.agree([self.room(size), self.running, word]), strict=True))
 
     def drop_finished(self) -> None:
         """Forget finished sequences; where they cannot leave alone, when all are finished."""
@@ -155,7 +167,7 @@ class SharedBatch(Batch):
     def _mine(self, assigned: Sequence[Sequence[Running]]) -> tuple[Sequence[Running], tuple[int, ...]]:
         return assigned[0], (sum(len(s.request.token_ids) for s in assigned[0]),) * self.group.size
 
-    def settle(self, chosen: list[tuple[Running, int]]) -> list[tuple[Running, int]]:
+    def settle(self, chosen: list[tuple[Running, int]], word: int) -> list[tuple[Running, int]]:
         """As rank 0 chose."""
         said = self.group.agree([token for _, token in chosen])[0] if chosen else ()
         return [(sequence, token) for (sequence, _), token in zip(chosen, said, strict=True)]

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from coterie.kernels.experts import compute_experts
-from coterie.moe.batch import Batch, Running, Scored
+from coterie.moe.batch import Agreement, Batch, Running, Scored
 from coterie.moe.collectives import Group
 from coterie.moe.dispatch import DispatchPlan, as_bytes, from_bytes, looked_up, needed_ranks, pack_rows, plan_rows, unpack_rows
 from coterie.moe.layer import ExpertLayer, StepContext, stacked
@@ -225,10 +225,16 @@ class CoherentBatch:
         self.sequences: list[Running] = []
         self.device = next(model.parameters()).device
         self.anchors = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.words: tuple[int, ...] | None = None  # that ranks told each other with the last tokens
 
-    def room(self, size: int) -> int:
-        """As `Batch.room`, for the sequences at home here."""
-        return size - sum(s.home == self.group.rank for s in self.sequences)
+    def agree(self, size: int, word: int) -> Agreement:
+        """As `Batch.agree`; asked for only before the first step, since every rank knows all sequences.
+
+        Later words are those that came with the last tokens.
+        """
+        words = tuple(w for (w,) in self.group.agree([word])) if self.words is None else self.words
+        rooms = tuple(size - sum(s.home == rank for s in self.sequences) for rank in range(self.group.size))
+        return Agreement(rooms, (self.running,) * self.group.size, words)
 
     @property
     def running(self) -> int:
@@ -274,10 +280,10 @@ class CoherentBatch:
         masks = {False: self.kv.mask(None, dtype), True: self.kv.mask(window, dtype)}
         return Step(at, len(self.sequences), masks, rope)
 
-    def settle(self, chosen: list[tuple[Running, int]]) -> list[tuple[Running, int]]:
-        """The tokens of all sequences, whichever rank chose them; with them, the keys and values of the step go round."""
+    def settle(self, chosen: list[tuple[Running, int]], word: int) -> list[tuple[Running, int]]:
+        """The tokens of all sequences, whichever rank chose them; with them go the step's keys and values, and the words."""
         number = {id(s): i for i, s in enumerate(self.sequences)}
-        settled = self.kv.spread(self.group, {number[id(s)]: token for s, token in chosen})
+        settled, self.words = self.kv.spread(self.group, {number[id(s)]: token for s, token in chosen}, word)
         self.anchors[[i for i, _, _ in settled]] = torch.tensor([rank for _, _, rank in settled], device=self.device)
         return [(self.sequences[i], token) for i, token, _ in settled]
 

@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from coterie.moe.batch import Request, Running, Scored
+from coterie.moe.batch import Agreement, Request, Running, Scored
 from coterie.moe.collectives import Group
 from coterie.moe.queue import Queue
 from coterie.moe.replanning import Boundary
@@ -60,6 +60,7 @@ class Sampling:
             raise InputError("--top-k, --top-p: have no effect on greedy text, expected --temperature above 0 beside them")
 
 
+ENOUGH, NOTICE = 1, 2  # in a rank's word: wants to end; times its notice
 OnToken = Callable[[int, int], None]  # (prompt index, token id), in order within a prompt
 
 
@@ -71,10 +72,10 @@ class Executor(Protocol):
     @property
     def running(self) -> int: ...  # noqa: D102
 
-    def room(self, size: int) -> int: ...  # noqa: D102
+    def agree(self, size: int, word: int) -> Agreement: ...  # noqa: D102
     def prefill(self, assigned: Sequence[Sequence[Running]]) -> Scored: ...  # noqa: D102
     def decode(self, tokens: tuple[int, ...]) -> Scored: ...  # noqa: D102
-    def settle(self, chosen: list[tuple[Running, int]]) -> list[tuple[Running, int]]: ...  # noqa: D102
+    def settle(self, chosen: list[tuple[Running, int]], word: int) -> list[tuple[Running, int]]: ...  # noqa: D102
     def drop_finished(self) -> None: ...  # noqa: D102
 
 
@@ -108,21 +109,19 @@ class Generator:
         traffic = self.group.traffic
         while True:
             traffic.step += 1
-            told = 0 if boundary is None else boundary.notice()
-            said = self.group.agree([self.executor.room(batch_size), self.executor.running, int(self.enough()), told])
-            rooms, running, stops, notices = zip(*said, strict=True)
-            if any(stops) or not (any(running) or len(queue)):
+            rooms, running, words = self.executor.agree(batch_size, self._word(boundary))
+            if any(word & ENOUGH for word in words) or not (any(running) or len(queue)):
                 return done
             if boundary is not None:
-                boundary.step(list(notices))
+                boundary.step([word // NOTICE for word in words])
             taken = queue.assign(rooms[: 1 if shared else None])
             if any(running):
                 with traffic.span("decode"):
-                    self._extend(self.executor.decode(running))
+                    self._extend(self.executor.decode(running), boundary)
             if any(taken):
                 newcomers = [[Running(request, home) for request in own] for home, own in enumerate(taken)]
                 with traffic.span("prefill"):
-                    self._extend(self.executor.prefill(newcomers))
+                    self._extend(self.executor.prefill(newcomers), boundary)
             ended = [s for s in self.executor.sequences if s.finish_reason is not None and not s.reported]
             for sequence in ended:
                 sequence.reported = True
@@ -132,13 +131,17 @@ class Generator:
             if between is not None:
                 between(here)
 
-    def _extend(self, scored: Scored) -> None:
+    def _word(self, boundary: Boundary | None) -> int:
+        """What this rank tells the others: whether it has enough, and its notice."""
+        return ENOUGH * self.enough() + NOTICE * (0 if boundary is None else boundary.notice())
+
+    def _extend(self, scored: Scored, boundary: Boundary | None) -> None:
         """Prefill runs even for prompts that ask for no new token: recording wants their routing."""
         chosen = [(s, self._choose(s, logits)) for s, logits in scored if s.request.max_new_tokens > 0]
         for sequence, _ in scored:
             if sequence.request.max_new_tokens == 0:
                 sequence.finish_reason = "length"
-        for sequence, token in self.executor.settle(chosen):
+        for sequence, token in self.executor.settle(chosen, self._word(boundary)):
             sequence.new_tokens.append(token)
             if token in self.end_tokens:
                 sequence.finish_reason = "stop"

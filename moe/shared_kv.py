@@ -86,23 +86,26 @@ class SharedKV:
             :, None, None
         ]
 
-    def spread(self, group: Group, tokens: Mapping[int, int]) -> list[tuple[int, int, int]]:
+    def spread(self, group: Group, tokens: Mapping[int, int], word: int) -> tuple[list[tuple[int, int, int]], tuple[int, ...]]:
         """Bring what is kept aside on each rank to every rank, as the next position of all sequences, and the chosen tokens.
 
-        tokens: by sequence, what this rank chose. Returns (sequence, token, rank that chose it) of all ranks, by sequence. One
-        collective: a token travels like the keys and values of one layer more.
+        tokens: by sequence, what this rank chose; word: what else it tells. Returns (sequence, token, rank that chose it) of
+        all ranks, by sequence, and the ranks' words. One collective: a token travels like the keys and values of one layer
+        more, a word like a token of one sequence more.
         """
         sequences = len(self.valid)
-        mine = self._rows(sequences, tokens)
-        rows, counts = group.share_rows(mine, sequences * (self.layers + 1), "keys and values")
+        mine = self._rows(sequences, tokens, word)
+        rows, counts = group.share_rows(mine, sequences * (self.layers + 1) + 1, "keys and values")
         head = from_bytes(rows[:, :HEAD_BYTES], torch.int32).long()
+        last = rows.new_tensor(counts, dtype=torch.int64).cumsum(0) - 1  # each rank's word
+        words = tuple(head[last, 1].tolist())
         layer, at = head[:, 0] // sequences, head[:, 0] % sequences
         if int((layer < self.layers).sum()):
             self._take(rows, layer, at)
         source = torch.repeat_interleave(torch.tensor(counts)).to(rows.device)
         told = layer == self.layers
         found = torch.stack([at[told], head[told, 1], source[told]], 1).tolist()
-        return sorted((s, token, rank) for s, token, rank in found)
+        return sorted((s, token, rank) for s, token, rank in found), words
 
     def _take(self, rows: torch.Tensor, layers: torch.Tensor, at: torch.Tensor) -> None:
         self._grow()
@@ -116,8 +119,11 @@ class SharedKV:
         self.length += 1
         self._aside = []
 
-    def _rows(self, sequences: int, tokens: Mapping[int, int]) -> torch.Tensor:
-        """uint8: int32 layer x sequences + sequence, int32 token, then keys, then values; tokens in a layer after the last."""
+    def _rows(self, sequences: int, tokens: Mapping[int, int], word: int) -> torch.Tensor:
+        """uint8: int32 layer x sequences + sequence, int32 token, then keys, then values; tokens in a layer after the last.
+
+        The word is in the last row, in a layer after that.
+        """
         device = self.valid.device
         width = self.keys[0].shape[1] * (self.keys[0].shape[3] + self.values[0].shape[3]) * self.keys[0].element_size()
         parts = []
@@ -125,6 +131,7 @@ class SharedKV:
             head = torch.stack([layer * sequences + at, torch.zeros_like(at)], 1).to(torch.int32)
             parts.append(torch.cat([as_bytes(head), as_bytes(keys.flatten(1)), as_bytes(values.flatten(1))], 1))
         chosen = [(self.layers * sequences + s, token) for s, token in tokens.items()]
+        chosen.append(((self.layers + 1) * sequences, word))
         head = torch.tensor(chosen, dtype=torch.int32, device=device).view(-1, 2)
         parts.append(F.pad(as_bytes(head), (0, width)))
         return torch.cat(parts)

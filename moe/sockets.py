@@ -11,11 +11,12 @@ import pickle
 import secrets
 import select
 import socket
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,8 @@ from coterie.routing.errors import CoterieError
 TOKEN_BYTES = 16
 RANK_BYTES = 4
 SIZE_BYTES = 8
+STAGE_BYTES = 1 << 15  # larger blocks come in where they belong
+MOST_PARTS = 16  # that one call sends
 
 
 class Store(Protocol):
@@ -41,6 +44,69 @@ class _Transfer:
         self.open = 0
 
 
+class _Line:
+    """The connection to one rank: what is still to go out, where what comes in belongs.
+
+    Blocks go out together in one call, and small ones come in together, through a stage of the line's own.
+    """
+
+    def __init__(self, peer: int, connection: socket.socket) -> None:
+        self.peer, self.connection = peer, connection
+        self.out: deque[tuple[memoryview, _Transfer]] = deque()
+        self.into: deque[tuple[memoryview, _Transfer]] = deque()
+        self._stage = memoryview(bytearray(STAGE_BYTES))
+        self._came = self._stage[:0]
+
+    def push(self) -> None:
+        """Send as much as goes without waiting."""
+        while self.out:
+            done = self._tried(self.connection.sendmsg, [view for view, _ in islice(self.out, MOST_PARTS)])
+            if done is None:
+                return
+            while self.out and done >= len(self.out[0][0]):
+                view, transfer = self.out.popleft()
+                done -= len(view)
+                transfer.open -= 1
+            if done:
+                view, transfer = self.out[0]
+                self.out[0] = (view[done:], transfer)
+
+    def pull(self) -> None:
+        """Take in as much as there is of what is waited for."""
+        while self.into:
+            view, transfer = self.into[0]
+            if not self._came and len(view) < STAGE_BYTES:
+                done = self._tried(self.connection.recv_into, self._stage)
+                if done is None:
+                    return
+                self._came = self._stage[:done]
+            if self._came:
+                done = min(len(view), len(self._came))
+                view[:done] = self._came[:done]
+                self._came = self._came[done:]
+            else:
+                done = self._tried(self.connection.recv_into, view)
+                if done is None:
+                    return
+            if done < len(view):
+                self.into[0] = (view[done:], transfer)
+            else:
+                self.into.popleft()
+                transfer.open -= 1
+
+    def _tried(self, move: Callable[[Any], int], what: memoryview | list[memoryview]) -> int | None:
+        """How many bytes were moved; None if none can be without waiting. Raises CoterieError if the rank is gone."""
+        try:
+            done = move(what)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise CoterieError(f"rank {self.peer} has ended ({error.strerror})") from error
+        if done == 0:
+            raise CoterieError(f"rank {self.peer} has ended")
+        return done
+
+
 class Mesh:
     """One connection to every other rank. Takes no part in deciding what is sent; never blocks but in `finish`."""
 
@@ -48,8 +114,8 @@ class Mesh:
         self.rank = rank
         self.peers = peers
         self.timeout = timeout
-        self._out: dict[int, deque[tuple[memoryview, _Transfer]]] = {p: deque() for p in peers}
-        self._in: dict[int, deque[tuple[memoryview, _Transfer]]] = {p: deque() for p in peers}
+        self._lines = {peer: _Line(peer, connection) for peer, connection in peers.items()}
+        self._by_file = {line.connection.fileno(): line for line in self._lines.values()}
 
     @classmethod
     def connect(cls, rank: int, size: int, store: Store, address: str, timeout: float) -> Mesh:
@@ -72,71 +138,43 @@ class Mesh:
             connection.setblocking(False)
         return cls(rank, peers, timeout)
 
-    def begin(self, out: dict[int, memoryview], into: dict[int, memoryview]) -> _Transfer:
+    def begin(self, out: Mapping[int, Sequence[memoryview]], into: Mapping[int, memoryview]) -> _Transfer:
         """Send `out[p]` to each rank p and fill `into[p]` from it; neither may be touched until `finish`."""
         transfer = _Transfer()
-        for peers, queues in ((out, self._out), (into, self._in)):
-            for peer, view in peers.items():
-                if len(view):
-                    queues[peer].append((view, transfer))
-                    transfer.open += 1
-        for peer in out:
-            self._push(peer)
+        for peer, view in into.items():
+            if len(view):
+                self._lines[peer].into.append((view, transfer))
+                transfer.open += 1
+        for peer, views in out.items():
+            line, filled = self._lines[peer], [(view, transfer) for view in views if len(view)]
+            line.out += filled
+            transfer.open += len(filled)
+            line.push()
         return transfer
 
     def finish(self, transfer: _Transfer) -> None:
         """Wait until all of it is sent and received. Raises CoterieError, naming who is waited for."""
         deadline = time.monotonic() + self.timeout
-        for peer in self._in:
-            self._pull(peer)
+        for line in self._lines.values():
+            line.pull()
         while transfer.open:
-            wanted = {p: select.POLLIN for p, queue in self._in.items() if queue}
-            for peer, queue in self._out.items():
-                if queue:
-                    wanted[peer] = wanted.get(peer, 0) | select.POLLOUT
-            self._wait(wanted, deadline)
+            self._wait(deadline)
 
-    def _wait(self, wanted: dict[int, int], deadline: float) -> None:
-        poll = select.poll()
-        by_file = {}
-        for peer, events in wanted.items():
-            poll.register(self.peers[peer], events)
-            by_file[self.peers[peer].fileno()] = peer
+    def _wait(self, deadline: float) -> None:
+        poll, wanted = select.poll(), []
+        for line in self._lines.values():
+            events = (select.POLLIN if line.into else 0) | (select.POLLOUT if line.out else 0)
+            if events:
+                poll.register(line.connection, events)
+                wanted.append(line.peer)
         ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1e3)
         if not ready:
             raise CoterieError(f"waited {self.timeout:g} s for rank {_listed(wanted)}")
         for file, events in ready:
             if events & ~select.POLLOUT:
-                self._pull(by_file[file])
+                self._by_file[file].pull()
             if events & select.POLLOUT:
-                self._push(by_file[file])
-
-    def _push(self, peer: int) -> None:
-        self._move(peer, self._out[peer], self.peers[peer].send)
-
-    def _pull(self, peer: int) -> None:
-        self._move(peer, self._in[peer], self.peers[peer].recv_into)
-
-    def _move(self, peer: int, queue: deque[tuple[memoryview, _Transfer]], move: Callable[[memoryview], int]) -> None:
-        """As much of the queue as goes without waiting."""
-        while queue:
-            view, transfer = queue[0]
-            try:
-                done = move(view)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise self._ended(peer, error) from error
-            if done == 0:
-                raise self._ended(peer, None)
-            if done < len(view):
-                queue[0] = (view[done:], transfer)
-            else:
-                queue.popleft()
-                transfer.open -= 1
-
-    def _ended(self, peer: int, error: OSError | None) -> CoterieError:
-        return CoterieError(f"rank {peer} has ended" + (f" ({error.strerror})" if error else ""))
+                self._by_file[file].push()
 
 
 def _listed(ranks: Iterable[int]) -> str:
@@ -199,11 +237,12 @@ class SocketTransport:
     def all_to_all_counted(self, rows: torch.Tensor, send: Sequence[int]) -> tuple[torch.Tensor, Sequence[int]]:
         """As `CountsInside`: each block follows its number of rows, so that nothing is asked beforehand and nothing padded."""
         mine, sizes = _split(rows, send), [SIZE_BYTES] * self.size
-        heads = torch.zeros(self.size, dtype=torch.int64)
-        said = self._begin(_cut(_bytes(torch.tensor(send, dtype=torch.int64)), sizes), _cut(_bytes(heads), sizes))
-        sent = self.mesh.begin({member: mine[i] for i, member in self._others}, {})
+        counts, heads = (_cut(_bytes(t), sizes) for t in (torch.tensor(send), torch.zeros(self.size, dtype=torch.int64)))
+        sent = self.mesh.begin({member: (counts[i], mine[i]) for i, member in self._others}, {})
+        said = self.mesh.begin({}, {member: heads[i] for i, member in self._others})
         self.mesh.finish(said)
-        receive = heads.tolist()
+        receive = [int.from_bytes(head, sys.byteorder) for head in heads]
+        receive[self.rank] = send[self.rank]
         out = rows.new_empty((sum(receive), rows.shape[1]))
         theirs = _split(out, receive)
         theirs[self.rank][:] = mine[self.rank]
@@ -231,7 +270,7 @@ class SocketTransport:
     def _begin(self, mine: Sequence[memoryview], theirs: Sequence[memoryview]) -> _Transfer:
         """Send `mine` and fill `theirs`, both by rank of this group; the own part is copied at once."""
         theirs[self.rank][:] = mine[self.rank]
-        out = {member: mine[i] for i, member in self._others}
+        out = {member: (mine[i],) for i, member in self._others}
         return self.mesh.begin(out, {member: theirs[i] for i, member in self._others})
 
     def device(self) -> torch.device:

@@ -72,6 +72,60 @@ def test_links_carry_no_more_than_their_rate_and_count_what_is_sent() -> None:
     assert not namespaces()
 
 
+ASKING = """
+import socket, statistics, sys, time
+connection = socket.create_connection((sys.argv[1], 5000))
+seconds = []
+for _ in range(9):
+    started = time.perf_counter()
+    connection.sendall(b"?")
+    connection.recv(1)
+    seconds.append(time.perf_counter() - started)
+print(statistics.median(seconds))
+"""
+ANSWERING = """
+import socket
+server = socket.create_server(("0.0.0.0", 5000))
+print("ready", flush=True)
+connection, _ = server.accept()
+while data := connection.recv(1):
+    connection.sendall(data)
+"""
+
+
+def round_trip(source: netns.Node, to: netns.Node) -> float:
+    """Seconds, median."""
+    with to.start([sys.executable, "-c", ANSWERING], stdout=subprocess.PIPE, text=True) as answering:
+        assert answering.stdout is not None and answering.stdout.readline() == "ready\n"
+        asking = source.start([sys.executable, "-c", ASKING, to.address], stdout=subprocess.PIPE, text=True)
+        said, _ = asking.communicate(timeout=60)
+        return float(said)
+
+
+@needs_namespaces
+def test_links_between_far_nodes_take_their_latency_and_keep_their_rate() -> None:
+    count = 4 << 20
+    with netns.network(3, 1e9, far=True) as made:
+        first, _, third = made.nodes
+        assert round_trip(first, third) < 0.04
+        made.shape(5e7, 0.02)
+        assert round_trip(first, third) >= 0.04
+        before = first.sent()
+        assert send(first, third, count) > 0.9 * count * 8 / 5e7
+        assert count < first.sent() - before < 1.2 * count
+    assert not namespaces()
+    assert made.switch.poll() is not None  # type: ignore[union-attr]
+
+
+@needs_namespaces
+def test_latency_needs_nodes_that_are_far() -> None:
+    with (
+        netns.network(2, 1e8) as made,
+        pytest.raises(InputError, match=r"latency: found 0\.01, expected 0 s, or nodes that are far"),
+    ):
+        made.shape(1e8, 0.01)
+
+
 @needs_namespaces
 def test_processes_of_one_node_reach_each_other_unshaped_and_uncounted() -> None:
     with netns.network(2, 1e5) as made:  # at this rate it would take minutes
