@@ -4,8 +4,8 @@ Given its neighbours, a layer's best placement is a transportation problem (solv
 its experts change the cost independently of each other. So all odd layers, then all even ones, are annealed at once, each
 by E/2 swaps at a time. Several annealed placements are recombined by a Viterbi pass over a pool of layer partitions, the
 ranks of the next layer renamed as is best (exact for the pool); the search then goes on from the best found, at a lower
-temperature. In a large problem that is the one at which an anneal just does not spoil what it starts from. Deterministic for
-a seed and a number of iterations.
+temperature. In a large problem that is the one at which an anneal just does not spoil what it starts from. Without limits it
+starts from what `starts.py` finds. Deterministic for a seed and a number of iterations.
 """
 
 from __future__ import annotations
