@@ -51,7 +51,7 @@ def search(
     traffic, rng = Traffic(padded), np.random.default_rng(seed)
     first = limits.start(padded)
     pool = Pool(traffic)
-    best = polish(traffic, first, deadline) if padded.limits else _started(traffic, pool, deadline)
+    best = polish(traffic, first, deadline) if padded.limits else _started(traffic, pool, target, deadline)
     best_cost, kept, made = traffic.cost(best), padded.feasible(best), 0
     members, large, found_at = [best], is_large(padded), 0
     warm = LARGE_WARM if large else WARM
@@ -74,11 +74,11 @@ def search(
     return best[:, : problem.experts], made
 
 
-def _started(traffic: Traffic, pool: Pool, deadline: Deadline) -> Assignment:
+def _started(traffic: Traffic, pool: Pool, target: float, deadline: Deadline) -> Assignment:
     """Where a search without limits starts: the best chain of one that is grown and of couples of layers, polished."""
     problem = traffic.problem
     start = polish(traffic, grown(problem), deadline)
-    if problem.layers < 3 or deadline.passed():
+    if problem.layers < 3 or traffic.cost(start) <= target + 1e-9 or deadline.passed():
         return start
     couples = polish(traffic, pool.best([coupled(problem, first) for first in (0, 1)]), deadline)
     return polish(traffic, pool.best([start, couples]), deadline)

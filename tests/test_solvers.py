@@ -112,7 +112,7 @@ def test_groups_have_exactly_the_size_asked_for(seed, size, groups) -> None:
     assert (np.bincount(starts.groups_of(near + near.T, size)) == size).all()
 
 
-def test_planted_groups_are_found_at_once() -> None:
+def test_planted_groups_are_found_at_once(monkeypatch) -> None:
     rng = np.random.default_rng(2)
     group = rng.permutation(np.arange(12) % 3)
     found = starts.groups_of(np.where(group[:, None] == group[None], 5.0, 1.0) + rng.random((12, 12)) / 10, 4)
@@ -121,6 +121,8 @@ def test_planted_groups_are_found_at_once() -> None:
     pairs = np.where(rows[:-1, :, None] == rows[1:, None], 10.0, 0.0)
     problem = Problem(5, 12, 3, 4, 1.0, transitions=pairs)
     assert problem.cost(starts.grown(problem)) == 0
+    monkeypatch.delattr(chain, "coupled")  # what is at its target already needs no other start
+    assert problem.cost(chain.search(problem, 0, None, Deadline(LATER))[0]) == 0
 
 
 @settings(max_examples=20, deadline=None)
