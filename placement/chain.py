@@ -4,8 +4,8 @@ Given its neighbours, a layer's best placement is a transportation problem (solv
 its experts change the cost independently of each other. So all odd layers, then all even ones, are annealed at once, each
 by E/2 swaps at a time. Several annealed placements are recombined by a Viterbi pass over a pool of layer partitions, the
 ranks of the next layer renamed as is best (exact for the pool); the search then goes on from the best found, at a lower
-temperature. In a large problem that is the one at which an anneal just does not spoil what it starts from. Deterministic for
-a seed and a number of iterations.
+temperature. In a large problem that is the one at which an anneal just does not spoil what it starts from. Without limits it
+starts from what `starts.py` finds. Deterministic for a seed and a number of iterations.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from coterie.placement import limits
 from coterie.placement.baselines import Assignment
 from coterie.placement.deadline import Deadline
-from coterie.placement.problem import Problem, held_by, one_hot
+from coterie.placement.problem import Problem, held_by
 from coterie.placement.recombine import Pool
+from coterie.placement.starts import coupled, grown, transport
 from coterie.placement.traffic import Traffic
 
 STARTS = 4  # anneals from scratch before the pool is first recombined; every STARTS-th one is from scratch later, too
@@ -50,9 +50,10 @@ def search(
     padded = problem.padded()
     traffic, rng = Traffic(padded), np.random.default_rng(seed)
     first = limits.start(padded)
-    best = polish(traffic, grown(padded) if not padded.limits else first, deadline)
+    pool = Pool(traffic)
+    best = polish(traffic, first, deadline) if padded.limits else _started(traffic, pool, target, deadline)
     best_cost, kept, made = traffic.cost(best), padded.feasible(best), 0
-    members, pool, large, found_at = [best], Pool(traffic), is_large(padded), 0
+    members, large, found_at = [best], is_large(padded), 0
     warm = LARGE_WARM if large else WARM
     for made in itertools.count():
         done = kept and (best_cost <= target + 1e-9 or made - found_at > PATIENCE)
@@ -71,6 +72,16 @@ def search(
         if report is not None:
             report(best_cost, made + 1)
     return best[:, : problem.experts], made
+
+
+def _started(traffic: Traffic, pool: Pool, target: float, deadline: Deadline) -> Assignment:
+    """Where a search without limits starts: the best chain of one that is grown and of couples of layers, polished."""
+    problem = traffic.problem
+    start = polish(traffic, grown(problem), deadline)
+    if problem.layers < 3 or traffic.cost(start) <= target + 1e-9 or deadline.passed():
+        return start
+    couples = polish(traffic, pool.best([coupled(problem, first) for first in (0, 1)]), deadline)
+    return polish(traffic, pool.best([start, couples]), deadline)
 
 
 def anneal(traffic: Traffic, begin: Assignment, rng: np.random.Generator, hot: float, deadline: Deadline) -> Assignment:
@@ -180,12 +191,6 @@ def _settle(traffic: Traffic, current: Assignment, settled: NDArray[np.bool_], l
     settled[layer] = True
 
 
-def transport(kept: NDArray[np.float64], slots: int) -> NDArray[np.int64]:
-    """The rank of every expert `[E]` that keeps most together, `slots` experts on each; kept `[E, ranks]`, E ranks * slots."""
-    _, position = linear_sum_assignment(np.repeat(kept, slots, axis=1), maximize=True)
-    return np.asarray(position // slots)
-
-
 def _descend(problem: Problem, current: Assignment, layer: int, kept: NDArray[np.float64]) -> None:
     """Best allowed swap of the layer until none helps; kept `[E, ranks]` does not depend on the layer itself."""
     while True:
@@ -210,64 +215,6 @@ def allowed_swaps(problem: Problem, here: NDArray[np.int64], layer: int) -> NDAr
         fits = held[here][:, None] - weight[:, None] + weight[None, :] <= ceiling[here][:, None]  # e's rank, f instead
         allowed &= fits & fits.T
     return allowed
-
-
-def grown(problem: Problem) -> Assignment:
-    """A chain grown from one layer's groups: experts that send to the same experts are grouped, then layer follows layer.
-
-    Tried from several layers; the best is returned. Finds planted groups at once, where annealing from scratch is slow.
-    """
-    assert problem.transitions is not None
-    layers = problem.layers
-    tried = sorted({0, layers // 4, layers // 2, 3 * layers // 4, layers - 1})
-    return min((_grown_from(problem, layer) for layer in tried), key=problem.cost)
-
-
-def _grown_from(problem: Problem, seed_layer: int) -> Assignment:
-    weights = problem.transitions
-    assert weights is not None
-    found = np.zeros((problem.layers, problem.experts), dtype=np.int64)
-    near = np.zeros((problem.experts, problem.experts))
-    for matrix in (*weights[seed_layer : seed_layer + 1], *weights[seed_layer - 1 : seed_layer].transpose(0, 2, 1)):
-        shares = matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
-        near += shares @ shares.T
-    found[seed_layer] = groups_of(near, problem.slots)
-    for layer in range(seed_layer + 1, problem.layers):
-        found[layer] = transport(weights[layer - 1].T @ one_hot(found[layer - 1], problem.ranks), problem.slots)
-    for layer in range(seed_layer - 1, -1, -1):
-        found[layer] = transport(weights[layer] @ one_hot(found[layer + 1], problem.ranks), problem.slots)
-    return found
-
-
-def groups_of(near: NDArray[np.float64], size: int) -> NDArray[np.int64]:
-    """Groups of exactly `size` experts, int64 `[E]`, by merging the nearest groups that fit; near `[E, E]`, symmetric."""
-    count = len(near)
-    group = np.arange(count)
-    members = np.ones(count, dtype=np.int64)
-    link = near.astype(np.float64).copy()
-    np.fill_diagonal(link, -np.inf)
-    while True:
-        mean = link / (members[:, None] * members[None, :])
-        mean[members[:, None] + members[None, :] > size] = -np.inf
-        i, j = np.unravel_index(mean.argmax(), mean.shape)
-        if not np.isfinite(mean[i, j]):
-            break
-        group[group == j] = i
-        members[i] += members[j]
-        link[i] += link[j]
-        link[:, i] = link[i]
-        link[i, i] = -np.inf
-        link[j] = link[:, j] = -np.inf
-        members[j] = size + 1
-    # What is left has no partner that fits: filled up in order.
-    full = [g for g in np.unique(group) if np.sum(group == g) == size]
-    result = np.full(count, -1, dtype=np.int64)
-    for number, g in enumerate(full):
-        result[group == g] = number
-    rest = np.flatnonzero(result < 0)
-    rest = rest[np.argsort(group[rest], kind="stable")]
-    result[rest] = len(full) + np.arange(len(rest)) // size
-    return result
 
 
 def _shuffled(problem: Problem, start: Assignment, rng: np.random.Generator) -> Assignment:

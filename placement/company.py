@@ -16,10 +16,10 @@ from scipy.optimize import linear_sum_assignment
 
 from coterie.placement import limits
 from coterie.placement.baselines import Assignment
-from coterie.placement.chain import groups_of
 from coterie.placement.homes import balanced
 from coterie.placement.prices import Prices
 from coterie.placement.problem import Problem
+from coterie.placement.starts import groups_of
 from coterie.routing.trace import RoutingTrace
 
 Array = NDArray[np.float64]

@@ -16,9 +16,9 @@ from scipy.optimize import linear_sum_assignment
 
 from coterie.placement import limits
 from coterie.placement.baselines import Assignment, packed
-from coterie.placement.chain import groups_of
 from coterie.placement.problem import Problem
 from coterie.placement.scenarios import Scenario
+from coterie.placement.starts import groups_of
 
 if TYPE_CHECKING:
     from coterie.placement.planner import PlanRequest

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.placement import local
-from coterie.placement.chain import transport
 from coterie.placement.moving import Array, Given, Holds, Ids, Layer, State
+from coterie.placement.starts import transport
 
 
 class Chain(Layer):

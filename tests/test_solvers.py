@@ -12,12 +12,12 @@ from conftest import make_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.placement import anchors, chain, exact, ilp, local, nodes, rows, solve
+from coterie.placement import anchors, chain, exact, ilp, local, nodes, rows, solve, starts
 from coterie.placement.copies import held
 from coterie.placement.cost import coherent_rows, evaluate, hops, layer_seconds
 from coterie.placement.deadline import Deadline
 from coterie.placement.planner import PlanRequest
-from coterie.placement.problem import Limit, Problem, dispatch_problem, one_hot
+from coterie.placement.problem import Limit, Problem, dispatch_problem, hops_problem, one_hot
 from coterie.placement.recombine import Pool, recombined
 from coterie.placement.rows import TimeScore
 from coterie.placement.scenarios import gathered
@@ -25,6 +25,7 @@ from coterie.placement.task import Task
 from coterie.placement.timing import TIE, LayerTime
 from coterie.placement.topology import Link, Topology
 from coterie.placement.traffic import Traffic
+from coterie.routing import synth
 
 SEEDS = st.integers(0, 10_000)
 LATER = 60.0
@@ -67,7 +68,7 @@ def test_gains_are_what_an_expert_keeps_together(seed, ranks, layers, listed) ->
 def test_transport_is_the_best_layer_given_its_neighbours(seed, shape) -> None:
     ranks, experts = shape
     kept = np.random.default_rng(seed).integers(0, 9, (experts, ranks)).astype(float)
-    found = chain.transport(kept, experts // ranks)
+    found = starts.transport(kept, experts // ranks)
     value = lambda row: kept[np.arange(experts), row].sum()  # noqa: E731
     assert (np.bincount(found, minlength=ranks) == experts // ranks).all()
     assert value(found) == max(value(row) for row in layer_choices(experts, ranks, experts // ranks))
@@ -108,18 +109,50 @@ def test_recombined_is_the_best_of_all_renamed_layers_of_the_pool(seed, members,
 @given(seed=SEEDS, size=st.integers(1, 5), groups=st.integers(1, 4))
 def test_groups_have_exactly_the_size_asked_for(seed, size, groups) -> None:
     near = np.random.default_rng(seed).random((size * groups, size * groups))
-    assert (np.bincount(chain.groups_of(near + near.T, size)) == size).all()
+    assert (np.bincount(starts.groups_of(near + near.T, size)) == size).all()
 
 
-def test_planted_groups_are_found_at_once() -> None:
+def test_planted_groups_are_found_at_once(monkeypatch) -> None:
     rng = np.random.default_rng(2)
     group = rng.permutation(np.arange(12) % 3)
-    found = chain.groups_of(np.where(group[:, None] == group[None], 5.0, 1.0) + rng.random((12, 12)) / 10, 4)
+    found = starts.groups_of(np.where(group[:, None] == group[None], 5.0, 1.0) + rng.random((12, 12)) / 10, 4)
     assert len(set(zip(group.tolist(), found.tolist(), strict=True))) == 3
     rows = np.stack([rng.permuted(group) for _ in range(5)])
     pairs = np.where(rows[:-1, :, None] == rows[1:, None], 10.0, 0.0)
     problem = Problem(5, 12, 3, 4, 1.0, transitions=pairs)
-    assert problem.cost(chain.grown(problem)) == 0
+    assert problem.cost(starts.grown(problem)) == 0
+    monkeypatch.delattr(chain, "coupled")  # what is at its target already needs no other start
+    assert problem.cost(chain.search(problem, 0, None, Deadline(LATER))[0]) == 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS, layers=st.integers(3, 6), first=st.sampled_from([0, 1]))
+def test_couples_are_layers_that_are_best_given_each_other(seed, layers, first) -> None:
+    problem = random_chain(np.random.default_rng(seed), layers, 6, 3)
+    found = starts.coupled(problem, first)
+    assert (one_hot(found, 3).sum(1) == 2).all()
+    kept = [float((pairs * (found[i][:, None] == found[i + 1])).sum()) for i, pairs in enumerate(problem.transitions)]
+    partner = {0: 1} if first == 1 else {}  # a layer without a partner follows its neighbour
+    partner |= {layer + 1: layer for layer in range(first, layers - 1, 2)}
+    partner |= {layers - 1: layers - 2}
+    for layer, other in partner.items():
+        pair = min(layer, other)
+        pairs = problem.transitions[pair] if layer == pair else problem.transitions[pair].T
+        best = max((pairs * (row[:, None] == found[other])).sum() for row in layer_choices(6, 3, 2))
+        assert kept[pair] == best
+
+
+@pytest.mark.parametrize("layers", [6, 7])
+def test_a_chain_whose_layers_are_at_odds_starts_from_couples(layers) -> None:
+    """Every layer's groups towards the one before are not those towards the next: all of it cannot be kept together."""
+    trace = synth.make("misaligned", 4000, layers, 32, 1, seed=5, groups=8)
+    problem = hops_problem([s.transitions for s in gathered([trace])], [1.0], 8, 4, ())
+    incoming, outgoing = synth.misaligned_groups(layers, 32, 8, seed=5)
+    planted = [np.stack([(outgoing, incoming)[(layer + first) % 2][layer] for layer in range(layers)]) for first in (0, 1)]
+    aligned = min(problem.cost(recombined(problem, [rows])) for rows in planted)
+    found, made = chain.search(problem, 0, 0, Deadline(LATER))
+    alone = chain.polish(Traffic(problem), starts.grown(problem), Deadline(LATER))
+    assert made == 0 and problem.cost(found) <= aligned and problem.cost(found) < problem.cost(alone)
 
 
 @settings(max_examples=8, deadline=None)
@@ -141,7 +174,7 @@ def test_a_chain_too_large_for_anneals_from_scratch_is_searched_the_same_way_aga
     problem = random_chain(np.random.default_rng(3), 6, 12, 3)
     (found, made), (again, _) = (chain.search(problem, 1, 20, Deadline(LATER)) for _ in range(2))
     assert made == 20 and (found == again).all() and problem.feasible(found)
-    assert problem.cost(found) <= problem.cost(chain.polish(Traffic(problem), chain.grown(problem), Deadline(LATER)))
+    assert problem.cost(found) <= problem.cost(chain.polish(Traffic(problem), starts.grown(problem), Deadline(LATER)))
 
 
 @pytest.mark.parametrize(("spoils", "direction"), [(True, -1), (False, 1)])
