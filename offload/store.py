@@ -178,7 +178,7 @@ class ExpertStore:
 def aligned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Memory that blocks can be read into: it begins at a page, a large one where there are such; taken when used."""
     count = max(1, torch.Size(shape).numel() * dtype.itemsize)
-    pages = mmap.mmap(-1, count)
+    pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no large pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8, count=torch.Size(shape).numel() * dtype.itemsize).view(dtype).view(shape)
