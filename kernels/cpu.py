@@ -126,7 +126,7 @@ class Int8:
     def vectors(self, experts: list[int], x: torch.Tensor) -> torch.Tensor:
         """By torch's operator."""
         data, scales = self.weights.data, self._scales(x.dtype)
-        rows = zip(experts, x.split(1), strict=True)
+        rows = zip(experts, torch.split(x, 1), strict=True)
         return torch.cat([torch._weight_int8pack_mm(row, data[expert], scales[expert]) for expert, row in rows])
 
 
@@ -167,7 +167,7 @@ class Int4:
     def vectors(self, experts: list[int], x: torch.Tensor) -> torch.Tensor:
         """By torch's operator."""
         data, scales = self.data, self._scales(x.dtype)
-        rows = zip(experts, x.split(1), strict=True)
+        rows = zip(experts, torch.split(x, 1), strict=True)
         return torch.cat([torch._weight_int4pack_mm_for_cpu(row, data[e], GROUP, scales[e]) for e, row in rows])
 
 

@@ -31,7 +31,7 @@ class Stack:
     def output(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """Of one layer, `[N]`. Each output is given once, so that an input whose values change is computed anew."""
         if self.seen is not x or number not in self.left:
-            self.left = dict(enumerate(torch.mv(self.weight, x.reshape(-1)).split(self.sizes)))
+            self.left = dict(enumerate(torch.split(torch.mv(self.weight, x.reshape(-1)), self.sizes)))
             self.seen = x
         return self.left.pop(number)
 
@@ -65,9 +65,9 @@ def speed_up_one_row(model: nn.Module) -> None:
         module.__class__ = OneRowLinear
         if "stack" not in vars(module):
             module.stack = None  # type: ignore[assignment]
-    for module in model.modules():
+    for parent in model.modules():
         for names in TOGETHER:
-            beside = [getattr(module, name, None) for name in names]
+            beside = [getattr(parent, name, None) for name in names]
             if all(isinstance(layer, OneRowLinear) for layer in beside):
                 _lay_together([layer for layer in beside if isinstance(layer, OneRowLinear)])
 
@@ -76,7 +76,7 @@ def plain_again(model: nn.Module) -> None:
     """The dense layers are torch's own again."""
     for module in model.modules():
         if type(module) is OneRowLinear:
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 def _fits(layer: nn.Linear) -> bool:
@@ -91,6 +91,6 @@ def _lay_together(layers: Iterable[OneRowLinear]) -> None:
         return
     sizes = [layer.out_features for layer in layers]
     stack = Stack(torch.cat([layer.weight for layer in layers]), sizes)
-    for number, (layer, weight) in enumerate(zip(layers, stack.weight.split(sizes), strict=True)):
+    for number, (layer, weight) in enumerate(zip(layers, torch.split(stack.weight, sizes), strict=True)):
         layer.weight.data = weight
         layer.stack, layer.number, layer.place = stack, number, weight.data_ptr()
