@@ -39,6 +39,10 @@ class Product(Protocol):
         """x `[rows, K]` to out `[rows, N]`."""
         ...
 
+    def vectors(self, experts: list[int], x: torch.Tensor) -> torch.Tensor:
+        """Each expert on its one row of x `[len(experts), K]`, to the bit as `multiply`: `[len(experts), N]`."""
+        ...
+
 
 @lru_cache(maxsize=1)
 def multiplies_bfloat16() -> bool:
@@ -84,27 +88,46 @@ class Panels:
         one = self.weights.expert(expert)
         out.copy_(x.float() @ one.dequantised(torch.float32)[0].T)
 
+    def vectors(self, experts: list[int], x: torch.Tensor) -> torch.Tensor:
+        """One at a time."""
+        out = x.new_empty(len(x), self.shape[1])
+        for row, expert in enumerate(experts):
+            self.multiply(expert, x[row : row + 1], out[row : row + 1])
+        return out
+
 
 @dataclass(frozen=True)
 class Int8:
     """`int8` weights by torch's operator."""
 
     weights: Weights
+    _rounded: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(S, N, K)."""
         return self.weights.shape
 
+    def _scales(self, dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in self._rounded:
+            assert self.weights.scale is not None
+            self._rounded[dtype] = self.weights.scale.to(dtype)
+        return self._rounded[dtype]
+
     def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
         """The scales are applied in x's dtype; many rows are multiplied by the integers, which any float dtype holds."""
-        assert self.weights.scale is not None
-        data, scale = self.weights.data[expert], self.weights.scale[expert]
+        data, scale = self.weights.data[expert], self._scales(x.dtype)[expert]
         if len(x) > PANEL_ROWS:
             torch.mm(x, data.to(x.dtype).T, out=out)
-            out.mul_(scale.to(x.dtype))
+            out.mul_(scale)
         else:
-            out.copy_(torch._weight_int8pack_mm(x, data, scale.to(x.dtype)))
+            out.copy_(torch._weight_int8pack_mm(x, data, scale))
+
+    def vectors(self, experts: list[int], x: torch.Tensor) -> torch.Tensor:
+        """By torch's operator."""
+        data, scales = self.weights.data, self._scales(x.dtype)
+        rows = zip(experts, torch.split(x, 1), strict=True)
+        return torch.cat([torch._weight_int8pack_mm(row, data[expert], scales[expert]) for expert, row in rows])
 
 
 @dataclass(frozen=True)
@@ -132,11 +155,20 @@ class Int4:
         """(S, N, K)."""
         return self.data.shape[0], self.data.shape[1], 2 * self.data.shape[2]
 
+    def _scales(self, dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in self._rounded:
+            self._rounded[dtype] = self.scales.to(dtype)
+        return self._rounded[dtype]
+
     def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
         """The scales are rounded to x's dtype, once."""
-        if x.dtype not in self._rounded:
-            self._rounded[x.dtype] = self.scales.to(x.dtype)
-        out.copy_(torch._weight_int4pack_mm_for_cpu(x, self.data[expert], GROUP, self._rounded[x.dtype][expert]))
+        out.copy_(torch._weight_int4pack_mm_for_cpu(x, self.data[expert], GROUP, self._scales(x.dtype)[expert]))
+
+    def vectors(self, experts: list[int], x: torch.Tensor) -> torch.Tensor:
+        """By torch's operator."""
+        data, scales = self.data, self._scales(x.dtype)
+        rows = zip(experts, torch.split(x, 1), strict=True)
+        return torch.cat([torch._weight_int4pack_mm_for_cpu(row, data[e], GROUP, scales[e]) for e, row in rows])
 
 
 def for_cpu(weights: Weights) -> Product:

@@ -119,6 +119,8 @@ class StackedExperts:
         self, chunk: list[tuple[int, int]], x: torch.Tensor, weight: torch.Tensor | Product | Weights, bias: torch.Tensor | None
     ) -> torch.Tensor:
         assert not isinstance(weight, Weights)  # of a GPU
+        if len(chunk) == len(x) and bias is None and self.least_rows == 1 and x.dtype != torch.float32:
+            return self._vectors([expert for expert, _ in chunk], x, weight)
         out = x.new_empty(x.shape[0], weight.shape[2 if self.transposed else 1])
         start = 0
         for expert, count in chunk:
@@ -135,6 +137,15 @@ class StackedExperts:
             start += count
         return out
 
+    def _vectors(self, experts: list[int], x: torch.Tensor, weight: torch.Tensor | Product) -> torch.Tensor:
+        """One row for each expert, to the bit as `_products`: what a call costs counts here, so there are as few as can be."""
+        if not isinstance(weight, torch.Tensor):
+            return weight.vectors(experts, x)
+        out = x.new_empty(x.shape[0], weight.shape[2 if self.transposed else 1])
+        for expert, row, y in zip(experts, x.unbind(), out.unbind(), strict=True):
+            torch.mv(weight[expert].T if self.transposed else weight[expert], row, out=y)
+        return out
+
     def _multiply(self, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         count = len(rows)
         if count < self.least_rows:
@@ -144,7 +155,7 @@ class StackedExperts:
             out.copy_((product if bias is None else product + bias)[:count])
         elif count < self.least_rows:
             out.copy_((rows @ matrix if bias is None else torch.addmm(bias, rows, matrix))[:count])
-        elif count == 1 and bias is None and rows.dtype != torch.float32:  # torch has a faster way for one row of these
+        elif count == 1 and bias is None and rows.dtype != torch.float32:  # as `_vectors`
             torch.mv(matrix.T, rows[0], out=out[0])
         elif bias is None:
             torch.mm(rows, matrix, out=out)

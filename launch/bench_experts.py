@@ -87,10 +87,12 @@ def _sides(
 ) -> dict[str, Callable[[], float] | None]:
     """What each side does in its turn; None where it is not there."""
     import coterie.moe.layer  # noqa: F401  registers the implementation
+    from coterie.moe.one_row import plain_again, speed_up_one_row
 
     def ours(model: Any, implementation: str) -> Callable[[], float]:
         def turn() -> float:
             model.set_experts_implementation(implementation)
+            (speed_up_one_row if implementation == "coterie" else plain_again)(model)  # as `coterie.load` does
             return run(model)
 
         return turn
@@ -140,7 +142,7 @@ def _model_like(model: Any) -> Any:
     return made
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _decode(model: Any) -> float:
     ids = torch.arange(8)[None] + 100
     out = model(ids, use_cache=True)
@@ -150,7 +152,7 @@ def _decode(model: Any) -> float:
     return NEW / (time.perf_counter() - started)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _prefill(model: Any) -> float:
     ids = torch.arange(PROMPT)[None] % model.config.vocab_size
     started = time.perf_counter()

@@ -21,6 +21,7 @@ from coterie.moe.generate import Generator, OnToken, Sampling
 from coterie.moe.home_ranks import HomeRanks, find_home_ranks
 from coterie.moe.invariant import BLOCK_ROWS, make_invariant
 from coterie.moe.layer import attach
+from coterie.moe.one_row import speed_up_one_row
 from coterie.moe.placement_map import layer_maps
 from coterie.moe.prepare import Share, check_slots, prepare
 from coterie.moe.replanning import AutoReplan, Boundary, TakeOver
@@ -282,6 +283,8 @@ def assembled(
             raise InputError("--batch-invariant: found it with --quantise, expected one of them")
         make_invariant(read)
         made.context.least_rows = BLOCK_ROWS
+    else:
+        speed_up_one_row(read)
     return made
 
 

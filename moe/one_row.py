@@ -1,0 +1,96 @@
+"""Dense layers in decode: a bfloat16 product with one row as a matrix times a vector, and layers with one input as one product.
+
+torch's Linear gives a single row to oneDNN as a matrix, which takes about twice as long as the same weights times a vector;
+on processors with bfloat16 instructions both give the same bits (tests/test_one_row.py). Layers that stand side by side and
+are called with one input, as query, key and value are, lie in one stack: the first one called computes all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from coterie.kernels.cpu import multiplies_bfloat16
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names of layers that are given the same input
+
+
+@dataclass
+class Stack:
+    """Layers with one input. weight: theirs, one below another `[sum of N, K]`; left: outputs that nobody has taken yet."""
+
+    weight: torch.Tensor
+    sizes: list[int]
+    seen: torch.Tensor | None = None
+    left: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def output(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """Of one layer, `[N]`. Each output is given once, so that an input whose values change is computed anew."""
+        if self.seen is not x or number not in self.left:
+            self.left = dict(enumerate(torch.split(torch.mv(self.weight, x.reshape(-1)), self.sizes)))
+            self.seen = x
+        return self.left.pop(number)
+
+
+class OneRowLinear(nn.Linear):
+    """torch's Linear, except for one row. stack, number: what it is computed with, and its place there; None: alone."""
+
+    stack: Stack | None
+    number: int
+    place: int
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` to `[..., N]`."""
+        if input.numel() != self.in_features:
+            return F.linear(input, self.weight, self.bias)
+        if self.stack is not None and self.weight.data_ptr() == self.place:
+            return self.stack.output(self.number, input).view(*input.shape[:-1], -1)
+        return torch.mv(self.weight, input.reshape(-1)).view(*input.shape[:-1], -1)
+
+
+def speed_up_one_row(model: nn.Module) -> None:
+    """Let the dense layers of `model` do so where it is known to give the same bits: bfloat16 on a CPU that multiplies it.
+
+    Weights of layers that stand side by side are laid one below another; they are otherwise as they were. Not for a model that
+    is to be trained or run batch-invariant.
+    """
+    if not multiplies_bfloat16():
+        return
+    found = [module for module in model.modules() if type(module) is nn.Linear and _fits(module)]
+    for module in found:
+        module.__class__ = OneRowLinear
+        if "stack" not in vars(module):
+            module.stack = None  # type: ignore[assignment]
+    for parent in model.modules():
+        for names in TOGETHER:
+            beside = [getattr(parent, name, None) for name in names]
+            if all(isinstance(layer, OneRowLinear) for layer in beside):
+                _lay_together([layer for layer in beside if isinstance(layer, OneRowLinear)])
+
+
+def plain_again(model: nn.Module) -> None:
+    """The dense layers are torch's own again."""
+    for module in model.modules():
+        if type(module) is OneRowLinear:
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+def _fits(layer: nn.Linear) -> bool:
+    weight = layer.weight
+    return layer.bias is None and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
+
+
+@torch.no_grad()
+def _lay_together(layers: Iterable[OneRowLinear]) -> None:
+    layers = list(layers)
+    if len({layer.in_features for layer in layers}) > 1 or layers[0].stack is not None:
+        return
+    sizes = [layer.out_features for layer in layers]
+    stack = Stack(torch.cat([layer.weight for layer in layers]), sizes)
+    for number, (layer, weight) in enumerate(zip(layers, torch.split(stack.weight, sizes), strict=True)):
+        layer.weight.data = weight
+        layer.stack, layer.number, layer.place = stack, number, weight.data_ptr()

@@ -1,0 +1,102 @@
+"""Dense layers in decode: what is faster with one row gives the bits of torch's own Linear."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FAMILIES, make_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from coterie.kernels.cpu import multiplies_bfloat16
+from coterie.moe import one_row
+from coterie.moe.model import load
+from coterie.moe.one_row import OneRowLinear, plain_again, speed_up_one_row
+
+needs_bfloat16 = pytest.mark.skipif(not multiplies_bfloat16(), reason="no bfloat16 instructions here: torch's own layers stay")
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_step_of_every_family_has_the_bits_of_torchs_layers(family: str, tmp_path: Path) -> None:
+    folder = make_model(family, tmp_path)
+    plain, fast = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval() for _ in range(2))
+    speed_up_one_row(fast)
+    assert any(isinstance(module, OneRowLinear) for module in fast.modules())
+    assert set(fast.state_dict()) == set(plain.state_dict())
+    caches, ids = [None, None], torch.tensor([[5, 17, 33, 60]])
+    with torch.inference_mode():
+        for step in (ids, ids[:, :1], ids[:, 1:2], ids[:, 2:]):
+            outs = [m(step, past_key_values=c, use_cache=True) for m, c in zip((plain, fast), caches, strict=True)]
+            caches = [out.past_key_values for out in outs]
+            assert torch.equal(outs[0].logits, outs[1].logits)
+
+
+class Block(nn.Module):
+    """Three layers with one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(64, width, bias=False) for width in (96, 32, 32))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> tuple[Block, Block]:
+    monkeypatch.setattr(one_row, "multiplies_bfloat16", lambda: True)
+    torch.manual_seed(0)
+    plain, fast = Block().bfloat16().requires_grad_(False), Block().bfloat16().requires_grad_(False)
+    fast.load_state_dict(plain.state_dict())
+    speed_up_one_row(fast)
+    return plain, fast
+
+
+def close(found: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return all(f.shape == r.shape and torch.allclose(f, r, rtol=1e-2, atol=1e-2) for f, r in zip(found, right, strict=True))
+
+
+def test_one_product_is_made_for_layers_with_one_input(blocks: tuple[Block, Block], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fast = blocks
+    made: list[tuple[int, ...]] = []
+    mv = torch.mv
+    monkeypatch.setattr(torch, "mv", lambda w, v: made.append(tuple(w.shape)) or mv(w, v))
+    x = torch.randn(1, 1, 64).bfloat16()
+    assert close(fast(x), plain(x)) and made == [(160, 64)]
+    x.mul_(-2)
+    assert close(fast(x), plain(x)) and len(made) == 2, "the same tensor with other values is computed anew"
+    assert close(fast(x[0]), plain(x[0]))
+    many = torch.randn(2, 5, 64).bfloat16()
+    assert close(fast(many), plain(many)) and len(made) == 3
+
+
+def test_weights_that_were_replaced_are_the_ones_computed_with(blocks: tuple[Block, Block]) -> None:
+    plain, fast = blocks
+    x = torch.randn(1, 64).bfloat16()
+    for block in blocks:
+        block.k_proj.weight = nn.Parameter(torch.ones(32, 64).bfloat16(), requires_grad=False)
+        block.v_proj.weight.mul_(3)
+    assert close(fast(x), plain(x))
+    assert close(fast.float()(x.float()), plain.float()(x.float()))
+
+
+def test_layers_are_torchs_own_again_and_others_never_change(blocks: tuple[Block, Block]) -> None:
+    _, fast = blocks
+    plain_again(fast)
+    assert all(type(m) is nn.Linear for m in fast.children())
+    speed_up_one_row(fast)
+    assert all(type(m) is OneRowLinear for m in fast.children())
+    single, biased = nn.Linear(4, 4, bias=False), nn.Linear(4, 4).bfloat16()
+    speed_up_one_row(nn.ModuleList([single, biased]))
+    assert type(single) is type(biased) is nn.Linear
+
+
+def test_coteries_own_models_have_them_unless_batch_invariant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_row, "multiplies_bfloat16", lambda: True)
+    folder = make_model("qwen3_moe", tmp_path)
+    for invariant in (False, True):
+        made = load(folder, dtype="bfloat16", device="cpu", batch_invariant=invariant).transformers
+        assert any(type(m) is OneRowLinear for m in made.modules()) != invariant
