@@ -15,8 +15,9 @@ import torch
 
 from coterie.offload.ahead import Guesser
 from coterie.offload.policies import MAKERS, lowest
-from coterie.offload.store import ExpertStore, aligned_empty
+from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import LEAST, HostTier, Misses
+from coterie.offload.transfer import aligned_empty
 
 DEFAULT = "coterie"
 DEPTH = 3  # layers ahead that experts are read for
