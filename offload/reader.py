@@ -89,8 +89,8 @@ class AsyncReader:
             try:
                 (self._later if ahead else self._wanted).append(job)
                 self._send()
-            except BaseException as error:  # such as ctrl-C: nobody knows how far it came
-                self._reset(error)
+            except BaseException:  # such as ctrl-C: nobody knows how far it came
+                self._reset(CoterieError("experts were still being read when the run was interrupted"))
                 self._queue = Queue(DEPTH, self._wake)
                 raise
         return job.future

@@ -173,7 +173,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Memory that blocks can be read into: it begins at a page, a large one where there are such; taken when used.
 
     A process that is forked does not have it. Large pages spare the system and, on virtual disks, the host a table of small
-    ones for every read. Memory that processes share, Python's default, has none.
+    ones for every read. Memory that processes share, Python's default, has none unless the system is set so.
     """
     count = torch.Size(shape).numel() * dtype.itemsize
     pages = mmap.mmap(-1, max(1, count), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

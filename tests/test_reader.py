@@ -241,7 +241,8 @@ def test_ctrl_c_while_reads_begin_leaves_a_store_that_reads(
         patched.setattr(Queue, "submit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.start(0, 1, into[1])
-    assert isinstance(first.exception(), (KeyboardInterrupt, type(None)))
+    error = first.exception()
+    assert error is None or "when the run was interrupted" in str(error)
     for expert in range(6):
         store.start(0, expert, into[expert]).result()
         assert torch.equal(into[expert]["w"], right[expert])
