@@ -84,7 +84,7 @@ def _decoded(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
         for name, peer in peers.items():
             torch.set_num_threads(max(1, cores - 1) if name == IN_MEMORY else cores)
             tokens = cases.prompted(peer, position, PEERS_NEW)
-            times[name].append(cases.seconds_per_token(peer, tokens, cold=name != IN_MEMORY))
+            times[name].append(cases.seconds_per_token(peer, tokens, cold=True))
     speeds = {name: 1 / statistics.median(values) if values else None for name, values in times.items()}
     for name, side in found.items():
         yield from side.rows(f"{case}, {name}", speeds, {"accelerate": no_accelerate, "llama.cpp": no_llama})

@@ -21,6 +21,7 @@ from coterie.launch.llama_peer import LlamaModel, missing, write_gguf
 from coterie.moe.collectives import Group
 from coterie.moe.model import Model, assembled
 from coterie.moe.prepare import prepare
+from coterie.offload.transfer import STAGE_BYTES, Request
 from coterie.routing.trace import read_trace
 
 PREFIX = "coterie-offload-"  # of the folder that all files are in: what is mapped from there is paged out
@@ -36,7 +37,8 @@ SMALL = LARGE | {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_l
 HUGE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
 DROP = Path("/proc/sys/vm/drop_caches")
 PROMPT = 8
-CHUNK, STRAIGHT = 4 << 20, 512 << 20
+STRAIGHT = 512 << 20
+SETTLED = 0.05  # seconds after which the system has done with what it dropped
 PAGE_OUT = 21  # MADV_PAGEOUT
 
 
@@ -176,6 +178,7 @@ def drop() -> None:
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), PAGE_OUT)
     os.sync()
     DROP.write_text("1")
+    time.sleep(SETTLED)
 
 
 def disk_rate(model: Model) -> float:
@@ -183,13 +186,12 @@ def disk_rate(model: Model) -> float:
     assert model.cache is not None
     store = model.cache.store
     file = next(iter(store.records[0][0].values())).pieces[0].file
-    size = min(file.stat().st_size, STRAIGHT) // CHUNK * CHUNK
-    read: Callable[[int], object] = lambda at: store.staged(file, at, CHUNK)  # noqa: E731
-    before, started = store.counter.bytes, time.perf_counter()
-    list(store.readers.map(read, range(0, size, CHUNK)))
-    took = time.perf_counter() - started
-    store.counter.bytes = before  # not the model's
-    return size / took
+    size = min(file.stat().st_size, STRAIGHT) // STAGE_BYTES * STAGE_BYTES
+    read: Callable[[int], None] = lambda at: store.files.fill(Request(file, at, STAGE_BYTES, False), store.stage())  # noqa: E731
+    list(store.readers.map(read, range(0, size // 8, STAGE_BYTES)))  # their memory is there once it was used
+    started = time.perf_counter()
+    list(store.readers.map(read, range(0, size, STAGE_BYTES)))
+    return size / (time.perf_counter() - started)
 
 
 def prompted(side: Sequence | Llama, position: int, tokens: int) -> list[int]:

@@ -20,8 +20,9 @@ from coterie.moe.layer import stacked
 from coterie.moe.load import WEIGHT_DTYPES, expert_in
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint, TensorPlace
-from coterie.offload.store import ExpertStore, Part, Piece
+from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import HostTier, Misses
+from coterie.offload.transfer import Part, Piece
 from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
 

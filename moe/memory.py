@@ -13,14 +13,17 @@ import numpy as np
 
 from coterie.moe.queue import PREFILL_TOKENS
 from coterie.offload.cache import remembered_bytes
-from coterie.offload.store import AHEAD_READERS, READERS, STAGE_BYTES
+from coterie.offload.reader import STAGES
+from coterie.offload.store import AHEAD_READERS, READERS
+from coterie.offload.transfer import STAGE_BYTES
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError
 
 SLACK = 64  # positions that the coherent strategy's store of keys and values allocates ahead
 HIDDEN_COPIES = 12  # of a step's hidden states: residual, normalised, queries, keys, values, shared experts, messages
 FLOAT32 = 4
-READING_BYTES = (READERS + AHEAD_READERS) * STAGE_BYTES + 20_000_000  # their own memory, and what threads and libraries take
+READING_BYTES = (READERS + AHEAD_READERS + STAGES) * STAGE_BYTES + 44_000_000  # their own memory, and what threads, libraries
+# and large pages take
 RECORD_BYTES = 6_000  # of an expert of a layer: its places on disk, as Python's objects
 
 

@@ -15,8 +15,9 @@ import torch
 
 from coterie.offload.ahead import Guesser
 from coterie.offload.policies import MAKERS, lowest
-from coterie.offload.store import ExpertStore, aligned_empty
+from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import LEAST, HostTier, Misses
+from coterie.offload.transfer import aligned_empty
 
 DEFAULT = "coterie"
 DEPTH = 3  # layers ahead that experts are read for
@@ -205,7 +206,11 @@ class ExpertCache:
         for one in experts:
             slot = self.slot_of[one] = self.free.pop()
             into = {name: pool[slot] for name, pool in self.pools.items()}
-            self.coming[one] = self.source.start(one // self.experts, one % self.experts, into, ahead)
+            try:
+                self.coming[one] = self.source.start(one // self.experts, one % self.experts, into, ahead)
+            except BaseException:  # such as ctrl-C: it is not there, and whether something is written to the slot is not known
+                self.slot_of[one] = -1
+                raise
 
     def _give_way(self, needed: np.ndarray) -> list[int]:
         """Of what was being read for later: what is there is like any other, what has not begun is called off.

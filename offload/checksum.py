@@ -17,7 +17,7 @@ import numpy as np
 from coterie.routing.errors import CoterieError
 
 ROW = 4096  # bytes
-AT_ONCE = 256 << 10  # bytes whose columns are added while they are still in the processor's cache
+AT_ONCE = 512 << 10  # bytes whose columns are added while they are still in the processor's cache
 
 
 class Checksum:

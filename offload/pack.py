@@ -21,7 +21,7 @@ from coterie.offload import sidecar
 from coterie.offload.checkpoint import Checkpoint
 from coterie.offload.checksum import Checksum
 from coterie.offload.sidecar import FORMAT, INDEX, JOURNAL, Sidecar, Source, aligned
-from coterie.offload.store import Piece, Record
+from coterie.offload.transfer import Piece, Record
 from coterie.routing.errors import CoterieError, InputError
 
 JOURNAL_FORMAT = "coterie.pack-journal.v1"

@@ -15,7 +15,7 @@ from typing import Any
 
 from coterie.offload.checkpoint import Checkpoint
 from coterie.offload.checksum import Checksum, check
-from coterie.offload.store import BLOCK, Part, Piece, Record
+from coterie.offload.transfer import BLOCK, Part, Piece, Record
 from coterie.routing.errors import CoterieError, InputError
 from coterie.routing.files import read_json
 

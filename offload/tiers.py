@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from coterie.offload.store import AHEAD_READERS, READERS, ExpertStore, Record, aligned_empty
+from coterie.offload.store import AHEAD_READERS, READERS, ExpertStore
+from coterie.offload.transfer import Record, aligned_empty
 from coterie.routing.errors import CoterieError
 
 LEAST = READERS + AHEAD_READERS + 1  # experts: one for each reader, and one that can give way

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coterie.offload.store import Part
+from coterie.offload.transfer import Part
 
 
 def bytes_in(part: Part) -> bytes:

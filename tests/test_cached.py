@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import signal
 import subprocess
@@ -12,7 +10,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,8 +27,9 @@ from coterie.moe.model import assembled
 from coterie.moe.prepare import prepare
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import ReadCounter
-from coterie.offload.store import STAGE_BYTES, ExpertStore, Part, Piece
-from coterie.routing.errors import CoterieError, InputError
+from coterie.offload.store import ExpertStore
+from coterie.offload.transfer import Part, Piece
+from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
 
 PROMPTS = torch.tensor([[5, 17, 33, 60, 8, 2, 91, 44, 7], [9, 9, 3, 4, 96, 11, 12, 40, 1]])
@@ -90,76 +88,10 @@ def test_an_expert_is_read_in_place_and_byte_for_byte(family: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("offset", [0, 1, 4095, 5000])
-def test_pieces_longer_than_the_stage_and_at_any_offset(offset: int, tmp_path: Path) -> None:
-    values = torch.arange(STAGE_BYTES // 2 + 3, dtype=torch.int32).view(torch.uint8)
-    (tmp_path / "f").write_bytes(bytes(offset) + values.numpy().tobytes())
-    part = Part(torch.float32, (len(values) // 4,), (Piece(tmp_path / "f", offset, len(values)),))
-    store = ExpertStore([[{"w": part}]], ReadCounter())
-    out = torch.zeros(len(values) // 4)
-    store.start(0, 0, {"w": out}).result()
-    assert torch.equal(out.view(torch.int32), values.view(torch.int32))
-    store.close()
-
-
 def least_megabytes(refusal: str) -> float:
     found = re.search(r"--memory: found 1.0 KB, expected ([0-9.]+) MB or more", refusal)
     assert found is not None, refusal
     return float(found[1])
-
-
-def test_a_checkpoint_cut_short_while_in_use_is_named_and_no_half_read_expert_is_used(tmp_path: Path) -> None:
-    folder = make_model("qwen3_moe", tmp_path)
-    made, right = model(folder, 3), model(folder, None)
-    file = folder / "model.safetensors"
-    whole, written = file.read_bytes(), file.stat().st_mtime_ns
-    os.truncate(file, 4096)
-    with (
-        torch.no_grad(),
-        pytest.raises(CoterieError, match=r"model.safetensors: ends at byte \d+, expected \d+; was it changed"),
-    ):
-        made.transformers(PROMPTS)
-    file.write_bytes(whole)
-    os.utime(file, ns=(written, written))
-    with torch.no_grad():
-        assert torch.equal(made.transformers(PROMPTS).logits, right.transformers(PROMPTS).logits)
-
-
-def test_a_checkpoint_written_to_while_in_use_is_named(tmp_path: Path) -> None:
-    folder = make_model("qwen3_moe", tmp_path)
-    made = model(folder, 3)
-    with (folder / "model.safetensors").open("r+b") as file:
-        file.seek(-64, os.SEEK_END)
-        file.write(bytes(64))
-    with torch.no_grad(), pytest.raises(CoterieError, match=r"model\.safetensors: was changed while in use; start again"):
-        made.transformers(PROMPTS)
-
-
-def test_an_error_of_the_disk_is_named_and_what_follows_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_model("qwen3_moe", tmp_path)
-    made, right = model(folder, 3), model(folder, None)
-    real, calls = os.preadv, iter(range(1 << 30))
-
-    def failing(*arguments: Any) -> int:
-        if next(calls) == 5:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(*arguments)
-
-    monkeypatch.setattr(os, "preadv", failing)
-    with torch.no_grad():
-        with pytest.raises(CoterieError, match=r"model\.safetensors: cannot be read: Input/output error"):
-            made.transformers(PROMPTS)
-        assert torch.equal(made.transformers(PROMPTS).logits, right.transformers(PROMPTS).logits)
-
-
-@pytest.mark.parametrize("most", [4096, 5000, 9000])
-def test_short_reads_are_gone_on_with(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_model("qwen3_moe", tmp_path)
-    made, right = model(folder, 3), model(folder, None)
-    real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda file, views, offset: min(most, real(file, views, offset)))
-    with torch.no_grad():
-        assert torch.equal(made.transformers(PROMPTS).logits, right.transformers(PROMPTS).logits)
 
 
 def test_ctrl_c_ends_a_run_with_experts_on_disk(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from coterie.moe.collectives import Group
 from coterie.offload import pack as packer
 from coterie.offload.checksum import Checksum
 from coterie.offload.sidecar import open_sidecar, run_of
-from coterie.offload.store import STAGE_BYTES, Part, Piece
+from coterie.offload.transfer import STAGE_BYTES, Part, Piece
 from coterie.routing.errors import CoterieError, InputError
 
 

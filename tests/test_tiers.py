@@ -24,8 +24,9 @@ from coterie.moe.model import assembled
 from coterie.moe.prepare import prepare
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import ReadCounter
-from coterie.offload.store import ExpertStore, Part, Piece
+from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import LEAST, HostTier, Misses
+from coterie.offload.transfer import Part, Piece
 
 LAYERS, EXPERTS, VALUES = 3, 8, 2048
 GPU = torch.cuda.is_available()

@@ -1,0 +1,247 @@
+"""Reading experts while the processor computes: the system reads, and one thread of ours only puts away what has come.
+
+Threads that wait for a read each, and take the interpreter when it has ended, hold up the thread that computes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+import torch
+
+from coterie.offload.aio import Queue, Read
+from coterie.offload.files import Files, gone_on
+from coterie.offload.transfer import STAGE_BYTES, Request, Transfer, aligned_empty
+from coterie.routing.errors import CoterieError
+
+DEPTH = 32  # reads at a time; more wait here
+AHEAD_BYTES = 3 << 20  # under way, from which on nothing begins that is not needed yet
+STAGES = 6  # reads at a time of what cannot be read right into its place
+
+
+@dataclass
+class Job:
+    """A transfer asked for. sent, taken: how many of its requests; came: what waits for its turn."""
+
+    transfer: Transfer
+    future: Future[None] = field(default_factory=Future)
+    sent: int = 0
+    under_way: int = 0
+    taken: int = 0
+    came: dict[int, Flight] = field(default_factory=dict)
+    error: BaseException | None = None
+
+
+@dataclass
+class Flight:
+    """A read under way. number: of the request; raw: where it goes, in stage `stage` if that is the reader's own."""
+
+    job: Job
+    number: int
+    request: Request
+    raw: np.ndarray
+    stage: int | None
+    done: int = 0
+
+
+class AsyncReader:
+    """Fills transfers by asynchronous reads. Raises OSError where the system has none, or refuses them.
+
+    Reads begin in the thread that asks for them, or, where others had to end first, in the reader's own, which puts away what
+    has come. What both use is used under the lock.
+    """
+
+    def __init__(self, files: Files) -> None:
+        if not hasattr(os, "eventfd"):
+            raise OSError("no eventfd here")
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        try:
+            self._queue = Queue(DEPTH, self._wake)
+        except OSError:
+            os.close(self._wake)
+            raise
+        self._files = files
+        self._lock = threading.RLock()
+        self._wanted: deque[Job] = deque()
+        self._later: deque[Job] = deque()
+        self._flying: dict[int, Flight] = {}
+        self._again: list[Flight] = []  # those that a short read stopped
+        self._tags = count()
+        self._stages: list[np.ndarray] = []
+        self._free = list(range(STAGES))
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="coterie-read", daemon=True)
+        self._thread.start()
+
+    def start(self, transfer: Transfer, ahead: bool) -> Future[None]:
+        """Begin; ahead: behind all that is needed. What has not begun can be cancelled."""
+        job = Job(transfer)
+        with self._lock:
+            if self._closing:
+                raise RuntimeError("reading was closed")
+            try:
+                (self._later if ahead else self._wanted).append(job)
+                self._send()
+            except BaseException:  # such as ctrl-C: nobody knows how far it came
+                self._reset(CoterieError("experts were still being read when the run was interrupted"))
+                self._queue = Queue(DEPTH, self._wake)
+                raise
+        return job.future
+
+    def close(self) -> None:
+        """Wait until nothing is written any more, and give the system's part back; what was not there yet has failed."""
+        with self._lock:
+            if not self._closing:
+                self._closing = True
+                os.eventfd_write(self._wake, 1)
+        if threading.current_thread() is not self._thread:  # where garbage may be collected
+            self._thread.join()
+
+    def _reset(self, why: BaseException) -> None:
+        """Wait until the system writes nowhere any more; what was asked for has failed."""
+        self._queue.close()
+        flights = (*self._flying.values(), *self._again)
+        jobs = {id(job): job for job in (*(flight.job for flight in flights), *self._wanted, *self._later)}
+        for flight in flights:
+            flight.job.under_way -= 1
+            self._release(flight)
+        for line in (self._flying, self._again, self._wanted, self._later):
+            line.clear()
+        for job in jobs.values():
+            if job.sent or job.future.set_running_or_notify_cancel():
+                job.error = job.error or why
+                self._settle(job)
+
+    def _run(self) -> None:
+        why: BaseException = CoterieError("experts were still being read when reading was closed")
+        try:
+            while not self._closing:
+                os.eventfd_read(self._wake)
+                with self._lock:
+                    came = [self._ended(tag, result) for tag, result in self._queue.ended()]
+                    if not self._closing:
+                        self._send()  # before anything is put away: the disk is to have something to do
+                for flight in filter(None, came):
+                    self._put_away(flight)
+        except BaseException as error:  # theirs who wait
+            why = error
+            raise
+        finally:
+            with self._lock:
+                self._closing = True
+                self._reset(why)
+                os.close(self._wake)
+
+    def _send(self) -> None:
+        """Begin what may begin, all by one call."""
+        reads = [self._read_of(flight) for flight in self._again]
+        self._again.clear()
+        while len(self._flying) < DEPTH and (found := self._next()) is not None:
+            reads.append(self._read_of(found))
+        while reads:
+            try:
+                reads = reads[self._queue.submit(reads) :]
+            except OSError as error:
+                flight = self._ended(reads.pop(0).tag, -(error.errno or errno.EIO))
+                assert flight is not None
+                self._put_away(flight)
+
+    def _read_of(self, flight: Flight) -> Read:
+        tag, request, done = next(self._tags), flight.request, flight.done
+        self._flying[tag] = flight
+        descriptor, address = self._files.descriptors[request.file], flight.raw.ctypes.data + done
+        return Read(tag, descriptor, request.offset + done, address, request.length - done)
+
+    def _next(self) -> Flight | None:
+        """The next request of what was asked for first."""
+        for line in (self._wanted, self._later):
+            while line and (line[0].error is not None or line[0].future.cancelled()):
+                line.popleft()
+            if not line:
+                continue
+            job = line[0]
+            request = job.transfer.requests[job.sent]
+            busy = line is self._later and sum(flight.request.length for flight in self._flying.values()) >= AHEAD_BYTES
+            if busy or not (request.direct or self._free):
+                return None
+            if not (job.sent or job.future.set_running_or_notify_cancel()):
+                return self._next()
+            return self._begun(line, job, request)
+        return None
+
+    def _begun(self, line: deque[Job], job: Job, request: Request) -> Flight:
+        number, job.sent, job.under_way = job.sent, job.sent + 1, job.under_way + 1
+        if job.sent == len(job.transfer.requests):
+            line.popleft()
+        if request.direct:
+            return Flight(job, number, request, job.transfer.place(request), None)
+        stage = self._free.pop()
+        while len(self._stages) <= stage:
+            self._stages.append(aligned_empty((STAGE_BYTES,), torch.uint8).numpy())
+        return Flight(job, number, request, self._stages[stage][: request.length], stage)
+
+    def _ended(self, tag: int, result: int) -> Flight | None:
+        """The flight whose read has ended, its job's error set if it failed; None if it goes on where a short read stopped."""
+        flight = self._flying.pop(tag)
+        request = flight.request
+        if result < 0:
+            flight.job.error = CoterieError(f"{request.file}: cannot be read: {os.strerror(-result)}")
+            return flight
+        try:
+            flight.done = gone_on(request, flight.done, result)
+        except CoterieError as error:
+            flight.job.error = error
+            return flight
+        if flight.done >= request.least:
+            return flight
+        self._again.append(flight)
+        return None
+
+    def _put_away(self, flight: Flight) -> None:
+        """Take what has come, as far as its turn has."""
+        job = flight.job
+        job.came[flight.number] = flight
+        while job.taken in job.came:
+            came = job.came.pop(job.taken)
+            job.taken += 1
+            try:
+                if job.error is None:
+                    job.transfer.take(came.request, came.raw)
+            except BaseException as error:  # the future's to raise
+                job.error = error
+            with self._lock:
+                self._release(came)
+                if not (came.request.direct or self._closing):
+                    self._send()
+        with self._lock:
+            job.under_way -= 1
+            self._settle(job)
+
+    def _release(self, flight: Flight) -> None:
+        if flight.stage is not None:
+            self._free.append(flight.stage)
+            flight.stage = None
+
+    def _settle(self, job: Job) -> None:
+        """Tell how it ended, once nothing is written to its tensors any more."""
+        if job.under_way or job.future.done() or (job.error is None and job.taken < len(job.transfer.requests)):
+            return
+        for flight in job.came.values():
+            self._release(flight)
+        job.came.clear()
+        try:
+            if job.error is None:
+                self._files.finish(job.transfer)
+        except BaseException as error:  # the future's to raise
+            job.error = error
+        if job.error is None:
+            job.future.set_result(None)
+        else:
+            job.future.set_exception(job.error)

@@ -1,0 +1,263 @@
+"""Experts read by the system's asynchronous reads and by threads: the same bytes, and the same said of what goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import make_model
+
+from coterie.moe.collectives import Group
+from coterie.moe.model import assembled
+from coterie.moe.prepare import prepare
+from coterie.offload import aio
+from coterie.offload.aio import Queue
+from coterie.offload.checkpoint import ReadCounter
+from coterie.offload.checksum import Checksum
+from coterie.offload.reader import AHEAD_BYTES, STAGES
+from coterie.offload.store import ExpertStore
+from coterie.offload.transfer import BLOCK, STAGE_BYTES, Part, Piece, aligned_empty
+from coterie.routing.errors import CoterieError
+
+PROMPTS = torch.tensor([[5, 17, 33, 60, 8, 2, 91, 44, 7], [9, 9, 3, 4, 96, 11, 12, 40, 1]])
+HAS_THEM = aio.numbers() is not None and ExpertStore([], ReadCounter()).asynchronous is not None
+needs_them = pytest.mark.skipif(not HAS_THEM, reason="the system has no asynchronous reads, or refuses them")
+
+
+@pytest.fixture(params=[pytest.param("asynchronous", marks=needs_them), "threads"])
+def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of them reads in this test."""
+    if request.param == "threads":
+        monkeypatch.setattr(aio, "NUMBERS", {})
+    return str(request.param)
+
+
+def answering(reader: str, monkeypatch: pytest.MonkeyPatch, change: Callable[[int], int]) -> None:
+    """Let the system's answers to reads, bytes or -errno, be others."""
+    if reader == "asynchronous":
+        ended = Queue.ended
+        monkeypatch.setattr(Queue, "ended", lambda queue: [(tag, change(result)) for tag, result in ended(queue)])
+        return
+    real = os.preadv
+
+    def preadv(*arguments: Any) -> int:
+        found = change(real(*arguments))
+        if found < 0:
+            raise OSError(-found, os.strerror(-found))
+        return found
+
+    monkeypatch.setattr(os, "preadv", preadv)
+
+
+def model(folder: Path, slots: int | None, reader: str | None = None):
+    share = replace(prepare(folder, None, "float32", 1), slots=slots)
+    made = assembled(share, share.read(0), None, Group())
+    if reader is not None:
+        assert (made.cache.store.asynchronous is not None) == (reader == "asynchronous" and made.cache.store.files.direct)
+    return made
+
+
+def stored(file: Path, experts: int, values: int, offset: int = 0) -> tuple[ExpertStore, torch.Tensor]:
+    """A store of one layer of so many experts of float32, one after another, and what is in them `[experts, values]`."""
+    right = torch.arange(experts * values, dtype=torch.float32)
+    file.write_bytes(bytes(offset) + right.numpy().tobytes())
+    size = 4 * values
+    records = [{"w": Part(torch.float32, (values,), (Piece(file, offset + size * e, size),))} for e in range(experts)]
+    return ExpertStore([records], ReadCounter()), right.view(experts, values)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("checked", [False, True])
+def test_parts_of_pieces_anywhere_in_several_files_and_dtypes(seed: int, checked: bool, reader: str, tmp_path: Path) -> None:
+    """Against the files' bytes: pieces adjacent or not, aligned or not, into aligned memory or not, cast or not."""
+    rng = np.random.default_rng(seed)
+    files = [tmp_path / "a", tmp_path / "b"]
+    contents = [rng.integers(0, 120, 3 * STAGE_BYTES // 2 + 40_000, dtype=np.uint8) for _ in files]
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content.tobytes())
+    record, right, sums, at = {}, {}, Checksum(), [0, 0]
+    for name in "uvwx":
+        dtype = [torch.int16, torch.int32, torch.uint8][rng.integers(3)]
+        pieces, bytes_ = [], b""
+        for _ in range(rng.integers(1, 4)):
+            which = int(rng.integers(2))
+            start = at[which] + int(rng.choice([0, 0, 1, BLOCK - at[which] % BLOCK]))
+            length = int(rng.choice([dtype.itemsize, 2 * BLOCK, 4 * 777, 40 * BLOCK + 8, STAGE_BYTES // 8]))
+            at[which] = start + length
+            pieces.append(Piece(files[which], start, length))
+            bytes_ += contents[which][start : start + length].tobytes()
+        sums.update(bytes_)
+        values = torch.frombuffer(bytearray(bytes_), dtype=dtype)
+        record[name], right[name] = Part(dtype, tuple(values.shape), tuple(pieces)), values
+    store = ExpertStore([[record]], ReadCounter(), [[sums.hexdigest()]] if checked else None)
+    assert (store.asynchronous is not None) == (reader == "asynchronous" and store.files.direct)
+    into = {
+        name: aligned_empty(part.shape, part.dtype if rng.integers(3) else torch.int64).fill_(-1)
+        if rng.integers(2) else torch.full(part.shape, -1, dtype=part.dtype)
+        for name, part in record.items()
+    }  # fmt: skip
+    store.start(0, 0, into).result()
+    for name, values in right.items():
+        assert torch.equal(into[name].to(values.dtype), values), name
+    assert store.counter.bytes == sum(values.numel() * values.itemsize for values in right.values())
+    store.close()
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4095, 5000])
+def test_pieces_longer_than_what_is_read_at_once(offset: int, reader: str, tmp_path: Path) -> None:
+    store, right = stored(tmp_path / "f", 1, 2 * (STAGES + 2) * STAGE_BYTES // 4 + 3, offset)
+    out = torch.zeros(right.shape[1])
+    store.start(0, 0, {"w": out}).result()
+    assert torch.equal(out, right[0])
+    store.close()
+
+
+def test_a_checkpoint_cut_short_while_in_use_is_named_and_no_half_read_expert_is_used(reader: str, tmp_path: Path) -> None:
+    folder = make_model("qwen3_moe", tmp_path)
+    made, right = model(folder, 3, reader), model(folder, None)
+    file = folder / "model.safetensors"
+    whole, written = file.read_bytes(), file.stat().st_mtime_ns
+    os.truncate(file, 4096)
+    with (
+        torch.no_grad(),
+        pytest.raises(CoterieError, match=r"model.safetensors: ends at byte \d+, expected \d+; was it changed"),
+    ):
+        made.transformers(PROMPTS)
+    file.write_bytes(whole)
+    os.utime(file, ns=(written, written))
+    with torch.no_grad():
+        assert torch.equal(made.transformers(PROMPTS).logits, right.transformers(PROMPTS).logits)
+
+
+def test_a_checkpoint_written_to_while_in_use_is_named(reader: str, tmp_path: Path) -> None:
+    folder = make_model("qwen3_moe", tmp_path)
+    made = model(folder, 3, reader)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(bytes(64))
+    with torch.no_grad(), pytest.raises(CoterieError, match=r"model\.safetensors: was changed while in use; start again"):
+        made.transformers(PROMPTS)
+
+
+def test_an_error_of_the_disk_is_named_and_what_follows_is_right(
+    reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model("qwen3_moe", tmp_path)
+    made, right = model(folder, 3, reader), model(folder, None)
+    calls = iter(range(1 << 30))
+    answering(reader, monkeypatch, lambda result: -errno.EIO if next(calls) == 5 else result)
+    with torch.no_grad():
+        with pytest.raises(CoterieError, match=r"model\.safetensors: cannot be read: Input/output error"):
+            made.transformers(PROMPTS)
+        assert torch.equal(made.transformers(PROMPTS).logits, right.transformers(PROMPTS).logits)
+
+
+@pytest.mark.parametrize("most", [4096, 5000, 9000])
+def test_short_reads_are_gone_on_with(most: int, reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model("qwen3_moe", tmp_path)
+    made, right = model(folder, 3, reader), model(folder, None)
+    answering(reader, monkeypatch, lambda result: min(most, result))
+    with torch.no_grad():
+        assert torch.equal(made.transformers(PROMPTS).logits, right.transformers(PROMPTS).logits)
+
+
+def test_closing_waits_until_nothing_is_written(reader: str, tmp_path: Path) -> None:
+    store, right = stored(tmp_path / "f", 40, STAGE_BYTES // 8)
+    into = [{"w": torch.zeros(right.shape[1])} for _ in right]
+    futures = [store.start(0, e, into[e], ahead=bool(e % 2)) for e in range(len(right))]
+    store.close()
+    kept = [tensors["w"].clone() for tensors in into]
+    for expert, future in enumerate(futures):
+        assert future.done()
+        error = future.exception()
+        assert error is None or "when reading was closed" in str(error)
+        assert error is not None or torch.equal(kept[expert], right[expert])
+    assert all(torch.equal(tensors["w"], was) for tensors, was in zip(into, kept, strict=True))
+
+
+def test_a_store_that_is_forgotten_gives_its_threads_back(reader: str, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    store, right = stored(tmp_path / "f", 1, 1000)
+    store.start(0, 0, {"w": torch.zeros(right.shape[1])}).result()
+    (mine,) = set(threading.enumerate()) - before
+    del store
+    gc.collect()
+    mine.join(30)
+    assert not mine.is_alive()
+
+
+@needs_them
+def test_what_is_needed_comes_before_what_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, right = stored(tmp_path / "f", 12, STAGE_BYTES // 4)
+    hold, ended = threading.Event(), Queue.ended
+    monkeypatch.setattr(Queue, "ended", lambda queue: ended(queue) if hold.is_set() else [])
+    order: list[int] = []
+
+    def begin(expert: int, ahead: bool) -> Future[None]:
+        future = store.start(0, expert, {"w": torch.zeros(right.shape[1])}, ahead)
+        future.add_done_callback(lambda _, expert=expert: order.append(expert))
+        return future
+
+    later = [begin(expert, True) for expert in range(8)]
+    begun = -(-AHEAD_BYTES // STAGE_BYTES)
+    assert [future.running() for future in later] == [place < begun for place in range(8)]
+    assert later[7].cancel() and not later[0].cancel()
+    needed = [begin(expert, False) for expert in range(8, 12)]
+    assert all(future.running() for future in needed)
+    hold.set()
+    assert store.asynchronous is not None
+    os.eventfd_write(store.asynchronous._wake, 1)
+    for future in (*needed, *later[:7]):
+        future.result()
+    assert set(order[: begun + 5]) == {*range(begun), 7, *range(8, 12)}
+    store.close()
+
+
+@needs_them
+@pytest.mark.parametrize("after", [False, True])
+def test_ctrl_c_while_reads_begin_leaves_a_store_that_reads(
+    after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, right = stored(tmp_path / "f", 6, STAGE_BYTES // 4)
+    into = [{"w": torch.zeros(right.shape[1])} for _ in right]
+    first, submit = store.start(0, 0, into[0], ahead=True), Queue.submit
+
+    def interrupted(queue: Queue, reads: Any) -> int:
+        if after:
+            submit(queue, reads)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Queue, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.start(0, 1, into[1])
+    error = first.exception()
+    assert error is None or "when the run was interrupted" in str(error)
+    for expert in range(6):
+        store.start(0, expert, into[expert]).result()
+        assert torch.equal(into[expert]["w"], right[expert])
+    store.close()
+
+
+@needs_them
+def test_a_system_that_refuses_leaves_it_to_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Queue, "_call", refused)
+    store, right = stored(tmp_path / "f", 1, 1000)
+    assert store.asynchronous is None
+    out = torch.zeros(1000)
+    store.start(0, 0, {"w": out}).result()
+    assert torch.equal(out, right[0])
+    store.close()
