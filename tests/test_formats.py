@@ -73,6 +73,11 @@ def test_products_on_a_cpu(format: str, shape: tuple[int, int], kind: type, dtyp
     right = x.double() @ weights.dequantised()[1].T
     assert isinstance(made, kind) and made.shape == weights.shape
     assert ((out.double() - right).norm(dim=1) / right.norm(dim=1)).max() < (1e-5 if dtype == torch.float32 else 8e-3)
+    picked = [(2 * row) % 3 for row in range(rows)]
+    found = made.vectors(picked, x)
+    for row, expert in enumerate(picked):
+        made.multiply(expert, x[row : row + 1], out[row : row + 1])
+    assert torch.equal(found, out)
 
 
 @pytest.mark.parametrize("instructions", [True, False])
