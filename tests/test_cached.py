@@ -32,7 +32,7 @@ from coterie.offload.transfer import Part, Piece
 from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
 
-PROMPTS = torch.tensor([[5, 17, 33, 60, 8, 2, 91, 44, 7], [9, 9, 3, 4, 96, 11, 12, 40, 1]])
+PROMPTS = torch.randint(1, 97, (8, 9), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
@@ -47,7 +47,7 @@ def model(folder: Path, slots: int | None, dtype: str = "float32"):
 
 @torch.no_grad()
 def logits(made, steps: int = 4) -> list[torch.Tensor]:
-    """Of a prefill of two sequences, and of steps of one and of two tokens."""
+    """Of a prefill of eight sequences and of one, and of the steps after each."""
     found = []
     for ids in (PROMPTS, PROMPTS[:1]):
         out = made.transformers(ids, use_cache=True)
