@@ -34,6 +34,17 @@ def test_every_step_of_every_family_has_the_bits_of_torchs_layers(family: str, t
             assert torch.equal(outs[0].logits, outs[1].logits)
 
 
+@needs_bfloat16
+@pytest.mark.parametrize(("inputs", "outputs"), [(2048, 1408), (1408, 2048), (7168, 512), (one_row.MOST_INPUTS, 100)])
+def test_real_sizes_have_the_bits_of_torchs_layers(inputs: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(inputs, outputs, bias=False).bfloat16().requires_grad_(False)
+    x = torch.randn(1, inputs).bfloat16()
+    right = layer(x)
+    speed_up_one_row(layer)
+    assert type(layer) is OneRowLinear and torch.equal(layer(x), right)
+
+
 class Block(nn.Module):
     """Three layers with one input."""
 
