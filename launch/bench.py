@@ -18,6 +18,7 @@ from coterie.launch.tables import table
 from coterie.routing.errors import InputError
 
 BENCHES = {name: f"coterie.launch.bench_{name}" for name in ("plan", "kernels", "experts", "offload", "cluster")}
+TAKES = {"only": ("plan", "kernels", "cluster"), "tune": ("kernels",), "compile": ("kernels",)}  # which bench has which option
 VERSIONS = ("numpy", "scipy", "PuLP", "highspy", "torch", "triton", "transformers", "deepspeed")
 
 
@@ -65,6 +66,9 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     if options.what not in BENCHES:
         raise InputError(f"bench: found {options.what!r}, expected {' or '.join(BENCHES)}")
+    for name, given in (("only", options.only), ("tune", options.tune), ("compile", options.compile)):
+        if given and options.what not in TAKES[name]:
+            raise InputError(f"--{name}: found it with bench {options.what}, expected bench {' or '.join(TAKES[name])}")
     measured: Iterable[Row] = importlib.import_module(BENCHES[options.what]).rows(options)
     rows = []
     for row in measured:
@@ -76,6 +80,15 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
         "bench": options.what, "machine": machine(), "versions": versions(), "rows": [row.to_json() for row in rows],
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
+
+
+def named(what: Iterable[str], only: str) -> list[str]:
+    """Those whose name contains `only`. Raises InputError if there is none."""
+    names = list(what)
+    found = [name for name in names if only.lower() in name.lower()]
+    if not found:
+        raise InputError(f"--only: found {only!r}, expected a part of {', '.join(names)}")
+    return found
 
 
 def _line(row: Row) -> str:

@@ -12,12 +12,12 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from coterie.launch import cluster_cases as cases
-from coterie.launch.bench import Row
+from coterie.launch.bench import Row, named
 from coterie.launch.cluster_cases import CHOSEN, CHOSEN_GLOO, CONTIGUOUS, HOMED, PEERS, PLANNED, RANKS, RETURNING, STAYING, Case
 from coterie.launch.cluster_driver import Workers, workers
 from coterie.launch.cluster_sides import Side
@@ -86,10 +86,13 @@ PLAN_SECONDS, QUICK_PLAN_SECONDS = 15.0, 3.0
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
-    """All cells, or with `quick` those that take under three minutes together. Raises InputError where there is no root."""
+    """All cells, or with `quick` those that take under three minutes together; `only`: of some works.
+
+    Raises InputError where there is no root.
+    """
     check_available()
     quiet_transformers()
-    layouts = QUICK if options.quick else FULL
+    layouts = [_cut(layout, options.only) for layout in (QUICK if options.quick else FULL)]
     with tempfile.TemporaryDirectory(prefix="coterie-cluster-") as name:
         root = Path(name)
         made: dict[str, Case] = {}
@@ -101,9 +104,15 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
                 made[work].save(root / work)
             except InputError as error:
                 yield Row(work, "all", "", None, why=str(error))
-        for layout in layouts:
+        for layout in filter(lambda layout: layout.works, layouts):
             known = {work: made[work] for work in layout.works if work in made}
             yield from _layout(layout, known, root, QUICK_PLAN_SECONDS if options.quick else PLAN_SECONDS)
+
+
+def _cut(layout: Layout, only: str) -> Layout:
+    """The layout with those works alone whose name contains `only`."""
+    chosen = named(WORKS, only)
+    return replace(layout, works=tuple(work for work in layout.works if work in chosen))
 
 
 def _layout(layout: Layout, made: dict[str, Case], root: Path, plan_seconds: float) -> Iterator[Row]:

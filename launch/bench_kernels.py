@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from coterie.launch.bench import Row
+from coterie.launch.bench import Row, named
 from coterie.routing.errors import InputError
 from coterie.routing.files import write_text
 
@@ -67,10 +67,8 @@ def chosen_shapes(quick: bool, only: str) -> list[Any]:
     """Those whose name contains `only`. Raises InputError if there is none."""
     from coterie.launch.kernel_cases import SHAPES
 
-    found = [shape for shape in (SHAPES[1:3] if quick else SHAPES) if only.lower() in shape.name.lower()]
-    if not found:
-        raise InputError(f"--only: found {only!r}, expected a part of {', '.join(shape.name for shape in SHAPES)}")
-    return found
+    shapes = {shape.name: shape for shape in (SHAPES[1:3] if quick else SHAPES)}
+    return [shapes[name] for name in named(shapes, only)]
 
 
 def shape_rows(shape: Any, format: str, tokens: tuple[int, ...], machine: Any, device: str) -> Iterator[Row]:

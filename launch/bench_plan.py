@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.launch.bench import Row
+from coterie.launch.bench import Row, named
 from coterie.placement.advice import halves, renumbered
 from coterie.placement.cost import evaluate
 from coterie.placement.deadline import Deadline
@@ -36,16 +36,17 @@ TIED, TIED_SMALL, SMALL_TRACE = 1.005, 1.02, 1000
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
-    """All cases, or with `quick` those that take under three minutes together."""
+    """All cases, or with `quick` those that take under three minutes together; of these, `only` the ones so named."""
     traces = _Traces(options.traces)
     cases = (_proven, _quick_gap, _dispatch, _load_quick, _aligned) if options.quick else (
         _proven, _gaps, _dispatch, _homes, _load, _left_out, _scale, _aligned, _million, _methods,
     )  # fmt: skip
-    for case in cases:
+    by_name = {case.__name__.strip("_"): case for case in cases}
+    for name in named(by_name, options.only):
         try:
-            yield from case(traces)
+            yield from by_name[name](traces)
         except _MissingError as missing:
-            yield Row(case.__name__.strip("_"), "all", "", None, why=str(missing))
+            yield Row(name, "all", "", None, why=str(missing))
 
 
 class _MissingError(InputError):

@@ -314,7 +314,7 @@ def _bench(verbs: Any) -> None:
     p.add_argument(
         "--traces", type=Path, default=Path("../shared/traces"), metavar="DIR", help="recorded traces (default: %(default)s)"
     )
-    p.add_argument("--only", default="", metavar="NAME", help="kernels: models whose name contains NAME")
+    p.add_argument("--only", default="", metavar="NAME", help="plan, cluster: cases whose name contains NAME; kernels: models")
     p.add_argument("--tune", type=Path, metavar="F", help="kernels: make a table of the fastest tiles on this GPU")
     p.add_argument("--compile", type=Path, metavar="F", help="kernels: compile for three generations of GPUs, and look inside")
 

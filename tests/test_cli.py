@@ -361,6 +361,16 @@ def test_bench_states_what_it_could_not_measure(tmp_path: Path, capsys, monkeypa
     assert "bench: found 'x', expected plan" in fails(capsys, "bench", "x")
 
 
+def test_bench_measures_a_part_alone_and_refuses_what_has_no_effect(tmp_path: Path, capsys) -> None:
+    code, printed, err = run(capsys, "bench", "plan", "--only", "DISP", "--traces", tmp_path, "--json")
+    assert code == 0, err
+    assert [row["case"] for row in json.loads(printed)["rows"]] == ["dispatch"]
+    said = fails(capsys, "bench", "plan", "--only", "nothing")
+    assert "--only: found 'nothing', expected a part of proven, gaps, dispatch" in said
+    said = fails(capsys, "bench", "experts", "--only", "decode")
+    assert "--only: found it with bench experts, expected bench plan or kernels or cluster" in said
+
+
 @pytest.mark.parametrize("verb", ["trace", "evaluate", "doctor"])
 def test_verbs_for_one_process_refuse_several(verb: str, trace_file: Path, plan_file: Path, capsys, monkeypatch) -> None:
     for name, value in {"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
