@@ -108,15 +108,10 @@ class Int8:
         """(S, N, K)."""
         return self.weights.shape
 
-    def _scales(self, dtype: torch.dtype) -> torch.Tensor:
-        if dtype not in self._rounded:
-            assert self.weights.scale is not None
-            self._rounded[dtype] = self.weights.scale.to(dtype)
-        return self._rounded[dtype]
-
     def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
         """The scales are applied in x's dtype; many rows are multiplied by the integers, which any float dtype holds."""
-        data, scale = self.weights.data[expert], self._scales(x.dtype)[expert]
+        assert self.weights.scale is not None
+        data, scale = self.weights.data[expert], _scales(self.weights.scale, self._rounded, x.dtype)[expert]
         if len(x) > PANEL_ROWS:
             torch.mm(x, data.to(x.dtype).T, out=out)
             out.mul_(scale)
@@ -125,7 +120,8 @@ class Int8:
 
     def vectors(self, experts: list[int], x: torch.Tensor) -> torch.Tensor:
         """By torch's operator."""
-        data, scales = self.weights.data, self._scales(x.dtype)
+        assert self.weights.scale is not None
+        data, scales = self.weights.data, _scales(self.weights.scale, self._rounded, x.dtype)
         rows = zip(experts, torch.split(x, 1), strict=True)
         return torch.cat([torch._weight_int8pack_mm(row, data[expert], scales[expert]) for expert, row in rows])
 
@@ -155,20 +151,24 @@ class Int4:
         """(S, N, K)."""
         return self.data.shape[0], self.data.shape[1], 2 * self.data.shape[2]
 
-    def _scales(self, dtype: torch.dtype) -> torch.Tensor:
-        if dtype not in self._rounded:
-            self._rounded[dtype] = self.scales.to(dtype)
-        return self._rounded[dtype]
-
     def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
         """The scales are rounded to x's dtype, once."""
-        out.copy_(torch._weight_int4pack_mm_for_cpu(x, self.data[expert], GROUP, self._scales(x.dtype)[expert]))
+        out.copy_(
+            torch._weight_int4pack_mm_for_cpu(x, self.data[expert], GROUP, _scales(self.scales, self._rounded, x.dtype)[expert])
+        )
 
     def vectors(self, experts: list[int], x: torch.Tensor) -> torch.Tensor:
         """By torch's operator."""
-        data, scales = self.data, self._scales(x.dtype)
+        data, scales = self.data, _scales(self.scales, self._rounded, x.dtype)
         rows = zip(experts, torch.split(x, 1), strict=True)
         return torch.cat([torch._weight_int4pack_mm_for_cpu(row, data[e], GROUP, scales[e]) for e, row in rows])
+
+
+def _scales(scales: torch.Tensor, rounded: dict[torch.dtype, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The scales in a dtype, kept in `rounded` once they were asked for."""
+    if dtype not in rounded:
+        rounded[dtype] = scales.to(dtype)
+    return rounded[dtype]
 
 
 def for_cpu(weights: Weights) -> Product:

@@ -93,15 +93,15 @@ def coherent_sides(case: Case, nodes: int, ranks_per_node: int, folder: Path, se
     """Tokens that stay with their experts beside tokens that return home, each with a plan of its own."""
     dealt = tuple(sequence % RANKS for sequence in range(case.sequences))
     topology = Topology(nodes, ranks_per_node, PLANNED_WITHIN, PLANNED_BETWEEN, row_bytes=4.0 * 128)
+    request = PlanRequest(topology, strategy="coherent", max_load=MAX_LOAD, time_limit=seconds, workers=2)
+    staying = plan(case.seen, request, prove=False)
+    returning = plan(case.seen, replace(request, strategy="all_to_all"), prove=False)
+    free = replace(staying, strategy="all_to_all")  # the strategy of another plan would be taken as asked for
     sides = []
-    for name, strategy in ((STAYING, "coherent"), (RETURNING, "all_to_all")):
-        path = folder / f"plan-{strategy}.json"
-        request = PlanRequest(topology, strategy=strategy, max_load=MAX_LOAD, time_limit=seconds, workers=2)
-        coterie.save_plan(plan(case.seen, request, prove=False), path)
+    for name, made, strategy in ((STAYING, staying, "coherent"), (RETURNING, returning, "all_to_all"), (CHOSEN, free, None)):
+        path = folder / f"plan-{strategy or 'free'}.json"
+        coterie.save_plan(made, path)
         sides.append(Side(name, OURS, dealt, str(path), strategy))
-    free = folder / "plan-free.json"
-    coterie.save_plan(replace(coterie.read_plan(folder / "plan-coherent.json"), strategy="all_to_all"), free)
-    sides.append(Side(CHOSEN, OURS, dealt, str(free)))
     return sides + [Side(name, kind, dealt) for name, kind in PEERS.items() if kind == TRANSFORMERS]
 
 
