@@ -18,21 +18,36 @@ from typing import Any
 
 from coterie.launch import cluster_cases as cases
 from coterie.launch.bench import Row, named
-from coterie.launch.cluster_cases import CHOSEN, CHOSEN_GLOO, CONTIGUOUS, HOMED, PEERS, PLANNED, RANKS, RETURNING, STAYING, Case
+from coterie.launch.cluster_cases import (
+    CHOSEN,
+    CHOSEN_GLOO,
+    CONTIGUOUS,
+    COPIED,
+    HOMED,
+    HOMED_FLAT,
+    PEERS,
+    PLANNED,
+    RANKS,
+    RETURNING,
+    STAYING,
+    Case,
+)
 from coterie.launch.cluster_driver import Workers, workers
 from coterie.launch.cluster_sides import Side
 from coterie.launch.netns import Network, check_available, network
 from coterie.launch.quiet import quiet_transformers
 from coterie.routing.errors import InputError
 
-OURS = (CHOSEN, CHOSEN_GLOO, HOMED, PLANNED, CONTIGUOUS)
+OURS = (CHOSEN, CHOSEN_GLOO, HOMED, HOMED_FLAT, COPIED, PLANNED, CONTIGUOUS)  # with copies in one case alone
+ALIKE = (HOMED, HOMED_FLAT)  # the plan and the homes of CHOSEN, each by one strategy
 EP, LAYER = PEERS
 REPEATS = 5
 RATES = {1e8: "100 Mbit/s", 1e9: "1 Gbit/s", 1e10: "10 Gbit/s"}
 LIMITED = 1e8  # the rate at which the network is the limit
 RULING = 8e-3  # a latency that takes longer than computing a layer here, 6 ms: what rules where links are good and GPUs fast
 NEVER_BELOW = 0.97
-NEAR = 0.9  # of the best side measured, that the chosen one has to be
+NEAR = 0.9  # of the best strategy measured, that the chosen one has to be
+OFF = 1.25  # times that a prediction may be above or below what was measured
 DECODE_BAR, LAYER_BAR, COHERENT_BAR = 1.4, 2.5, 1.3
 EQUAL = 1e-4
 LINK_BYTES_SECONDS = 0.4  # how long a link is tried
@@ -183,28 +198,34 @@ def _sent_rows(name: str, bars: Bars, cell: dict[str, Any]) -> Iterator[Row]:
     """Bytes that leave the nodes, by their devices' counters: all of TCP/IP, and what keeps the ranks in step."""
     for phase in ("prefill", "decode"):
         peers = {peer: _sent(cell, peer, phase) for peer in PEERS}
-        for side in OURS:
+        for side in _there(cell):
             limit = bars.sent if side == HOMED and phase == "prefill" else None
             theirs = peers[EP]
             bar = limit * theirs if limit is not None and theirs is not None else None
             value = _sent(cell, side, phase)
             yield Row(name, f"sent between nodes, {phase}: {side}", "MB", value, bar, peers, why=_why(cell, side, *PEERS))
-        over = _over(_sent(cell, HOMED, phase), peers[EP])
         bar = bars.sent if phase == "prefill" else None
-        yield Row(name, f"sent between nodes, {phase}: {HOMED} over {EP}", "x", over, bar, why=_why(cell, HOMED, EP))
+        for side in (side for side in (HOMED, COPIED) if side in _there(cell)):
+            over = _over(_sent(cell, side, phase), peers[EP])
+            yield Row(name, f"sent between nodes, {phase}: {side} over {EP}", "x", over, bar, why=_why(cell, side, EP))
 
 
 def _speed_rows(name: str, case: Case, rate: float, bars: Bars, cell: dict[str, Any]) -> Iterator[Row]:
     for phase, tokens in (("prefill", case.prefill), ("decode", case.decode)):
         peers = {peer: _speed(cell, peer, phase, tokens * case.sequences) for peer in PEERS}
         best = max((p for p in peers.values() if p is not None), default=None)
-        for side in OURS:
+        for side in _there(cell):
             value = _speed(cell, side, phase, tokens * case.sequences)
             bar = best * NEVER_BELOW if best is not None and side == CHOSEN else None
             label = _labelled(cell, side)
             yield Row(name, f"{phase}: {label}", "tokens/s", value, bar, peers, higher=True, why=_why(cell, side, *PEERS))
         limits = _limits(phase, rate, bars)
         value = _speed(cell, CHOSEN, phase, tokens * case.sequences)
+        others = [_speed(cell, side, phase, tokens * case.sequences) for side in ALIKE]
+        best_alike = max((speed for speed in others if speed is not None), default=None)
+        yield Row(
+            name, f"{phase}: {CHOSEN} over the best strategy with its plan", "x", _over(value, best_alike), NEAR, higher=True
+        )
         for peer, bar in limits.items():
             yield Row(name, f"{phase}: {CHOSEN} over {peer}", "x", _over(value, peers[peer]), bar, higher=True,
                       why=_why(cell, CHOSEN, peer))  # fmt: skip
@@ -215,9 +236,9 @@ def _predicted_rows(name: str, case: Case, cell: dict[str, Any]) -> Iterator[Row
     found = cell["sides"].get(CHOSEN, {})
     for phase, seconds in found.get("predicted", {}).items():
         measured = found["communication"][phase]
-        yield Row(
-            name, f"{phase}: communication of a layer, measured over predicted", "x", measured / seconds if seconds else None
-        )
+        over = measured / seconds
+        yield Row(name, f"{phase}: communication of a layer, measured over predicted", "x", over)
+        yield Row(name, f"{phase}: the prediction, off by a factor of", "x", max(over, 1 / over) if over else None, OFF)
 
 
 def _limits(phase: str, rate: float, bars: Bars) -> dict[str, float]:
@@ -229,10 +250,15 @@ def _limits(phase: str, rate: float, bars: Bars) -> dict[str, float]:
 
 def _equal_rows(name: str, cells: dict[float, dict[str, Any]]) -> Iterator[Row]:
     """The largest difference of logits from the contiguous all-to-all's, relative to the largest logit, over all cells."""
-    for side in (*OURS[:-1], *PEERS):
+    for side in (*_there(next(iter(cells.values())))[:-1], *PEERS):
         found = [cell["sides"][side]["difference"] for cell in cells.values() if side in cell["sides"]]
         why = _why(next(iter(cells.values())), side)
         yield Row(name, f"logits: {side} against {CONTIGUOUS}", "", max(found) if found else None, EQUAL, why=why)
+
+
+def _there(cell: dict[str, Any]) -> list[str]:
+    """Our sides: copies are tried in one case alone."""
+    return [side for side in OURS if side != COPIED or side in cell["sides"] or side in cell["skipped"]]
 
 
 def _labelled(cell: dict[str, Any], side: str) -> str:

@@ -27,7 +27,9 @@ SEEN_SEQUENCES = 96
 PLANNED_BETWEEN = Link(125e6, 1e-4)  # plans are made for 1 Gbit/s between nodes, whatever the cell's rate
 PLANNED_WITHIN = Link(4e9, 1e-5)
 CONTIGUOUS, PLANNED, HOMED = "all_to_all, contiguous", "all_to_all, planned", "hierarchical, planned, homes"
+HOMED_FLAT, COPIED = "all_to_all, planned, homes", "hierarchical, planned, homes, copies"
 CHOSEN, CHOSEN_GLOO = "chosen", "chosen, over gloo"
+COPIES = 2  # slots of a rank and layer beyond its share, in the case that has copies
 STAYING, RETURNING = "coherent, planned", "all_to_all, planned"
 MAX_LOAD = 1.2  # links are what is slow here: rows saved are worth more than the last of the balance (docs/cluster.md)
 PEERS = {"transformers all_to_all": TRANSFORMERS, "deepspeed MOELayer": DEEPSPEED}
@@ -207,14 +209,19 @@ def make_sides(case: Case, nodes: int, ranks_per_node: int, folder: Path, second
     homed = plan(case.seen, replace(request, strategy="hierarchical", homes=True), prove=False)
     homes = _homes(homed, case.prompts)
     free = replace(homed, strategy="all_to_all")  # the strategy of another plan would be taken as asked for
-    plans = {CONTIGUOUS: contiguous, PLANNED: planned, HOMED: homed, CHOSEN: free, CHOSEN_GLOO: free}
-    strategies = {CONTIGUOUS: "all_to_all", PLANNED: "all_to_all", HOMED: "hierarchical", CHOSEN: None, CHOSEN_GLOO: None}
+    plans = {CONTIGUOUS: contiguous, PLANNED: planned, HOMED: homed, HOMED_FLAT: free, CHOSEN: free, CHOSEN_GLOO: free}
+    strategies = {CONTIGUOUS: "all_to_all", PLANNED: "all_to_all", HOMED: "hierarchical", HOMED_FLAT: "all_to_all"}
+    if case.expert_ids is None:
+        slots = -(-case.seen.num_experts // RANKS) + COPIES
+        copied = replace(request, strategy="hierarchical", homes=True, slots_per_rank=slots)
+        plans[COPIED], strategies[COPIED] = plan(case.seen, copied, prove=False), "hierarchical"
     sides = []
     for number, (name, made) in enumerate(plans.items()):
         path = folder / f"plan-{number}.json"
         coterie.save_plan(made, path)
         transport = "gloo" if name == CHOSEN_GLOO else "tcp"
-        sides.append(Side(name, OURS, dealt if made.homes is None else homes, str(path), strategies[name], transport))
+        at = dealt if made.homes is None else homes if made is not plans.get(COPIED) else _homes(made, case.prompts)
+        sides.append(Side(name, OURS, at, str(path), strategies.get(name), transport))
     return sides + [Side(name, kind, dealt) for name, kind in PEERS.items()]
 
 

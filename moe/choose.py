@@ -2,7 +2,8 @@
 
 Predicted is what differs between strategies: the seconds that one layer of one step spends on communication, after the
 linear model of Hockney (1994), seconds = latency + bytes / bandwidth, for each collective; and, for `replicated`, the dense
-part of the layer that every rank then computes for all tokens.
+part of the layer that every rank then computes for all tokens. What ranks wait for each other beyond that was rehearsed and is
+the same for all strategies: it is in the seconds that are told, and decides nothing.
 """
 
 from __future__ import annotations
@@ -26,11 +27,27 @@ STRATEGIES = ("local", *MADE)
 
 
 @dataclass(frozen=True)
+class Waits:
+    """Seconds of a layer in which a rank waits for others to come: `fixed`, and more by a rank's tokens (moe/rehearsal.py)."""
+
+    fixed: float = 0.0
+    per_token: float = 0.0
+
+    def seconds(self, tokens: int) -> float:
+        """With that many tokens on every rank."""
+        return self.fixed + self.per_token * tokens
+
+
+@dataclass(frozen=True)
 class Links:
     """What a rank gets from one all-to-all: within its node, and between nodes (bytes per second of a whole node)."""
 
     within: Link
     between: Link
+
+    def latency(self, nodes: int) -> float:
+        """Of one collective on that many nodes."""
+        return self.between.latency_seconds if nodes > 1 else self.within.latency_seconds
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,7 @@ class Traits:
 
     row_bytes, back_bytes: of a dispatched row and of a returned one. ranks, nodes: remote ones that host its experts, on
     average. moves: rows of the coherent strategy, both exchanges; kv_bytes: of one token's keys and values in one layer.
-    dense_seconds: of one token's dense part of a layer; expert_seconds: of its experts.
+    dense_seconds: of one token's dense part of a layer; expert_seconds: of its experts. waits: of ranks for each other.
     """
 
     row_bytes: float
@@ -51,6 +68,7 @@ class Traits:
     kv_bytes: float = 0.0
     dense_seconds: float = 0.0
     expert_seconds: float = 0.0
+    waits: Waits = Waits()
 
 
 def predict(
@@ -61,7 +79,13 @@ def predict(
 
     free_bytes, counts_inside: as `Group` has them.
     """
-    t = _Times(links, ranks, ranks_per_node, tokens, free_bytes, counts_inside)
+    times = _Times(links, ranks, ranks_per_node, tokens, free_bytes, counts_inside)
+    return traits.waits.seconds(tokens) + _added(name, traits, times)
+
+
+def _added(name: str, traits: Traits, t: _Times) -> float:
+    """What is sent, and computed more."""
+    ranks, tokens = t.ranks, t.tokens
     out, back, m, n = traits.row_bytes, traits.back_bytes, traits.ranks, traits.nodes
     between = t.between_share(m)
     if name == "all_to_all":
@@ -79,7 +103,7 @@ def predict(
         return t.known(ranks - 1, t.elsewhere, out) + t.known(ranks - 1, t.elsewhere, back)
     if name == "replicated":
         share = t.known(ranks - 1, t.elsewhere, back)
-        small = (ranks - 1) * tokens * ranks * back <= free_bytes
+        small = (ranks - 1) * tokens * ranks * back <= t.free_bytes
         dense = (ranks - 1) * tokens * traits.dense_seconds
         return dense + (t.known((ranks - 1) * ranks, t.elsewhere * ranks, back) if small else 2 * share)
     if name == "coherent":
@@ -108,7 +132,7 @@ class _Times:
 
     def known(self, rows: float, between: float, row_bytes: float) -> float:
         """One collective in which a token sends `rows` rows, `between` of them to other nodes."""
-        latency = self.links.between.latency_seconds if self.ranks > self.ranks_per_node else self.links.within.latency_seconds
+        latency = self.links.latency(self.ranks // self.ranks_per_node)
         inside = self.tokens * (rows - between) * row_bytes / self.links.within.bytes_per_second
         outside = self.tokens * self.ranks_per_node * between * row_bytes / self.links.between.bytes_per_second
         return latency + max(inside, outside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from coterie.moe.batch import Batch, Request, SharedBatch
@@ -50,26 +51,34 @@ class Dispatcher:
             self._made[chosen] = make_strategy(chosen, self.group)
         return self._made[chosen]
 
-    def choice(self, requests: Sequence[Request], batch_size: int, model: Any) -> Choice:
-        """For these prompts. What was not asked for is predicted from measured links."""
+    def choice(self, requests: Sequence[Request], batch_size: int, model: Any, context: StepContext) -> Choice:
+        """For these prompts. What was not asked for is predicted from measured links and from steps that are rehearsed."""
         if self.asked is not None or self.group.size == 1:
             name = self.strategy(self.asked).name
             return Choice("all_to_all" if name == "coherent" else name, name, {}, {})
-        from coterie.moe.probe import dense_seconds_per_weight, free_bytes, measure
-
-        if self.links is None:
-            self.links = measure(self.group, self.remember)
-            self.group.free_bytes = free_bytes(self.links, self.group)
-            weight = next(model.parameters())
-            seconds = dense_seconds_per_weight(weight.device, weight.dtype, self.group)
-            self._traits = traits_of(self.shape, self.plan, weight.element_size(), seconds)
-        assert self._traits is not None
         rows = max(1, min(batch_size, -(-len(requests) // self.group.size)))
         mean = sum(len(r.token_ids) for r in requests) / len(requests)
         prompt_tokens = max(1, min(PREFILL_TOKENS, int(mean * rows)))
+        if self.links is None:
+            self._measure(model, context, rows, prompt_tokens)
+        assert self._traits is not None and self.links is not None
         without = self.without if self.shape.config.model_type in FAMILIES else self.without | {"coherent"}
         steps = sum(r.max_new_tokens for r in requests) / len(requests)
         return decide(self._traits, self.links, self.group, prompt_tokens, rows, steps, without)
+
+    def _measure(self, model: Any, context: StepContext, rows: int, prompt_tokens: int) -> None:
+        from coterie.moe.probe import dense_seconds_per_weight, free_bytes, measure
+        from coterie.moe.rehearsal import rehearse
+
+        self.links = links = measure(self.group, self.remember)
+        self.group.free_bytes = free_bytes(links, self.group)
+        weight = next(model.parameters())
+        seconds = dense_seconds_per_weight(weight.device, weight.dtype, self.group)
+        traits = traits_of(self.shape, self.plan, weight.element_size(), seconds)
+        on_disk = any(self.group.gather(any(hasattr(module, "coterie_cache") for module in model.modules())))
+        if not on_disk:  # a rehearsal would fill the cache with experts that nobody asked for
+            traits = replace(traits, waits=rehearse(model, context, self.strategy("all_to_all"), links, rows, prompt_tokens))
+        self._traits = traits
 
     def executor(self, model: Any, context: StepContext, choice: Choice, recorder: Recorder | None) -> Executor:
         """What runs the model by this choice."""

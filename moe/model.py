@@ -132,7 +132,7 @@ class Model:
 
         None where the plan has no homes or they mean nothing: on one rank, or if every rank runs all requests.
         """
-        self.choice = choice = self.dispatcher.choice(requests, batch_size, self.transformers)
+        self.choice = choice = self.dispatcher.choice(requests, batch_size, self.transformers, self.context)
         if not use_homes or self.plan.homes is None or self.group.size == 1 or choice.shared:
             return choice, None
         return choice, find_home_ranks(self, self.plan.homes, requests, batch_size, choice.prefill)
@@ -205,7 +205,7 @@ class Model:
         requests = self.text.requests(asked, max_new_tokens)
         writer = TraceWriter(out, metadata, len(self.shape.layer_ids), self.shape.top_k)
         recorder = Recorder(self.transformers, writer, self.shape.num_experts, phase, max_tokens)
-        choice = self.dispatcher.choice(requests, batch_size, self.transformers)
+        choice = self.dispatcher.choice(requests, batch_size, self.transformers, self.context)
         try:
             with recorder.attached():
                 for first in range(0, len(requests), batch_size):

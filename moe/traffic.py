@@ -56,6 +56,16 @@ class Traffic:
         return sum(self.seconds[name] for name in EXCHANGES)
 
     @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is counted inside is forgotten afterwards."""
+        kept = dict(vars(self))
+        vars(self).update(vars(Traffic()))
+        try:
+            yield
+        finally:
+            vars(self).update(kept)
+
+    @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Time what is done inside."""
         started, clock = time.time(), time.perf_counter()

@@ -275,7 +275,7 @@ def test_sides_of_a_case_run_every_sequence_once(tmp_path: Path) -> None:
 
 def reversed_ours() -> list[str]:
     names = cluster_cases
-    return [names.CONTIGUOUS, names.PLANNED, names.HOMED, names.CHOSEN, names.CHOSEN_GLOO]
+    return [names.CONTIGUOUS, names.PLANNED, names.HOMED, names.HOMED_FLAT, names.CHOSEN, names.CHOSEN_GLOO]
 
 
 @pytest.mark.processes

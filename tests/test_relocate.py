@@ -48,7 +48,8 @@ def run(folder: Path, plan: PlacementPlan, group: Group, prompts: list[list[int]
     model = load(folder, plan, strategy=strategy, dtype="float32", group=group)
     requests = [Request(i, tuple(p), steps) for i, p in enumerate(prompts)]
     dispatcher: Dispatcher = model.dispatcher
-    executor = dispatcher.executor(model.transformers, model.context, dispatcher.choice(requests, 2, model.transformers), None)
+    choice = dispatcher.choice(requests, 2, model.transformers, model.context)
+    executor = dispatcher.executor(model.transformers, model.context, choice, None)
     boundary = make(model)
     generator = Generator(executor, group, model.transformers.generation_config, Sampling())
     done = generator.run(requests, 2, shared=strategy == "replicated", boundary=boundary)
