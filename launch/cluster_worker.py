@@ -85,6 +85,7 @@ class Worker:
         for side in self.sides:  # what chooses by measuring the links has to see those of this cell
             if side.kind == OURS and side.strategy is None and side.name in self.loaded:
                 self._load(side)
+                self.loaded[side.name].start(side.homes, self.token_ids[:, : prefill + decode], prefill)  # measured for this
         sides = [side for side in self.sides if side.name in self.loaded]
         turns: dict[str, list[Turn]] = {side.name: [] for side in sides}
         for side in sides:

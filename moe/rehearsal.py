@@ -24,9 +24,9 @@ from coterie.routing.record import expert_modules
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-STEPS = 3  # timed ones of each size, after one that is not
-MOST_TOKENS = 256  # of a rank in one step
-MOST_SECONDS = 0.5  # a step; fewer tokens where it would take longer
+WARM, STEPS = 2, 5  # steps of each size that are not timed, and that are
+MOST_TOKENS = 256  # of a rank in one step; a longer prompt's waits are taken to grow on
+MOST_SECONDS = 2.0  # a step; fewer tokens where it would take longer
 EXCHANGES = 2  # of the rehearsed strategy, in a layer
 
 
@@ -44,12 +44,12 @@ def rehearse(model: Any, context: StepContext, strategy: Strategy, links: Links,
     strategy: `AllToAll`. Nothing of it is counted, and nothing of the model changes. Every rank must call it.
     """
     with _aside(context, strategy.group.traffic):
-        few = _steps(model, context, strategy, links, rows)
+        few = _steps(model, context, strategy, links, rows, 1)
         affordable = int(rows * MOST_SECONDS / max(few.seconds, 1e-9))
         many = max(rows, min(tokens, MOST_TOKENS, affordable))
         if many == rows:
             return Waits(few.wait, 0.0)
-        more = _steps(model, context, strategy, links, many)
+        more = _steps(model, context, strategy, links, 1, many)
         slope = max(more.wait - few.wait, 0.0) / (many - rows)
         return Waits(max(few.wait - rows * slope, 0.0), slope)
 
@@ -66,15 +66,15 @@ def _aside(context: StepContext, traffic: Traffic) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _steps(model: Any, context: StepContext, strategy: Strategy, links: Links, rows: int) -> Rehearsed:
-    """Sequences of one token, `rows` on every rank."""
+def _steps(model: Any, context: StepContext, strategy: Strategy, links: Links, rows: int, length: int) -> Rehearsed:
+    """Sequences of `length` tokens, `rows` on every rank."""
     group, layers = strategy.group, max(1, len(expert_modules(model)))
     vocabulary = model.config.get_text_config().vocab_size
-    drawn = torch.randint(vocabulary, (group.size, rows), generator=torch.Generator().manual_seed(rows)).tolist()
+    drawn = torch.randint(vocabulary, (group.size, rows, length), generator=torch.Generator().manual_seed(rows)).tolist()
     found = []
-    for _ in range(1 + STEPS):
+    for _ in range(WARM + STEPS):
         batch = Batch(model, context, None, strategy)
-        mine = [[Running(Request(i, (token,), 1), rank) for i, token in enumerate(own)] for rank, own in enumerate(drawn)]
+        mine = [[Running(Request(i, tuple(ids), 1), rank) for i, ids in enumerate(own)] for rank, own in enumerate(drawn)]
         group.agree([0])
         before, sent = group.traffic.exchanging(), group.traffic.bytes_to.copy()
         started = time.perf_counter()
@@ -82,7 +82,7 @@ def _steps(model: Any, context: StepContext, strategy: Strategy, links: Links, r
         took = time.perf_counter() - started
         moved = {rank: count - sent[rank] for rank, count in group.traffic.bytes_to.items()}
         found.append((took, group.traffic.exchanging() - before, _bytes_seconds(strategy, links, moved)))
-    took, waited, moving = (statistics.median(values) for values in zip(*found[1:], strict=True))
+    took, waited, moving = (statistics.median(values) for values in zip(*found[WARM:], strict=True))
     said = group.agree([int(s * 1e9) for s in (took, waited, moving)])
     longest, least, bytes_seconds = max(s[0] for s in said), min(s[1] for s in said), max(s[2] for s in said)
     wait = (least - bytes_seconds) / 1e9 / layers - EXCHANGES * links.latency(group.nodes)

@@ -17,17 +17,19 @@ SETUP, DESTROY, SUBMIT, EVENTS = range(4)
 NUMBERS = {"x86_64": (206, 207, 209, 208), "aarch64": (0, 1, 2, 4)}  # of these calls, by `platform.machine()`
 CONTROL = struct.Struct("<QIIHhIQQqQII")  # struct iocb
 EVENT = struct.Struct("<QQqq")  # struct io_event
+PLACE = struct.Struct("<QQ")  # struct iovec
+SCATTERED = 7  # IOCB_CMD_PREADV
 TO_EVENTFD = 1  # IOCB_FLAG_RESFD
+MOST_PLACES = 3  # of a read
 
 
 class Read(NamedTuple):
-    """`length` bytes of an open file from `offset` on to `address`. tag: what its end is known by."""
+    """Bytes of an open file from `offset` on, to `places`, (address, length) each. tag: what its end is known by."""
 
     tag: int
     descriptor: int
     offset: int
-    address: int
-    length: int
+    places: Sequence[tuple[int, int]]
 
 
 def numbers() -> tuple[int, int, int, int] | None:
@@ -46,6 +48,7 @@ class Queue:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.syscall.restype = ctypes.c_long
         self._controls = ctypes.create_string_buffer(CONTROL.size * depth)
+        self._places = ctypes.create_string_buffer(PLACE.size * MOST_PLACES * depth)  # copied by the system when reads begin
         first = ctypes.addressof(self._controls)
         self._pointers = (ctypes.c_void_p * depth)(*range(first, first + CONTROL.size * depth, CONTROL.size))
         self._events = ctypes.create_string_buffer(EVENT.size * depth)
@@ -60,9 +63,13 @@ class Queue:
 
     def submit(self, reads: Sequence[Read]) -> int:
         """Begin the first of these; how many. Raises OSError where the first cannot be."""
-        for place, (tag, descriptor, offset, address, length) in enumerate(reads):
-            control = (tag, 0, 0, 0, 0, descriptor, address, length, offset, 0, TO_EVENTFD, self._ends)
-            CONTROL.pack_into(self._controls, CONTROL.size * place, *control)
+        begin = ctypes.addressof(self._places)
+        for number, (tag, descriptor, offset, places) in enumerate(reads):
+            at = PLACE.size * MOST_PLACES * number
+            for nth, place in enumerate(places):
+                PLACE.pack_into(self._places, at + PLACE.size * nth, *place)
+            control = (tag, 0, 0, SCATTERED, 0, descriptor, begin + at, len(places), offset, 0, TO_EVENTFD, self._ends)
+            CONTROL.pack_into(self._controls, CONTROL.size * number, *control)
         return self._call(SUBMIT, self._context, ctypes.c_long(len(reads)), self._pointers)
 
     def ended(self) -> list[tuple[int, int]]:

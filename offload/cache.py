@@ -17,7 +17,7 @@ from coterie.offload.ahead import Guesser
 from coterie.offload.policies import MAKERS, lowest
 from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import LEAST, HostTier, Misses
-from coterie.offload.transfer import aligned_empty
+from coterie.offload.transfer import aligned_empty, usual_shift
 
 DEFAULT = "coterie"
 DEPTH = 3  # layers ahead that experts are read for
@@ -70,7 +70,11 @@ class ExpertCache:
         layers = len(source.records)
         self.source, self.experts, self.slots, self.top_k, self.misses = source, experts, slots, top_k, misses
         self.store = source.store if isinstance(source, HostTier) else source
-        self.pools = {name: _empty((slots, *shape), dtype, torch.device(device)) for name, shape in shapes.items()}
+        self.pools = {
+            name: _empty((slots, *shape), dtype, torch.device(device), _shift(self.store, name, dtype))
+            for name, shape in shapes.items()
+        }
+        self.slot = [{name: pool[slot] for name, pool in self.pools.items()} for slot in range(slots)]  # views, made once
         self.slot_of = np.full(layers * experts, -1, dtype=np.int64)
         self.free = list(range(slots - 1, -1, -1))
         self.policy = MAKERS[policy](layers, experts, top_k, slots)
@@ -205,9 +209,8 @@ class ExpertCache:
         self.statistics.transfers += len(experts)
         for one in experts:
             slot = self.slot_of[one] = self.free.pop()
-            into = {name: pool[slot] for name, pool in self.pools.items()}
             try:
-                self.coming[one] = self.source.start(one // self.experts, one % self.experts, into, ahead)
+                self.coming[one] = self.source.start(one // self.experts, one % self.experts, self.slot[slot], ahead)
             except BaseException:  # such as ctrl-C: it is not there, and whether something is written to the slot is not known
                 self.slot_of[one] = -1
                 raise
@@ -251,8 +254,15 @@ class ExpertCache:
         self.slot_of[experts] = -1
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return aligned_empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, shift: int) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return aligned_empty(shape, dtype, shift)
+
+
+def _shift(store: ExpertStore, name: str, dtype: torch.dtype) -> int:
+    """So that experts lie in their slots as they do in the file. Not float32, whose products may be summed otherwise then."""
+    return 0 if dtype == torch.float32 else usual_shift(store.records, name)
 
 
 def remembered_bytes(layers: int, experts: int) -> int:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from coterie.offload.transfer import BLOCK, Request, Transfer
+from coterie.offload.transfer import BLOCK, SECTOR, Request, Transfer, aligned_empty
 from coterie.routing.errors import CoterieError
 
 
 class Files:
-    """Opened with O_DIRECT where all of their file systems have it (`direct`). Raises CoterieError if one cannot be."""
+    """Opened with O_DIRECT where all of their file systems have it (`direct`). Raises CoterieError if one cannot be.
+
+    block: what offsets, lengths and places in memory have to be multiples of, found out by trying.
+    """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.descriptors: dict[Path, int] = {}
@@ -23,6 +27,7 @@ class Files:
                 self.descriptors[path] = self._opened(path)
             except OSError as error:
                 raise CoterieError(f"{path}: cannot be read: {error.strerror}") from error
+        self.block = SECTOR if all(map(self._reads_sectors, self.descriptors)) else BLOCK
         self._versions = {path: self._version(path) for path in self.descriptors}
 
     def _opened(self, path: Path) -> int:
@@ -31,6 +36,14 @@ class Files:
         except OSError:  # a file system without it
             self.direct = False
             return os.open(path, os.O_RDONLY)
+
+    def _reads_sectors(self, path: Path) -> bool:
+        place = aligned_empty((2 * SECTOR,), torch.uint8, SECTOR).numpy()
+        try:
+            os.preadv(self.descriptors[path], [place[:SECTOR], place[SECTOR:]], SECTOR)
+        except OSError:  # a real error of the disk will be met again, and told, by whoever reads
+            return False
+        return True
 
     def _version(self, path: Path) -> tuple[int, int]:
         """What changes when the file that was opened does: its size, and when it was last written to, ns."""
@@ -44,12 +57,13 @@ class Files:
             if self._version(path) != self._versions[path]:
                 raise CoterieError(f"{path}: was changed while in use; start again once it is whole")
 
-    def fill(self, request: Request, raw: np.ndarray) -> None:
-        """Read a request into `raw`, uint8, waiting for it. Raises CoterieError for an error of the disk or a short file."""
-        view, done = raw.data, 0
+    def fill(self, request: Request, views: Sequence[np.ndarray]) -> None:
+        """Read a request into `views`, waiting for it. Raises CoterieError for an error of the disk or a short file."""
+        done = 0
         try:
             while done < request.least:
-                got = os.preadv(self.descriptors[request.file], [view[done:]], request.offset + done)
+                left = [view.data for view in remaining(views, done)]
+                got = os.preadv(self.descriptors[request.file], left, request.offset + done)
                 done = gone_on(request, done, got)
         except OSError as error:
             raise CoterieError(f"{request.file}: cannot be read: {error.strerror}") from error
@@ -60,6 +74,16 @@ class Files:
             os.close(self.descriptors.popitem()[1])
 
 
+def remaining(views: Sequence[np.ndarray], done: int) -> list[np.ndarray]:
+    """What is left of places that are filled one after another, after the first `done` bytes."""
+    left = []
+    for view in views:
+        if done < len(view):
+            left.append(view[done:])
+        done = max(0, done - len(view))
+    return left
+
+
 def gone_on(request: Request, done: int, got: int) -> int:
     """Where a request goes on after `got` more bytes than `done`, a place where O_DIRECT can; its end if it is complete.
 
@@ -68,9 +92,9 @@ def gone_on(request: Request, done: int, got: int) -> int:
     found = done + got
     if found >= request.least:
         return found
-    if found // BLOCK * BLOCK <= done:
+    if found // request.block * request.block <= done:
         expected = request.offset + request.least
         raise CoterieError(
             f"{request.file}: ends at byte {request.offset + found}, expected {expected}; was it changed while in use?"
         )
-    return found // BLOCK * BLOCK
+    return found // request.block * request.block

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from coterie.offload.aio import Queue, Read
-from coterie.offload.files import Files, gone_on
-from coterie.offload.transfer import STAGE_BYTES, Request, Transfer, aligned_empty
+from coterie.offload.files import Files, gone_on, remaining
+from coterie.offload.transfer import EDGES, STAGE_BYTES, Request, Transfer, aligned_empty
 from coterie.routing.errors import CoterieError
 
 DEPTH = 32  # reads at a time; more wait here
@@ -41,13 +41,14 @@ class Job:
 
 @dataclass
 class Flight:
-    """A read under way. number: of the request; raw: where it goes, in stage `stage` if that is the reader's own."""
+    """A read under way. number: of the request; views: where it goes; own: the reader's part of that, the nth of its kind."""
 
     job: Job
     number: int
     request: Request
-    raw: np.ndarray
-    stage: int | None
+    views: list[np.ndarray]
+    own: np.ndarray
+    nth: int | None
     done: int = 0
 
 
@@ -76,6 +77,8 @@ class AsyncReader:
         self._tags = count()
         self._stages: list[np.ndarray] = []
         self._free = list(range(STAGES))
+        self._edges = aligned_empty((DEPTH + STAGES, EDGES), torch.uint8).numpy()  # some wait for their turn to be put away
+        self._free_edges = list(range(len(self._edges)))
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="coterie-read", daemon=True)
         self._thread.start()
@@ -156,8 +159,8 @@ class AsyncReader:
     def _read_of(self, flight: Flight) -> Read:
         tag, request, done = next(self._tags), flight.request, flight.done
         self._flying[tag] = flight
-        descriptor, address = self._files.descriptors[request.file], flight.raw.ctypes.data + done
-        return Read(tag, descriptor, request.offset + done, address, request.length - done)
+        places = [(view.ctypes.data, len(view)) for view in remaining(flight.views, done)]
+        return Read(tag, self._files.descriptors[request.file], request.offset + done, places)
 
     def _next(self) -> Flight | None:
         """The next request of what was asked for first."""
@@ -169,7 +172,7 @@ class AsyncReader:
             job = line[0]
             request = job.transfer.requests[job.sent]
             busy = line is self._later and sum(flight.request.length for flight in self._flying.values()) >= AHEAD_BYTES
-            if busy or not (request.direct or self._free):
+            if busy or not (self._free_edges if request.direct else self._free):
                 return None
             if not (job.sent or job.future.set_running_or_notify_cancel()):
                 return self._next()
@@ -181,11 +184,14 @@ class AsyncReader:
         if job.sent == len(job.transfer.requests):
             line.popleft()
         if request.direct:
-            return Flight(job, number, request, job.transfer.place(request), None)
-        stage = self._free.pop()
-        while len(self._stages) <= stage:
-            self._stages.append(aligned_empty((STAGE_BYTES,), torch.uint8).numpy())
-        return Flight(job, number, request, self._stages[stage][: request.length], stage)
+            nth = self._free_edges.pop()
+            own = self._edges[nth]
+        else:
+            nth = self._free.pop()
+            while len(self._stages) <= nth:
+                self._stages.append(aligned_empty((STAGE_BYTES,), torch.uint8).numpy())
+            own = self._stages[nth]
+        return Flight(job, number, request, job.transfer.views(request, own), own, nth)
 
     def _ended(self, tag: int, result: int) -> Flight | None:
         """The flight whose read has ended, its job's error set if it failed; None if it goes on where a short read stopped."""
@@ -213,21 +219,21 @@ class AsyncReader:
             job.taken += 1
             try:
                 if job.error is None:
-                    job.transfer.take(came.request, came.raw)
+                    job.transfer.take(came.request, came.own)
             except BaseException as error:  # the future's to raise
                 job.error = error
             with self._lock:
                 self._release(came)
-                if not (came.request.direct or self._closing):
+                if not self._closing:
                     self._send()
         with self._lock:
             job.under_way -= 1
             self._settle(job)
 
     def _release(self, flight: Flight) -> None:
-        if flight.stage is not None:
-            self._free.append(flight.stage)
-            flight.stage = None
+        if flight.nth is not None:
+            (self._free_edges if flight.request.direct else self._free).append(flight.nth)
+            flight.nth = None
 
     def _settle(self, job: Job) -> None:
         """Tell how it ended, once nothing is written to its tensors any more."""

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ import torch
 from coterie.offload.checkpoint import ReadCounter
 from coterie.offload.files import Files
 from coterie.offload.reader import AsyncReader
-from coterie.offload.transfer import STAGE_BYTES, Expected, Record, Transfer, aligned_empty
+from coterie.offload.transfer import STAGE_BYTES, Expected, Record, Request, Transfer, aligned_empty, plan, shifts_of
 
 READERS = 4  # threads for what is needed, where the system has no asynchronous reads; and
+PLANNED = 4096  # experts whose reads are remembered, about 1 KB each
 AHEAD_READERS = 2  # for what may be: few, so that what is needed meanwhile does not wait long
 
 
@@ -42,6 +43,13 @@ class ExpertStore:
         self.readers = ThreadPoolExecutor(READERS, "coterie-read")
         self.ahead = ThreadPoolExecutor(AHEAD_READERS, "coterie-ahead")
         self._own = threading.local()
+        block, in_order = self.files.block, checksums is not None
+
+        @lru_cache(PLANNED)
+        def planned(layer: int, expert: int, shifts: tuple[int | None, ...]) -> list[Request]:
+            return plan(records[layer][expert], shifts, in_order, block)
+
+        self._planned = planned
 
     @cached_property
     def asynchronous(self) -> AsyncReader | None:
@@ -69,15 +77,17 @@ class ExpertStore:
     def read(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> None:
         """The same in the calling thread."""
         transfer = self._transfer(layer, expert, into)
+        own = self.stage()
         for request in transfer.requests:
-            raw = transfer.place(request) if request.direct else self.stage()[: request.length]
-            self.files.fill(request, raw)
-            transfer.take(request, raw)
+            self.files.fill(request, transfer.views(request, own))
+            transfer.take(request, own)
         self.files.finish(transfer)
 
     def _transfer(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> Transfer:
+        record = self.records[layer][expert]
+        requests = self._planned(layer, expert, shifts_of(record, into))
         expected = None if self.checksums is None else Expected(self.checksums[layer][expert], layer, expert)
-        return Transfer(self.records[layer][expert], into, self.counter, expected)
+        return Transfer(record, into, requests, self.counter, expected)
 
     def stage(self) -> np.ndarray:
         """This thread's own memory for what cannot be read right into its place, uint8 `[STAGE_BYTES]`."""

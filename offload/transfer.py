@@ -1,13 +1,15 @@
 """An expert on its way from disk into tensors: which blocks of files are read for it, and where their bytes go.
 
-What lies in whole blocks of a file is read right into aligned memory (`aligned_empty`); the rest, as most of a checkpoint,
-whose offsets are not aligned, into memory of the reader's own, and copied from there.
+A checkpoint's offsets are not aligned to blocks. What lies in memory at the same distance from a block as in its file (see
+`usual_shift`) is read right into its place by one scattered read, all but its first and last block, which go to a scratch of
+two blocks and are copied from there; the rest into memory of the reader's own, and copied from there.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +19,11 @@ import torch
 from coterie.offload.checkpoint import ReadCounter
 from coterie.offload.checksum import Checksum, check
 
-BLOCK = 4096
+BLOCK = 4096  # what O_DIRECT can always do with: offsets, lengths and places in memory are multiples
+SECTOR = 512  # what it can do with on most devices
 STAGE_BYTES = 2 << 20  # the most that is read at once
+LEAST_DIRECT = 4  # blocks from which on a piece is read right into its place
+EDGES = 2 * BLOCK  # bytes of the scratch for a request's first and last block
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Span:
 class Request:
     """A read of whole blocks: `least` of its bytes must be there, the file may end within the last block.
 
-    direct: right into the place of its only span, all of it.
+    direct: right into the place of its only span, but for a first and a last block that are not all the span's.
     """
 
     file: Path
@@ -64,11 +69,22 @@ class Request:
     least: int
     direct: bool
     spans: list[Span] = field(default_factory=list)
+    block: int = BLOCK
 
     @property
     def length(self) -> int:
         """Bytes, to the end of the last block."""
-        return -(-self.least // BLOCK) * BLOCK
+        return -(-self.least // self.block) * self.block
+
+    @property
+    def before(self) -> int:
+        """Of a direct request: bytes of its span that are in the first block with bytes that are not."""
+        return -self.spans[0].start % self.block
+
+    @property
+    def after(self) -> int:
+        """Likewise in the last block."""
+        return self.least % self.block
 
 
 @dataclass(frozen=True)
@@ -83,68 +99,129 @@ class Expected:
 class Transfer:
     """An expert and the tensors `into` which it goes, by parameter. What was read is given to `take`, in the requests' order.
 
-    expected: None where nothing is known; its parts are then asked for in the order of the file.
+    requests: as `plan` makes them for these tensors. expected: None where nothing is known.
     """
 
     def __init__(
-        self, record: Record, into: Mapping[str, torch.Tensor], counter: ReadCounter, expected: Expected | None = None
-    ) -> None:
-        self.record, self.into, self.counter, self.expected = record, into, counter, expected
+        self, record: Record, into: Mapping[str, torch.Tensor], requests: Sequence[Request], counter: ReadCounter,
+        expected: Expected | None = None,
+    ) -> None:  # fmt: skip
+        self.record, self.into, self.requests, self.counter, self.expected = record, into, requests, counter, expected
         self.seen = None if expected is None else Checksum()
         self.places = {name: _bytes_of(into[name]) for name, part in record.items() if _as_stored(part, into[name])}
-        self.requests = self._planned()
 
-    def place(self, request: Request) -> np.ndarray:
-        """Where a direct request reads to, uint8."""
-        (span,) = request.spans
-        return self.places[span.name][span.first : span.first + span.length]
+    def views(self, request: Request, own: np.ndarray) -> list[np.ndarray]:
+        """Where a request reads to, one after another. own: uint8 of the reader, EDGES; of what is not direct STAGE_BYTES."""
+        if not request.direct:
+            return [own[: request.length]]
+        inside = self._place(request)[request.before : len(self._place(request)) - request.after]
+        first, last = own[: request.block], own[request.block : 2 * request.block]
+        return [*([first] if request.before else []), inside, *([last] if request.after else [])]
 
-    def take(self, request: Request, raw: np.ndarray) -> None:
-        """Put the bytes of a request where they belong. raw: uint8, `place`'s or the reader's own."""
+    def take(self, request: Request, own: np.ndarray) -> None:
+        """Put the bytes of a request where they belong, once they are in its `views` with the same `own`."""
+        if request.direct:
+            self._take_edges(request, own)
+            return
         for span in request.spans:
-            found = raw[span.start : span.start + span.length]
+            found = own[span.start : span.start + span.length]
             if self.seen is not None:
                 self.seen.update(found.data)
-            if request.direct:
-                continue
             if span.name in self.places:
                 self.places[span.name][span.first : span.first + span.length] = found
             else:
                 dtype = self.record[span.name].dtype
                 values = torch.from_numpy(found.copy() if found.ctypes.data % dtype.itemsize else found).view(dtype)
                 self.into[span.name].view(-1)[span.first // dtype.itemsize :][: len(values)].copy_(values)
-
         self.counter.add(sum(span.length for span in request.spans))
+
+    def _take_edges(self, request: Request, own: np.ndarray) -> None:
+        place, before, after = self._place(request), request.before, request.after
+        if before:
+            place[:before] = own[request.block - before : request.block]
+        if after:
+            place[len(place) - after :] = own[request.block : request.block + after]
+        if self.seen is not None:
+            self.seen.update(place.data)
+        self.counter.add(len(place))
+
+    def _place(self, request: Request) -> np.ndarray:
+        (span,) = request.spans
+        return self.places[span.name][span.first : span.first + span.length]
 
     def check(self) -> None:
         """Raises CoterieError, once all has been taken, for bytes that do not give what is expected."""
         if self.seen is not None and self.expected is not None:
             check(self.seen, self.expected.checksum, self.requests[0].file, self.expected.layer, self.expected.expert)
 
-    def _planned(self) -> list[Request]:
-        pieces: list[tuple[Piece, str, int]] = []
-        for name, part in self.record.items():
-            first = 0
-            for piece in part.pieces:
-                pieces.append((piece, name, first))
-                first += piece.length
-        if self.seen is None:
-            pieces.sort(key=lambda found: (str(found[0].file), found[0].offset))
-        made: list[Request] = []
-        for piece, name, first in pieces:
-            done = 0
-            if not piece.offset % BLOCK and name in self.places and not (self.places[name].ctypes.data + first) % BLOCK:
-                while piece.length - done >= BLOCK:
-                    length = min(piece.length - done, STAGE_BYTES) // BLOCK * BLOCK
-                    made.append(Request(piece.file, piece.offset + done, length, True, [Span(name, 0, length, first + done)]))
-                    done += length
-            while done < piece.length:
-                length = _joined(made[-1], piece, done, name, first, self.record[name].dtype.itemsize) if made else 0
-                if not length:
-                    at = piece.offset + done
-                    made.append(Request(piece.file, at // BLOCK * BLOCK, at % BLOCK, False))
-                done += length
-        return made
+
+def plan(record: Record, shifts: Sequence[int | None], in_order: bool, block: int = BLOCK) -> list[Request]:
+    """What is to be read for an expert, in blocks.
+
+    shifts: `shifts_of` the tensors that it goes into; in_order: of its parts, as a checksum is made, or else of the file.
+    """
+    pieces: list[tuple[Piece, str, int]] = []
+    for name, part in record.items():
+        first = 0
+        for piece in part.pieces:
+            pieces.append((piece, name, first))
+            first += piece.length
+    if not in_order:
+        pieces.sort(key=lambda found: (str(found[0].file), found[0].offset))
+    known = dict(zip(record, shifts, strict=True))
+    made: list[Request] = []
+    for piece, name, first in _run_together(pieces):
+        shift = known[name]
+        if shift is not None and (shift + first - piece.offset) % block == 0 and piece.length >= LEAST_DIRECT * block:
+            made += _direct(piece, name, first, block)
+            continue
+        done = 0
+        while done < piece.length:
+            length = _joined(made[-1], piece, done, name, first, record[name].dtype.itemsize) if made else 0
+            if not length:
+                at = piece.offset + done
+                made.append(Request(piece.file, at // block * block, at % block, False, block=block))
+            done += length
+    return made
+
+
+def shifts_of(record: Record, into: Mapping[str, torch.Tensor]) -> tuple[int | None, ...]:
+    """Of each part in order, how far behind a block its tensor begins in memory; None where the part must be cast for it."""
+    return tuple(into[name].data_ptr() % BLOCK if _as_stored(part, into[name]) else None for name, part in record.items())
+
+
+def _run_together(pieces: list[tuple[Piece, str, int]]) -> list[tuple[Piece, str, int]]:
+    """Pieces that follow on each other in the file and in the parameter as one."""
+    made: list[tuple[Piece, str, int]] = []
+    for piece, name, first in pieces:
+        if made:
+            last, whose, at = made[-1]
+            follows = (last.file, last.offset + last.length) == (piece.file, piece.offset)
+            if follows and whose == name and at + last.length == first:
+                made[-1] = Piece(last.file, last.offset, last.length + piece.length), name, at
+                continue
+        made.append((piece, name, first))
+    return made
+
+
+def _direct(piece: Piece, name: str, first: int, block: int) -> list[Request]:
+    """Requests of STAGE_BYTES at most, cut at blocks."""
+    made, at, end = [], piece.offset, piece.offset + piece.length
+    while at < end:
+        offset = at // block * block
+        until = min(end, offset + STAGE_BYTES)
+        span = Span(name, at - offset, until - at, first + at - piece.offset)
+        made.append(Request(piece.file, offset, until - offset, True, [span], block))
+        at = until
+    return made
+
+
+def usual_shift(records: Iterable[Iterable[Record]], name: str) -> int:
+    """Bytes by which most experts' parameter `name` begins behind a block in its file; a multiple of its values' size."""
+    found = Counter(part.pieces[0].offset % BLOCK for layer in records for record in layer for part in [record[name]])
+    sizes = {record[name].dtype.itemsize for layer in records for record in layer}
+    shift = found.most_common(1)[0][0] if found else 0
+    return shift if all(shift % size == 0 for size in sizes) else 0
 
 
 def _joined(request: Request, piece: Piece, done: int, name: str, first: int, itemsize: int) -> int:
@@ -169,15 +246,15 @@ def _bytes_of(out: torch.Tensor) -> np.ndarray:
     return found
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Memory that blocks can be read into: it begins at a page, a large one where there are such; taken when used.
+def aligned_empty(shape: tuple[int, ...], dtype: torch.dtype, shift: int = 0) -> torch.Tensor:
+    """Memory that blocks can be read into: `shift` bytes behind a page, a large one where there are such; taken when used.
 
     A process that is forked does not have it. Large pages spare the system and, on virtual disks, the host a table of small
     ones for every read. Memory that processes share, Python's default, has none unless the system is set so.
     """
     count = torch.Size(shape).numel() * dtype.itemsize
-    pages = mmap.mmap(-1, max(1, count), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = mmap.mmap(-1, max(1, count + shift), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
         if hasattr(mmap, advice):  # not on macOS
             pages.madvise(getattr(mmap, advice))
-    return torch.frombuffer(pages, dtype=torch.uint8, count=count).view(dtype).view(shape)
+    return torch.frombuffer(pages, dtype=torch.uint8, count=count, offset=shift).view(dtype).view(shape)

@@ -102,7 +102,7 @@ def test_parts_of_pieces_anywhere_in_several_files_and_dtypes(seed: int, checked
     store = ExpertStore([[record]], ReadCounter(), [[sums.hexdigest()]] if checked else None)
     assert (store.asynchronous is not None) == (reader == "asynchronous" and store.files.direct)
     into = {
-        name: aligned_empty(part.shape, part.dtype if rng.integers(3) else torch.int64).fill_(-1)
+        name: aligned_empty(part.shape, part.dtype if rng.integers(3) else torch.int64, shift_of(part, rng)).fill_(-1)
         if rng.integers(2) else torch.full(part.shape, -1, dtype=part.dtype)
         for name, part in record.items()
     }  # fmt: skip
@@ -111,6 +111,40 @@ def test_parts_of_pieces_anywhere_in_several_files_and_dtypes(seed: int, checked
         assert torch.equal(into[name].to(values.dtype), values), name
     assert store.counter.bytes == sum(values.numel() * values.itemsize for values in right.values())
     store.close()
+
+
+def shift_of(part: Part, rng: np.random.Generator) -> int:
+    """As its first piece lies in the file, or not."""
+    shift = part.pieces[0].offset % BLOCK
+    return shift if rng.integers(4) and shift % 8 == 0 else 0
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"), [(8, 40 * BLOCK), (520, 3 * STAGE_BYTES + 8), (4088, STAGE_BYTES + 16), (0, 99_992)]
+)
+def test_what_lies_in_memory_as_in_its_file_is_read_into_its_place(
+    offset: int, length: int, reader: str, tmp_path: Path
+) -> None:
+    store, right = stored(tmp_path / "f", 3, length // 4, offset)
+    for expert in range(3):
+        shift = store.records[0][expert]["w"].pieces[0].offset % BLOCK
+        around = aligned_empty((length // 4 + 4,), torch.float32, (shift - 8) % BLOCK).fill_(-1)
+        transfer = store._transfer(0, expert, {"w": around[2:-2]})
+        assert all(request.direct for request in transfer.requests)
+        store.start(0, expert, {"w": around[2:-2]}).result()
+        assert torch.equal(around[2:-2], right[expert])
+        assert around[:2].tolist() == around[-2:].tolist() == [-1, -1], "what is beside it is not touched"
+    store.close()
+
+
+def test_a_checkpoint_in_bfloat16_is_read_into_the_slots_themselves(tmp_path: Path) -> None:
+    folder = make_model("qwen3_moe", tmp_path, dtype="bfloat16", hidden_size=256, moe_intermediate_size=128)
+    share = replace(prepare(folder, None, "bfloat16", 1), slots=4)
+    cache = assembled(share, share.read(0), None, Group()).cache
+    assert cache is not None
+    into = {name: pool[1] for name, pool in cache.pools.items()}
+    requests = [r for e in range(4) for r in cache.store._transfer(0, e, into).requests]
+    assert all(r.direct for r in requests), requests
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4095, 5000])
