@@ -20,6 +20,7 @@ from coterie.launch.cluster_sides import Side
 from coterie.launch.netns import DEVICE, Network
 from coterie.routing.errors import CoterieError
 
+PROGRAM = ("-m", "coterie.launch.cluster_worker")
 PORT = 29577  # of the rendezvous, in namespaces of our own
 ANSWER_SECONDS = 900.0
 POLL_SECONDS = 1.0
@@ -75,8 +76,8 @@ class Workers:
 
 
 @contextmanager
-def workers(network: Network, ranks_per_node: int, folder: Path) -> Iterator[Workers]:
-    """One process per rank of the network, logs in `folder`; all are gone at the end."""
+def workers(network: Network, ranks_per_node: int, folder: Path, program: Sequence[str] = PROGRAM) -> Iterator[Workers]:
+    """One process per rank of the network, logs in `folder`; all are gone at the end. program: what Python runs."""
     started: list[subprocess.Popen[str]] = []
     size = len(network.nodes) * ranks_per_node
     logs = [folder / f"rank-{rank}.log" for rank in range(size)]
@@ -86,9 +87,7 @@ def workers(network: Network, ranks_per_node: int, folder: Path) -> Iterator[Wor
             environment = _environment(network, rank, size, rank % ranks_per_node)
             with logs[rank].open("w") as log:
                 options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE if rank == 0 else log, "stderr": log}
-                started.append(
-                    node.start([sys.executable, "-m", "coterie.launch.cluster_worker"], env=environment, text=True, **options)
-                )
+                started.append(node.start([sys.executable, *program], env=environment, text=True, **options))
         yield Workers(started, logs)
     finally:
         for process in started:

@@ -14,7 +14,19 @@ from dataclasses import dataclass
 
 from coterie.moe.collectives import Group
 from coterie.moe.families import ModelShape
-from coterie.moe.strategy import CHUNKS, AllGather, AllToAll, Coherent, Hierarchical, Local, Overlapped, Replicated, Strategy
+from coterie.moe.strategy import (
+    BESIDE_BYTES,
+    CHUNKS,
+    AllGather,
+    AllToAll,
+    Coherent,
+    Hierarchical,
+    Local,
+    Overlapped,
+    Replicated,
+    Strategy,
+    goes_beside,
+)
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.topology import Link
 from coterie.routing.errors import InputError
@@ -86,7 +98,7 @@ def predict(
 def _added(name: str, traits: Traits, t: _Times) -> float:
     """What is sent, and computed more."""
     ranks, tokens = t.ranks, t.tokens
-    out, back, m, n = traits.row_bytes, traits.back_bytes, traits.ranks, traits.nodes
+    out, back, m = traits.row_bytes, traits.back_bytes, traits.ranks
     between = t.between_share(m)
     if name == "all_to_all":
         return t.counted(m, between, out, tokens) + t.known(m, between, back)
@@ -96,9 +108,7 @@ def _added(name: str, traits: Traits, t: _Times) -> float:
         hidden = min(whole - 2 * latency, traits.expert_seconds * tokens) * (1 - 1 / CHUNKS)
         return whole - hidden + (2 * CHUNKS - 1) * latency
     if name == "hierarchical":
-        inside = max(m - n, 0.0)
-        first, second = t.counted(n, n, out, tokens), t.counted(inside, 0.0, out, tokens * ranks)
-        return first + second + t.known(n, n, back) + t.known(inside, 0.0, back)
+        return _hierarchical(t, traits)
     if name == "all_gather":
         return t.known(ranks - 1, t.elsewhere, out) + t.known(ranks - 1, t.elsewhere, back)
     if name == "replicated":
@@ -112,6 +122,20 @@ def _added(name: str, traits: Traits, t: _Times) -> float:
         kv = t.known(ranks - 1, t.elsewhere, traits.kv_bytes) - t.known(0, 0, 0)
         return one * (2 if traits.top_k > 1 else 1) + kv
     raise InputError(f"--strategy: found {name!r}, expected one of {', '.join(STRATEGIES)}")
+
+
+def _hierarchical(t: _Times, traits: Traits) -> float:
+    """One exchange between nodes and one inside, each way; or two inside, of which one goes beside that between nodes."""
+    out, back, n = traits.row_bytes, traits.back_bytes, traits.nodes
+    inside = max(traits.ranks - n, 0.0)
+    first, home = t.counted(n, n, out, t.tokens), t.known(n, n, back)
+    beside = goes_beside(t.tokens, int(out), t.ranks // t.ranks_per_node, t.ranks_per_node, BESIDE_BYTES)
+    if beside:
+        own = min(traits.ranks - t.between_share(traits.ranks), inside)
+        first = max(first, t.known(0.0, 0.0, 0.0) + t.counted(own, 0.0, out, t.tokens))  # once the counts have come
+        home = max(home, t.known(own, 0.0, back))
+        inside -= own
+    return first + t.counted(inside, 0.0, out, t.tokens * t.ranks) + t.known(inside, 0.0, back) + home
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from coterie.moe.dispatch import as_bytes, from_bytes
 from coterie.moe.traffic import Traffic
-from coterie.moe.transports import CountsInside, TorchTransport, Transport
+from coterie.moe.transports import CountsInside, TorchTransport, Transport, Wait
 
 FREE_BYTES = 1 << 16  # padding that costs less than an exchange of counts, until the links have been measured
 COUNT_BYTES = 8
@@ -82,19 +82,49 @@ class Group:
         """
         if self.size == 1:
             return rows, tuple(send)
-        sent = as_bytes(rows)
-        width = sent.shape[1]
-        padded = (self.size - 1) * bound * width <= self.free_bytes
         with self.traffic.span(name):
-            if isinstance(self.transport, CountsInside):
-                out, receive = self.transport.all_to_all_counted(sent, send)
-            else:
-                out, receive = self._padded(sent, send, bound) if padded else self._counted(sent, send)
-        filled = bound if padded and not self.counts_inside else 0
-        self._count(send, width, [COUNT_BYTES + max(filled - count, 0) * width for count in send], beside)
-        return from_bytes(out, rows.dtype), tuple(receive)
+            out, receive, wait = self._begin(as_bytes(rows), send, bound, beside)
+            wait()
+        return from_bytes(out, rows.dtype), receive
 
-    def _padded(self, rows: torch.Tensor, send: Sequence[int], bound: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+    def start_counted(
+        self, rows: torch.Tensor, send: Sequence[int], bound: int, name: str = "dispatch", beside: bool = False
+    ) -> tuple[tuple[int, ...], Callable[[], torch.Tensor]]:
+        """Begin an `exchange`: (how many rows come from each; what, called once, waits and returns them).
+
+        Messages that are padded are here when it returns.
+        """
+        if self.size == 1:
+            return tuple(send), lambda: rows
+        with self.traffic.span(name):
+            out, receive, wait = self._begin(as_bytes(rows), send, bound, beside)
+        return receive, self._ending(out, rows.dtype, wait, name)
+
+    def _begin(
+        self, rows: torch.Tensor, send: Sequence[int], bound: int, beside: bool
+    ) -> tuple[torch.Tensor, tuple[int, ...], Wait]:
+        """As `CountsInside`, over any transport, and counted."""
+        width = rows.shape[1]
+        padded = not self.counts_inside and (self.size - 1) * bound * width <= self.free_bytes
+        if isinstance(self.transport, CountsInside):
+            out, receive, wait = self.transport.start_all_to_all_counted(rows, send)
+        else:
+            out, receive, wait = self._padded(rows, send, bound) if padded else self._counted(rows, send)
+        filled = bound if padded else 0
+        self._count(send, width, [COUNT_BYTES + max(filled - count, 0) * width for count in send], beside)
+        return out, tuple(receive), wait
+
+    def _ending(self, out: torch.Tensor, dtype: torch.dtype, wait: Wait, name: str) -> Callable[[], torch.Tensor]:
+        """What waits for the bytes `out`, and returns them as rows of `dtype`."""
+
+        def finish() -> torch.Tensor:
+            with self.traffic.span(name):
+                wait()
+            return from_bytes(out, dtype)
+
+        return finish
+
+    def _padded(self, rows: torch.Tensor, send: Sequence[int], bound: int) -> tuple[torch.Tensor, tuple[int, ...], Wait]:
         """One collective: blocks of `bound` rows, each behind its number of rows."""
         width, block = rows.shape[1], COUNT_BYTES + bound * rows.shape[1]
         message = rows.new_zeros((self.size, block))
@@ -106,9 +136,9 @@ class Group:
         self._swap(out, message, [1] * self.size, [1] * self.size)
         receive = out[:, :COUNT_BYTES].contiguous().view(torch.int64)[:, 0].tolist()
         came = [out[r, COUNT_BYTES : COUNT_BYTES + count * width] for r, count in enumerate(receive)]
-        return torch.cat(came).view(sum(receive), width), tuple(receive)
+        return torch.cat(came).view(sum(receive), width), tuple(receive), lambda: None
 
-    def _counted(self, rows: torch.Tensor, send: Sequence[int]) -> tuple[torch.Tensor, tuple[int, ...]]:
+    def _counted(self, rows: torch.Tensor, send: Sequence[int]) -> tuple[torch.Tensor, tuple[int, ...], Wait]:
         """Counts first, then as many rows as there are."""
         ones = [1] * self.size
         mine = torch.tensor(send, dtype=torch.int64, device=rows.device).view(-1, 1)
@@ -116,8 +146,7 @@ class Group:
         self._swap(as_bytes(theirs), as_bytes(mine), ones, ones)
         receive = tuple(theirs[:, 0].tolist())
         out = rows.new_empty((sum(receive), rows.shape[1]))
-        self._swap(out, rows, receive, send)
-        return out, receive
+        return out, receive, self._transport().start_all_to_all(out, rows, receive, send)
 
     def start_exchange(
         self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], name: str = "combine", beside: bool = False
@@ -128,14 +157,7 @@ class Group:
         sent = as_bytes(rows)
         out = sent.new_empty((sum(receive), sent.shape[1]))
         self._count(send, sent.shape[1], [0] * self.size, beside)
-        wait = self._transport().start_all_to_all(out, sent, receive, send)
-
-        def finish() -> torch.Tensor:
-            with self.traffic.span(name):
-                wait()
-            return from_bytes(out, rows.dtype)
-
-        return finish
+        return self._ending(out, rows.dtype, self._transport().start_all_to_all(out, sent, receive, send), name)
 
     def exchange_known(
         self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], name: str = "combine", beside: bool = False

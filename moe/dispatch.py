@@ -6,6 +6,7 @@ of them live there (as in DeepEP and SGLang); the rank returns one weighted part
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +87,24 @@ def combine_rows(plan: DispatchPlan, partial: torch.Tensor) -> torch.Tensor:
     parts = torch.zeros(plan.tokens * plan.width, partial.shape[1], dtype=torch.float32, device=partial.device)
     parts[plan.place] = partial.float()
     return parts.view(plan.tokens, plan.width, partial.shape[1]).sum(1)
+
+
+def merge_sources(parts: Sequence[torch.Tensor], counts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Rows of several exchanges, each by source rank, as those of one: by source rank, then by exchange.
+
+    parts: `[rows, width]` of each exchange; counts: its rows from each source. So the rows that one exchange of
+    `plan_rows` over all tokens would bring come from one exchange of each part of the tokens.
+    """
+    pieces = (torch.split(part, list(count)) for part, count in zip(parts, counts, strict=True))
+    return torch.cat([piece for source in zip(*pieces, strict=True) for piece in source])
+
+
+def split_sources(rows: torch.Tensor, counts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """`merge_sources` undone: the rows of each exchange."""
+    if len(counts) == 1:
+        return [rows]
+    pieces = torch.split(rows, [count for source in zip(*counts, strict=True) for count in source])
+    return [torch.cat(pieces[number :: len(counts)]) for number in range(len(counts))]
 
 
 def pack_rows(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

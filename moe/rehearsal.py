@@ -24,9 +24,9 @@ from coterie.routing.record import expert_modules
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-WARM, STEPS = 2, 5  # steps of each size that are not timed, and that are
-MOST_TOKENS = 256  # of a rank in one step; a longer prompt's waits are taken to grow on
-MOST_SECONDS = 2.0  # a step; fewer tokens where it would take longer
+WARM, STEPS = 1, 3  # steps of each size that are not timed, and that are
+MOST_TOKENS = 1024  # of a rank in one step; a longer prompt's waits are taken to grow on
+MOST_SECONDS = 1.0  # a step; fewer tokens where it would take longer
 EXCHANGES = 2  # of the rehearsed strategy, in a layer
 
 

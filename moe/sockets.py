@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
+from coterie.moe.transports import Wait
 from coterie.routing.errors import CoterieError
 
 TOKEN_BYTES = 16
@@ -234,7 +235,7 @@ class SocketTransport:
         transfer = self._begin(_split(rows, send), _split(out, receive))
         return lambda: self.mesh.finish(transfer)
 
-    def all_to_all_counted(self, rows: torch.Tensor, send: Sequence[int]) -> tuple[torch.Tensor, Sequence[int]]:
+    def start_all_to_all_counted(self, rows: torch.Tensor, send: Sequence[int]) -> tuple[torch.Tensor, Sequence[int], Wait]:
         """As `CountsInside`: each block follows its number of rows, so that nothing is asked beforehand and nothing padded."""
         mine, sizes = _split(rows, send), [SIZE_BYTES] * self.size
         counts, heads = (_cut(_bytes(t), sizes) for t in (torch.tensor(send), torch.zeros(self.size, dtype=torch.int64)))
@@ -247,9 +248,12 @@ class SocketTransport:
         theirs = _split(out, receive)
         theirs[self.rank][:] = mine[self.rank]
         came = self.mesh.begin({}, {member: theirs[i] for i, member in self._others})
-        self.mesh.finish(came)
-        self.mesh.finish(sent)
-        return out, receive
+
+        def finish() -> None:
+            self.mesh.finish(came)
+            self.mesh.finish(sent)
+
+        return out, receive, finish
 
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
         """As `Transport`."""

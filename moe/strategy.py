@@ -19,9 +19,11 @@ from coterie.moe.dispatch import (
     combine_rows,
     gateways,
     looked_up,
+    merge_sources,
     pack_rows,
     plan_dispatch,
     plan_rows,
+    split_sources,
     unpack_rows,
 )
 from coterie.moe.placement_map import LayerMap
@@ -41,6 +43,9 @@ class Dispatched:
 
 
 CHUNKS = 2
+BESIDE_BYTES = (
+    1 << 20
+)  # of a rank's tokens: with fewer, two more exchanges inside cost more than is saved (bench/hierarchical.py)
 Compute = Callable[[Dispatched], torch.Tensor]
 
 
@@ -214,28 +219,40 @@ class Coherent(AllToAll):
 
 
 @dataclass(frozen=True)
-class _TwoStages:
-    """between: rows to other nodes; inside: those that came and this rank's own, to the node's ranks; came: of `exchange`."""
+class _Inside:
+    """One exchange inside the node. plan: what this rank sent; came: how many rows from each rank."""
+
+    plan: DispatchPlan
+    came: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """between: rows to other nodes; came: how many from each rank; inside: what went on inside this rank's node.
+
+    That is one exchange of this rank's own tokens and, behind them, of the rows that came; or one of each.
+    """
 
     between: DispatchPlan
     came: tuple[int, ...]
-    inside: DispatchPlan
-    came_inside: tuple[int, ...]
+    inside: tuple[_Inside, ...]
 
 
 class Hierarchical(_OfGroup):
     """One row per token and remote node, forwarded there to the other ranks that need it; one row back per node.
 
     As in DeepEP's internode kernels. The rank that takes a node's row is one that needs it anyway, so the number of rows is
-    that of `AllToAll`, and only those between nodes become fewer.
+    that of `AllToAll`, and only those between nodes become fewer. Where there is enough to send, what this rank's node needs
+    of its own tokens travels inside it while rows travel between nodes, both ways (as in FSMoE); the sums are the same bits.
     """
 
     name = "hierarchical"
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, beside_bytes: int = BESIDE_BYTES) -> None:
         super().__init__(group)
         width = group.ranks_per_node
         self.node = group.subgroup([list(range(i, i + width)) for i in range(0, group.size, width)])
+        self.beside_bytes = beside_bytes
 
     def dispatch(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: LayerMap, tokens: tuple[int, ...]
@@ -247,24 +264,48 @@ class Hierarchical(_OfGroup):
         gateway = gateways(target, self.group.rank, self.group.size, size)
         between = plan_rows(gateway, code, weights, self.group.size)
         message = pack_rows(x[between.token_of_row], between.ids, between.weights)
-        arrived, came = self.group.exchange(message, between.counts, max(tokens), "dispatch between nodes")
-        rows, codes, row_weights = unpack_rows(arrived, slots, x.dtype)
-        own = torch.where(gateway < 0, code, -1)
-        x, codes, row_weights = torch.cat([x, rows]), torch.cat([own, codes]), torch.cat([weights.float(), row_weights])
-        where = torch.where(codes >= 0, codes % experts, -1)
-        inside = plan_rows(torch.where(codes >= 0, codes // experts, -1), where, row_weights, size)
-        message = pack_rows(x[inside.token_of_row], inside.ids, inside.weights)
-        arrived, came_inside = self.node.exchange(message, inside.counts, sum(tokens))
-        return Dispatched(*unpack_rows(arrived, slots, x.dtype), _TwoStages(between, came, inside, came_inside))
+        came, arriving = self.group.start_counted(message, between.counts, max(tokens), "dispatch between nodes")
+        own = (x, torch.where(gateway < 0, code, -1), weights.float())
+        inside: tuple[_Inside, ...]
+        if goes_beside(max(tokens), message.shape[1], self.group.nodes, size, self.beside_bytes):
+            first, mine = self._hand_out(*own, experts, max(tokens))
+            second, theirs = self._hand_out(*unpack_rows(arriving(), slots, x.dtype), experts, sum(tokens))
+            arrived, inside = merge_sources((first, second), (mine.came, theirs.came)), (mine, theirs)
+        else:
+            x, code, weights = map(torch.cat, zip(own, unpack_rows(arriving(), slots, x.dtype), strict=True))
+            arrived, all_rows = self._hand_out(x, code, weights, experts, sum(tokens))
+            inside = (all_rows,)
+        return Dispatched(*unpack_rows(arrived, slots, x.dtype), _Stages(between, came, inside))
+
+    def _hand_out(
+        self, x: torch.Tensor, code: torch.Tensor, weights: torch.Tensor, experts: int, bound: int
+    ) -> tuple[torch.Tensor, _Inside]:
+        """The rows that this node's ranks need of `x`, exchanged inside it: messages as they came."""
+        rank, where = (torch.where(code >= 0, part, -1) for part in (code // experts, code % experts))
+        plan = plan_rows(rank, where, weights, self.node.size)
+        message = pack_rows(x[plan.token_of_row], plan.ids, plan.weights)
+        arrived, came = self.node.exchange(message, plan.counts, bound)
+        return arrived, _Inside(plan, came)
 
     def combine(self, y: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """Inside the node first, then between nodes: sums in the order of ranks, this node's before the others'."""
-        stages: _TwoStages = dispatched.state
-        tokens = stages.between.tokens
-        inside = combine_rows(stages.inside, self.node.exchange_known(y, stages.came_inside, stages.inside.counts))
-        back = inside[tokens:].to(y.dtype)
-        between = self.group.exchange_known(back, stages.came, stages.between.counts, "combine between nodes")
-        return (inside[:tokens] + combine_rows(stages.between, between)).to(y.dtype)
+        stages: _Stages = dispatched.state
+        *mine, last = zip(split_sources(y, [i.came for i in stages.inside]), stages.inside, strict=True)
+        back = self._summed_inside(*last)
+        tokens = 0 if mine else stages.between.tokens
+        sums = back[tokens:].to(y.dtype)
+        coming = self.group.start_exchange(sums, stages.came, stages.between.counts, "combine between nodes")
+        own = self._summed_inside(*mine[0]) if mine else back[:tokens]
+        return (own + combine_rows(stages.between, coming())).to(y.dtype)
+
+    def _summed_inside(self, y: torch.Tensor, inside: _Inside) -> torch.Tensor:
+        """Partial sums back to the rank that handed the rows out, and their sums there, float32."""
+        return combine_rows(inside.plan, self.node.exchange_known(y, inside.came, inside.plan.counts))
+
+
+def goes_beside(tokens: int, row_bytes: int, nodes: int, ranks_per_node: int, least_bytes: int) -> bool:
+    """Whether rows inside nodes travel beside those between nodes: the same on all ranks. tokens: of the rank with most."""
+    return nodes > 1 and ranks_per_node > 1 and tokens * row_bytes >= least_bytes
 
 
 def _summed(parts: torch.Tensor, ranks: int) -> torch.Tensor:

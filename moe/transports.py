@@ -54,8 +54,12 @@ class Transport(Protocol):
 class CountsInside(Protocol):
     """A transport that can send blocks whose sizes the receiver does not know."""
 
-    def all_to_all_counted(self, rows: torch.Tensor, send: Sequence[int]) -> tuple[torch.Tensor, Sequence[int]]:
-        """rows: uint8 `[sum(send), width]`, by destination; returns the rows that came, by source, and how many from each."""
+    def start_all_to_all_counted(self, rows: torch.Tensor, send: Sequence[int]) -> tuple[torch.Tensor, Sequence[int], Wait]:
+        """Begin to send rows (uint8 `[sum(send), width]`, by destination); returns once it is known how many come.
+
+        Returned: where they will be, by source; how many from each; what waits for them. Until that has returned, neither
+        they nor `rows` may be touched.
+        """
         ...
 
 

@@ -235,6 +235,10 @@ class Watched:
         """As `Transport`."""
         with self.watch.waiting():
             wait = self.inner.start_all_to_all(out, rows, receive, send)
+        return self._ending(wait)
+
+    def _ending(self, wait: Wait) -> Wait:
+        """`wait`, watched."""
 
         def finish() -> None:
             with self.watch.waiting(begins=False):
@@ -267,10 +271,11 @@ class WatchedCounts(Watched):
 
     inner: Any
 
-    def all_to_all_counted(self, rows: torch.Tensor, send: Sequence[int]) -> tuple[torch.Tensor, Sequence[int]]:
+    def start_all_to_all_counted(self, rows: torch.Tensor, send: Sequence[int]) -> tuple[torch.Tensor, Sequence[int], Wait]:
         """As `CountsInside`."""
         with self.watch.waiting():
-            return self.inner.all_to_all_counted(rows, send)  # type: ignore[no-any-return]
+            out, receive, wait = self.inner.start_all_to_all_counted(rows, send)
+        return out, receive, self._ending(wait)
 
 
 def watched(transport: Transport, watch: Watch) -> Watched:

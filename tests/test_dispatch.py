@@ -12,7 +12,16 @@ from thread_ranks import on_ranks
 from coterie.kernels.experts import StackedExperts, grouped_experts, reference_experts
 from coterie.moe.choose import check_group, make_strategy
 from coterie.moe.collectives import Group
-from coterie.moe.dispatch import combine_rows, pack_rows, plan_dispatch, row_bytes, unpack_rows
+from coterie.moe.dispatch import (
+    combine_rows,
+    merge_sources,
+    pack_rows,
+    plan_dispatch,
+    plan_rows,
+    row_bytes,
+    split_sources,
+    unpack_rows,
+)
 from coterie.moe.placement_map import layer_maps
 from coterie.moe.strategy import Local
 from coterie.placement.plan import PlacementPlan
@@ -89,6 +98,33 @@ def test_one_row_goes_to_each_distinct_rank_of_a_token(seed, ranks, tokens, top_
     assert len(set(plan.place.tolist())) == len(plan.place)
     assert plan.weights.sum() == pytest.approx(float(weights[ids >= 0].sum()), abs=1e-5)
     assert ((plan.ids >= 0).sum() == (ids >= 0).sum()) and not plan.weights[plan.ids < 0].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), ranks=st.integers(1, 4), tokens=st.lists(st.integers(0, 6), min_size=8, max_size=8),
+    cut=st.integers(0, 6),
+)  # fmt: skip
+def test_exchanges_of_parts_merge_into_that_of_all_tokens_and_are_split_again(seed, ranks, tokens, cut) -> None:
+    rng = np.random.default_rng(seed)
+
+    def rows(source: int, part: slice) -> list[torch.Tensor]:
+        """What `source` sends to each rank of those of its tokens: the token's number, the source's number."""
+        plan = plan_rows(target[source][part], target[source][part], weights[source][part], ranks)
+        number = torch.arange(tokens[source])[part][plan.token_of_row]
+        return list(torch.stack([number, torch.full_like(number, source)], 1).split(list(plan.counts)))
+
+    target = [torch.from_numpy(rng.integers(-1, ranks, (tokens[r], 3))) for r in range(ranks)]
+    weights = [torch.ones(tokens[r], 3) for r in range(ranks)]
+    for here in range(ranks):
+        whole = torch.cat([rows(source, slice(None))[here] for source in range(ranks)])
+        parts, counts = [], []
+        for part in (slice(0, cut), slice(cut, None)):
+            came = [rows(source, part)[here] for source in range(ranks)]
+            parts.append(torch.cat(came))
+            counts.append([len(c) for c in came])
+        assert torch.equal(merge_sources(parts, counts), whole)
+        assert all(torch.equal(a, b) for a, b in zip(split_sources(whole, counts), parts, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

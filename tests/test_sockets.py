@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed import HashStore
 
 from coterie.moe.collectives import Group
 from coterie.moe.sockets import SocketTransport, own_address
+from coterie.moe.watch import watched
 from coterie.routing.errors import CoterieError
 
 
@@ -139,3 +141,45 @@ def test_blocks_of_unknown_size_arrive_in_one_exchange() -> None:
         return group.traffic.overhead
 
     assert on_sockets(3, work) == [3 * 2 * 8] * 3
+
+
+@pytest.mark.parametrize("rows", [0, 7, 300_000])  # the last: more than any socket buffers
+def test_a_node_exchanges_while_blocks_of_unknown_size_travel_between_nodes(rows: int) -> None:
+    def work(t: SocketTransport) -> Any:
+        group = Group(t, 2)
+        node = group.subgroup([[0, 1], [2, 3]])
+        counts = [[rows * (a + b) % (rows + 3) * (a // 2 != b // 2) for b in range(4)] for a in range(4)]
+        mine = torch.cat([block(t.rank, p, n) for p, n in enumerate(counts[t.rank])])
+        receive, arriving = group.start_counted(mine, counts[t.rank], 1, "dispatch between nodes")
+        assert list(receive) == [counts[p][t.rank] for p in range(4)]
+        inside, came = node.exchange(torch.full((2 * rows, 5), t.rank), [rows, rows], 1)
+        assert came == (rows, rows) and inside[:, 0].tolist() == [r for r in node.members for _ in range(rows)]
+        assert torch.equal(arriving(), torch.cat([block(p, t.rank, n) for p, n in enumerate(receive)]))
+        return group.traffic.overhead
+
+    assert on_sockets(4, work) == [3 * 8 + 8] * 4
+
+
+def test_an_exchange_that_is_awaited_later_is_watched_to_its_end_and_counted_once() -> None:
+    class Noting:
+        def __init__(self) -> None:
+            self.begins: list[bool] = []
+            self.inside = False
+
+        @contextmanager
+        def waiting(self, begins: bool = True) -> Iterator[None]:
+            self.begins.append(begins)
+            self.inside = True
+            yield
+            self.inside = False
+
+    def work(t: SocketTransport) -> Any:
+        noting = Noting()
+        group = Group(watched(t, noting))  # type: ignore[arg-type]
+        receive, arriving = group.start_counted(block(t.rank, 0, 4), [2, 2], 2)
+        assert not noting.inside and noting.begins == [True]
+        group.exchange_known(torch.zeros(2, 1), [1, 1], [1, 1])
+        arriving()
+        return list(receive), noting.begins
+
+    assert on_sockets(2, work) == [([2, 2], [True, True, False, False])] * 2

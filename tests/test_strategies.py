@@ -20,11 +20,14 @@ from coterie.moe.coherent import next_anchor
 from coterie.moe.collectives import Group
 from coterie.moe.dispatch import needed_ranks, row_bytes
 from coterie.moe.placement_map import layer_maps
-from coterie.moe.strategy import Overlapped
+from coterie.moe.strategy import BESIDE_BYTES, Hierarchical, Overlapped, goes_beside
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.topology import Topology
 
 HIDDEN, TOP_K, EXPERTS = 8, 3, 9
+NEVER = 1 << 62
+BESIDE = "hierarchical, beside"
+WAYS = {**MADE, BESIDE: lambda group: Hierarchical(group, 0)}
 
 
 def on_nodes(plan: PlacementPlan, nodes: int) -> PlacementPlan:
@@ -34,7 +37,8 @@ def on_nodes(plan: PlacementPlan, nodes: int) -> PlacementPlan:
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10_000), shape=st.sampled_from([(1, 2), (1, 3), (2, 2), (2, 4), (4, 1), (3, 2)]), copies=st.booleans(),
-    name=st.sampled_from(["replicated", "all_gather", "all_to_all", "hierarchical"]), free=st.sampled_from([0, 1 << 16]),
+    name=st.sampled_from(["replicated", "all_gather", "all_to_all", "hierarchical", BESIDE]),
+    free=st.sampled_from([0, 1 << 16]),
 )  # fmt: skip
 def test_every_strategy_sums_what_one_rank_would_and_counts_its_rows(seed, shape, copies, name, free) -> None:
     nodes, width = shape
@@ -53,7 +57,7 @@ def test_every_strategy_sums_what_one_rank_would_and_counts_its_rows(seed, shape
 
     def work(group: Group):
         group.free_bytes = free
-        r, strategy = group.rank, MADE[name](group)
+        r, strategy = group.rank, WAYS[name](group)
         sent = strategy.dispatch(x[r], *routing[r], maps[r], tuple(map(int, counts)))
         y = grouped_experts(share_of(weights, maps[r].local), sent.rows, sent.ids, sent.weights)
         return strategy.combine(y, sent), group.traffic
@@ -67,9 +71,48 @@ def test_every_strategy_sums_what_one_rank_would_and_counts_its_rows(seed, shape
     if name != "replicated":
         assert sum(t.bytes for _, t in results) == rows // 2 * (out_bytes + back)
     over = sum(n for r, (_, t) in enumerate(results) for to, n in t.bytes_to.items() if to // width != r // width)
-    if free == 0 and name in ("all_to_all", "hierarchical"):  # else padding is in it
+    if free == 0 and name in ("all_to_all", "hierarchical", BESIDE):  # else padding is in it
         counts_sent = ranks * (ranks - width) * 8
         assert over == leaving // 2 * (out_bytes + back) + counts_sent
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), shape=st.sampled_from([(2, 2), (2, 3), (3, 2), (2, 4)]), copies=st.booleans(),
+    free=st.sampled_from([0, 1 << 16]), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_rows_inside_nodes_beside_those_between_are_the_same_bits_and_counts(seed, shape, copies, free, dtype) -> None:
+    nodes, width = shape
+    rng = np.random.default_rng(seed)
+    plan = on_nodes(random_plan(rng, EXPERTS, nodes * width, copies), nodes)
+    counts = rng.integers(0, 7, nodes * width) * rng.integers(0, 2, nodes * width)
+    counts[rng.integers(nodes * width)] = 3
+    x = [torch.from_numpy(rng.standard_normal((n, HIDDEN))).to(dtype) for n in counts]
+    routing = [random_routing(rng, n, EXPERTS, TOP_K) for n in counts]
+    maps = [layer_maps(plan, r)[0] for r in range(nodes * width)]
+
+    def work(least: int):
+        def run(group: Group):
+            strategy = Hierarchical(group, least)
+            group.free_bytes = strategy.node.free_bytes = free
+            sent = strategy.dispatch(x[group.rank], *routing[group.rank], maps[group.rank], tuple(map(int, counts)))
+            y = sent.rows * sent.weights.sum(1, keepdim=True).to(dtype)
+            return (sent.rows, sent.ids, sent.weights, strategy.combine(y, sent)), group.traffic, len(sent.state.inside)
+
+        return on_ranks(nodes * width, run, width)
+
+    for (alone, one, exchanges), (beside, two, more) in zip(work(NEVER), work(0), strict=True):
+        assert (exchanges, more) == (1, 2)
+        assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
+        assert (one.rows, one.bytes, one.rows_by_layer) == (two.rows, two.bytes, two.rows_by_layer)
+        if free == 0:  # else padding is in it
+            assert two.overhead == one.overhead + (width - 1) * 8
+
+
+def test_rows_go_beside_where_there_are_several_nodes_of_several_ranks_and_enough_bytes() -> None:
+    assert goes_beside(BESIDE_BYTES // 64, 64, 2, 2, BESIDE_BYTES)
+    assert not goes_beside(BESIDE_BYTES // 64 - 1, 64, 2, 2, BESIDE_BYTES)
+    assert not goes_beside(1 << 30, 64, 1, 4, 0) and not goes_beside(1 << 30, 64, 4, 1, 0)
 
 
 @settings(max_examples=30, deadline=None)
@@ -113,7 +156,7 @@ def expected_rows(name, ids, maps, ranks, width, free, counts) -> tuple[int, int
             found = set(row.nonzero()[:, 0].tolist())
             remote += len(found - {r})
             others = {f // width for f in found} - {r // width}
-            leaving += len(others) if name == "hierarchical" else sum(f // width != r // width for f in found)
+            leaving += len(others) if name in ("hierarchical", BESIDE) else sum(f // width != r // width for f in found)
     return 2 * remote, 2 * leaving
 
 

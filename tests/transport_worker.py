@@ -13,6 +13,10 @@ import torch
 
 from coterie.launch.distributed import job, leave
 from coterie.moe.collectives import Group
+from coterie.moe.placement_map import layer_maps
+from coterie.moe.strategy import Hierarchical
+from coterie.placement.plan import PlacementPlan
+from coterie.placement.topology import Topology
 
 
 def rows_of(source: int, target: int, dtype: torch.dtype) -> torch.Tensor:
@@ -42,10 +46,30 @@ def check_exchanges(group: Group, dtype: torch.dtype) -> None:
     assert torch.equal(out[:: len(big) // group.size, 0], torch.tensor(theirs, dtype=torch.float32))
 
 
+def check_hierarchical(whole: Group) -> None:
+    """As two nodes: with rows inside beside those between, and one after the other, the same bits and as many rows."""
+    group = Group(whole.transport, whole.size // 2, whole.traffic)
+    tokens = tuple(0 if r == 1 else 700 + 31 * r for r in range(group.size))
+    slots = torch.arange(2 * group.size, dtype=torch.int64).view(1, -1).numpy()
+    plan = PlacementPlan(slots, 2 * group.size, (0,), Topology(2, group.size // 2))
+    drawn = torch.Generator().manual_seed(group.rank)
+    x = torch.randn(tokens[group.rank], 512, generator=drawn)
+    ids = torch.rand(len(x), 2 * group.size, generator=drawn).topk(3).indices
+    found = []
+    for least in (1 << 62, 0):
+        strategy, before = Hierarchical(group, least), group.traffic.rows
+        sent = strategy.dispatch(x, ids, torch.full(ids.shape, 0.5), layer_maps(plan, group.rank)[0], tokens)
+        out = strategy.combine(sent.rows * sent.weights.sum(1, keepdim=True), sent)
+        found.append((sent.rows, sent.ids, out, torch.tensor(group.traffic.rows - before)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    torch.testing.assert_close(found[0][2], 1.5 * x)
+
+
 def main(result: Path, transport: str) -> None:
     with job(transport=transport or None) as group:
         for dtype in (torch.float32, torch.bfloat16):
             check_exchanges(group, dtype)
+        check_hierarchical(group)
         assert group.agree([group.rank, 7]) == [(r, 7) for r in range(group.size)]
         assert group.gather({"rank": group.rank, "size": "x" * group.rank}) == [
             {"rank": r, "size": "x" * r} for r in range(group.size)
