@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from coterie.moe.collectives import Group
 from coterie.moe.families import ModelShape
 from coterie.moe.strategy import (
-    BESIDE_BYTES,
+    BESIDE,
     CHUNKS,
     AllGather,
     AllToAll,
@@ -129,7 +129,7 @@ def _hierarchical(t: _Times, traits: Traits) -> float:
     out, back, n = traits.row_bytes, traits.back_bytes, traits.nodes
     inside = max(traits.ranks - n, 0.0)
     first, home = t.counted(n, n, out, t.tokens), t.known(n, n, back)
-    beside = goes_beside(t.tokens, int(out), t.ranks // t.ranks_per_node, t.ranks_per_node, BESIDE_BYTES)
+    beside = goes_beside(t.tokens, int(out), t.ranks // t.ranks_per_node, t.ranks_per_node, BESIDE * t.free_bytes)
     if beside:
         own = min(traits.ranks - t.between_share(traits.ranks), inside)
         first = max(first, t.known(0.0, 0.0, 0.0) + t.counted(own, 0.0, out, t.tokens))  # once the counts have come

@@ -43,9 +43,8 @@ class Dispatched:
 
 
 CHUNKS = 2
-BESIDE_BYTES = (
-    1 << 20
-)  # of a rank's tokens: with fewer, two more exchanges inside cost more than is saved (bench/hierarchical.py)
+BESIDE = 20  # times what a link carries in a collective's latency: with fewer bytes of a rank's tokens, two more exchanges
+# inside the node cost more than is saved (bench/hierarchical.py)
 Compute = Callable[[Dispatched], torch.Tensor]
 
 
@@ -248,7 +247,7 @@ class Hierarchical(_OfGroup):
 
     name = "hierarchical"
 
-    def __init__(self, group: Group, beside_bytes: int = BESIDE_BYTES) -> None:
+    def __init__(self, group: Group, beside_bytes: int | None = None) -> None:
         super().__init__(group)
         width = group.ranks_per_node
         self.node = group.subgroup([list(range(i, i + width)) for i in range(0, group.size, width)])
@@ -267,7 +266,8 @@ class Hierarchical(_OfGroup):
         came, arriving = self.group.start_counted(message, between.counts, max(tokens), "dispatch between nodes")
         own = (x, torch.where(gateway < 0, code, -1), weights.float())
         inside: tuple[_Inside, ...]
-        if goes_beside(max(tokens), message.shape[1], self.group.nodes, size, self.beside_bytes):
+        least = BESIDE * self.group.free_bytes if self.beside_bytes is None else self.beside_bytes
+        if goes_beside(max(tokens), message.shape[1], self.group.nodes, size, least):
             first, mine = self._hand_out(*own, experts, max(tokens))
             second, theirs = self._hand_out(*unpack_rows(arriving(), slots, x.dtype), experts, sum(tokens))
             arrived, inside = merge_sources((first, second), (mine.came, theirs.came)), (mine, theirs)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 
 from coterie.moe.choose import Links, Traits, predict
-from coterie.moe.strategy import BESIDE_BYTES
+from coterie.moe.strategy import BESIDE
 from coterie.placement.topology import Link
 
 LATENCY, ROW, BACK = 1e-3, 1024.0, 512.0
 EVEN = Traits(row_bytes=ROW, back_bytes=BACK, ranks=2.4, nodes=1.0, moves=4.0, top_k=8)  # on 2x2: 0.8 inside, 1.6 between
-ENOUGH = BESIDE_BYTES // int(ROW)
+FREE = 1 << 16  # bytes that take no longer than a collective
+ENOUGH = BESIDE * FREE // int(ROW)
 
 
 def hierarchical(tokens: int, within: float, between: float, nodes: int = 2, counts_inside: bool = True) -> float:
     links = Links(Link(within, LATENCY), Link(between, LATENCY))
-    return predict("hierarchical", EVEN, links, 4, 4 // nodes, tokens, 0, counts_inside)
+    return predict("hierarchical", EVEN, links, 4, 4 // nodes, tokens, FREE, counts_inside)
 
 
 @pytest.mark.parametrize(("tokens", "beside"), [(ENOUGH - 1, False), (ENOUGH, True)])

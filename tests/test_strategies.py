@@ -20,7 +20,7 @@ from coterie.moe.coherent import next_anchor
 from coterie.moe.collectives import Group
 from coterie.moe.dispatch import needed_ranks, row_bytes
 from coterie.moe.placement_map import layer_maps
-from coterie.moe.strategy import BESIDE_BYTES, Hierarchical, Overlapped, goes_beside
+from coterie.moe.strategy import Hierarchical, Overlapped, goes_beside
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.topology import Topology
 
@@ -110,8 +110,7 @@ def test_rows_inside_nodes_beside_those_between_are_the_same_bits_and_counts(see
 
 
 def test_rows_go_beside_where_there_are_several_nodes_of_several_ranks_and_enough_bytes() -> None:
-    assert goes_beside(BESIDE_BYTES // 64, 64, 2, 2, BESIDE_BYTES)
-    assert not goes_beside(BESIDE_BYTES // 64 - 1, 64, 2, 2, BESIDE_BYTES)
+    assert goes_beside(100, 64, 2, 2, 6400) and not goes_beside(99, 64, 2, 2, 6400)
     assert not goes_beside(1 << 30, 64, 1, 4, 0) and not goes_beside(1 << 30, 64, 4, 1, 0)
 
 
