@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 WARM, STEPS = 1, 3  # steps of each size that are not timed, and that are
-MOST_TOKENS = 1024  # of a rank in one step; a longer prompt's waits are taken to grow on
-MOST_SECONDS = 1.0  # a step; fewer tokens where it would take longer
+MOST_TOKENS = 512  # of a rank in one step; a longer prompt's waits are taken to grow on
+MOST_SECONDS = 0.3  # a step; fewer tokens where it would take longer
 EXCHANGES = 2  # of the rehearsed strategy, in a layer
 
 
