@@ -64,6 +64,8 @@ def compile_product(work: Work, arch: int, first: bool = True, tile: Tile | None
             "SLOTS": work.top_k, "GATED": work.doubled, "TURNS": turned,
             "FUNCTION": FUNCTION_CODES["silu"], "LIMIT": turned,
         }  # fmt: skip
+    else:
+        constants["SPLITS"] = tile.splits
     types = {"w": POINTERS[work.format], "scale": "*fp32", "bias": "*bf16", "x": "*bf16", "h": "*bf16", "y": "*bf16"}
     types |= dict.fromkeys(("picks", "block_expert", "block_start", "block_count", "table"), "*i32")
     types |= dict.fromkeys(("limit", "alpha", "offset"), "fp32")
@@ -76,10 +78,10 @@ def compile_small(name: str, arch: int, experts: int = 256, top_k: int = 8) -> C
     kernel = weighted_sum if name == "weighted_sum" else getattr(ordering, name)
     given = {
         "ALL": ordering.AT_ONCE, "EXPERTS": 2 * experts, "ROWS": 16, "PLACED": ordering.PLACED, "PART": ordering.PART,
-        "SLOTS": top_k, "BH": 1024,
+        "SLOTS": top_k, "SPLITS": 4, "BH": 1024,
     }  # fmt: skip
     constants = {n: value for n, value in given.items() if n in kernel.arg_names}
-    pointers = {"ids": "*i64", "weights": "*fp32", "y": "*bf16", "out": "*bf16"}
+    pointers = {"ids": "*i64", "weights": "*fp32", "y": "*fp32", "out": "*bf16"}
     pointers |= dict.fromkeys(("picks", "expert", "start", "count", "found", "ends"), "*i32")
     types = {n: pointers.get(n, "i32") for n in kernel.arg_names}
     return compile_kernel(kernel, types, constants, arch, 8 if name == "_place" else 4, 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -57,30 +57,38 @@ class FusedExperts:
         """
         if ids.numel() == 0:
             return torch.zeros_like(x)
-        return self.summed(self.picked(x, ids, tiles=tiles), ids, weights)
+        return self.summed(self.picked(x, ids, tiles=tiles), ids, weights, x.dtype)
+
+    def room(self, x: torch.Tensor, ids: torch.Tensor, tiles: tuple[Tile, Tile] | None = None) -> torch.Tensor:
+        """Where `picked` may write for these: `[parts, T * K, H]`, in x's dtype if there is one part, else float32."""
+        _, second = tiles or self._tiles(x, *ids.shape)
+        dtype = x.dtype if second.splits == 1 else torch.float32
+        return x.new_empty(second.splits, ids.numel(), self.second.shape[1], dtype=dtype)
 
     def picked(
         self, x: torch.Tensor, ids: torch.Tensor, out: torch.Tensor | None = None, tiles: tuple[Tile, Tile] | None = None
     ) -> torch.Tensor:
-        """The output of each pick, `[T * K, H]`; rows of empty ones stay as they are. out: where to, by default new memory."""
-        tokens, slots = ids.shape
+        """The output of each pick as the sum of its parts, `[parts, T * K, H]`; rows of empty ones stay as they are.
+
+        out: where to, of `room` for as many tokens and slots, by default new memory.
+        """
+        slots = ids.shape[1]
         x, ids = x if x.stride(1) == 1 else x.contiguous(), ids.contiguous()
-        first_tile, second_tile = tiles or self._tiles(x, tokens, slots)
-        _check_tiles(first_tile, second_tile, self.first.format)
+        first_tile, second_tile = tiles or self._tiles(x, *ids.shape)
+        self._check_tiles(first_tile, second_tile)
+        y = self.room(x, ids, (first_tile, second_tile)) if out is None else out
         order = _order(ids, self.experts, first_tile.rows)
-        hidden = self._first(x, order, slots, first_tile)
-        y = hidden.new_empty(len(order.picks), self.second.shape[1]) if out is None else out
-        self._second(hidden, order, second_tile, y)
+        self._second(self._first(x, order, slots, first_tile), order, second_tile, y)
         return y
 
-    def summed(self, y: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of what was picked, `[T, H]`."""
-        y = y if self.finish is None else self.finish(y)
-        (tokens, slots), hidden = ids.shape, y.shape[1]
-        out = y.new_empty(tokens, hidden)
+    def summed(self, y: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The weighted sum of what was picked, `[T, H]`, in `dtype`."""
+        y = y if self.finish is None else self.finish(y[0])[None]
+        (tokens, slots), hidden = ids.shape, y.shape[2]
+        out = y.new_empty(tokens, hidden, dtype=dtype)
         weighted_sum[(tokens, triton.cdiv(hidden, SUM_COLUMNS))](
-            y, ids.contiguous(), weights.contiguous(), out, hidden, self.experts, y.stride(0), slots, slots, out.stride(0),
-            SLOTS=slots, BH=SUM_COLUMNS,
+            y, ids.contiguous(), weights.contiguous(), out, hidden, self.experts, y.stride(1), y.stride(0), slots, slots,
+            out.stride(0), SLOTS=slots, SPLITS=len(y), BH=SUM_COLUMNS,
         )  # fmt: skip
         return out
 
@@ -92,10 +100,23 @@ class FusedExperts:
         shape, width = self.first.shape, x.element_size()
         works = (
             Work(self.experts, outputs, shape[2], slots, tokens, width, self.first.format, gated, turned),
-            Work(self.experts, *self.second.shape[1:], slots, tokens, width, self.second.format),
+            Work(self.experts, *self.second.shape[1:], slots, tokens, width, self.second.format, summed=self.finish is None),
         )  # fmt: skip
         first, second = (choose_tile(work, name, capability, triton.__version__) for work in works)
-        return first, second if second.rows == first.rows else Tile(**{**second.__dict__, "rows": first.rows})
+        return first, replace(second, rows=first.rows)
+
+    def _check_tiles(self, first: Tile, second: Tile) -> None:
+        if first.rows != second.rows:
+            raise ValueError(f"tiles: found {first.rows} and {second.rows} rows, expected as many in both products")
+        for tile in (first, second):
+            if self.first.format in GROUPED and tile.inputs != GROUP:
+                raise ValueError(
+                    f"tiles: found {tile.inputs} inputs with format {self.first.format}, expected {GROUP}: they share a scale"
+                )
+        if first.splits > 1 or (second.splits > 1 and self.finish is not None):
+            raise ValueError(
+                f"tiles: found {first.splits} and {second.splits} splits, expected 1 where outputs are not only added up"
+            )
 
     def _first(self, x: torch.Tensor, order: Order, slots: int, tile: Tile) -> torch.Tensor:
         act, (_, outputs, inputs) = self.activation or Activation("none", False), self.first.shape
@@ -114,11 +135,11 @@ class FusedExperts:
     def _second(self, hidden: torch.Tensor, order: Order, tile: Tile, y: torch.Tensor) -> None:
         _, outputs, inputs = self.second.shape
         hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-        second_product[(_programs(order, outputs, tile),)](
+        second_product[(_programs(order, outputs, tile), tile.splits)](
             hidden, self.second.data, *_given(hidden, self.second.scale, self.second_bias), y,
             order.picks, order.expert, order.start, order.count, *_given(order.picks, self.table),
-            len(order.expert), inputs, outputs, hidden.stride(0), *_strides(self.second, self.second_bias), y.stride(0),
-            **_constants(self.second, self.second_bias, self.table, hidden, inputs, tile),
+            len(order.expert), inputs, outputs, hidden.stride(0), *_strides(self.second, self.second_bias), y.stride(1),
+            y.stride(0), SPLITS=tile.splits, **_constants(self.second, self.second_bias, self.table, hidden, inputs, tile),
         )  # fmt: skip
 
 
@@ -127,14 +148,6 @@ def _device(index: int) -> tuple[str, int]:
     """A GPU's name, and ten times its compute capability."""
     major, minor = torch.cuda.get_device_capability(index)
     return torch.cuda.get_device_name(index), 10 * major + minor
-
-
-def _check_tiles(first: Tile, second: Tile, format: str) -> None:
-    if first.rows != second.rows:
-        raise ValueError(f"tiles: found {first.rows} and {second.rows} rows, expected as many in both products")
-    for tile in (first, second):
-        if format in GROUPED and tile.inputs != GROUP:
-            raise ValueError(f"tiles: found {tile.inputs} inputs with format {format}, expected {GROUP}: they share a scale")
 
 
 def _order(ids: torch.Tensor, experts: int, rows: int) -> Order:

@@ -3,7 +3,8 @@
 `first_product`: gathered rows times gate and up, with the activation, to one row per pick, in the order of experts.
 `second_product`: those rows times down, to the place of each pick. `weighted_sum`: each token's picks, in the order of slots.
 Nothing is added atomically and every sum has a fixed order: a repeat run is bit-identical. All arithmetic is float32; products
-of float32 are exact ones (`ieee`), those of bfloat16 and float16 go to the tensor cores.
+of float32 are exact ones (`ieee`), those of bfloat16 and float16 go to the tensor cores. Where few tokens would leave
+multiprocessors idle the second product cuts its inputs into SPLITS parts, each to rows of its own; the weighted sum adds them.
 
 A program computes a tile of BM rows of one expert by BN outputs. With few rows the operands change sides (SWAP): weights are
 then the left one, whose 64 rows a tensor core of Hopper wants at least, and the tokens the right one, of which 8 will do.
@@ -110,14 +111,14 @@ def _product(
 
 
 @triton.jit
-def _finished(acc, scale, bias, outputs, real, FORMAT: tl.constexpr, SWAP: tl.constexpr, BIAS: tl.constexpr):
-    """`[BM, BN]`: the accumulator the right way round, with what is added or multiplied once per output."""
+def _finished(acc, scale, bias, outputs, real, biased, FORMAT: tl.constexpr, SWAP: tl.constexpr, BIAS: tl.constexpr):
+    """`[BM, BN]`: the accumulator the right way round, with each output's scale, and its bias where `biased`."""
     if SWAP:
         acc = tl.trans(acc)
     if FORMAT == INT8:
         acc = acc * tl.load(scale, mask=real, other=0.0)[None, :]
     if BIAS:
-        acc = acc + tl.load(bias + outputs, mask=real, other=0.0).to(tl.float32)[None, :]
+        acc = acc + tl.load(bias + outputs, mask=biased, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
@@ -178,7 +179,7 @@ def first_product(
                 a, real_rows, w + outputs * stride_n, scales, real, acc, stride_k, scale_k, k, hidden,
                 BM, 2 * BN, BK, FORMAT, SWAP, EVEN, PRECISION,
             )  # fmt: skip
-        both = _finished(acc, scales, bias, outputs, real, FORMAT, SWAP, BIAS)
+        both = _finished(acc, scales, bias, outputs, real, real, FORMAT, SWAP, BIAS)
         gate, up = tl.split(tl.reshape(both, (BM, BN, 2)))
     else:
         real = columns < inner
@@ -200,15 +201,15 @@ def first_product(
                     a, real_rows, w + second * stride_n, scales_up, real, more, stride_k, scale_k, k, hidden,
                     BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION,
                 )  # fmt: skip
-            gate = _finished(acc, scales, bias, columns, real, FORMAT, SWAP, BIAS)
-            up = _finished(more, scales_up, bias, second, real, FORMAT, SWAP, BIAS)
+            gate = _finished(acc, scales, bias, columns, real, real, FORMAT, SWAP, BIAS)
+            up = _finished(more, scales_up, bias, second, real, real, FORMAT, SWAP, BIAS)
         else:
             for k in range(0, hidden, BK):
                 acc = _product(
                     a, real_rows, w + columns * stride_n, scales, real, acc, stride_k, scale_k, k, hidden,
                     BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION,
                 )  # fmt: skip
-            gate = _finished(acc, scales, bias, columns, real, FORMAT, SWAP, BIAS)
+            gate = _finished(acc, scales, bias, columns, real, real, FORMAT, SWAP, BIAS)
     if GATED:
         if LIMIT:
             gate = tl.minimum(gate, limit)
@@ -223,11 +224,15 @@ def first_product(
 @triton.jit
 def second_product(
     h, w, scale, bias, y, picks, block_expert, block_start, block_count, table,
-    blocks, inner, hidden, stride_h, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, bias_e, stride_y,
+    blocks, inner, hidden, stride_h, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, bias_e, stride_y, stride_part,
+    SPLITS: tl.constexpr,
     BIAS: tl.constexpr, TABLE: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """y `[N, H]`, each pick's output at its own number, from h `[N, I]` in the order of picks and w `[S, H, I]`."""
+    """y `[SPLITS, N, H]`, each pick's output at its own number, from h `[N, I]` in the order of picks and w `[S, H, I]`.
+
+    The outputs are the sums of the parts; part p is of the p-th run of the inputs, whole steps of BK. The bias is in the first.
+    """
     block, tile = _tile_of(blocks, hidden, BN, TOGETHER)
     expert = tl.load(block_expert + block)
     if expert < 0:
@@ -248,39 +253,43 @@ def second_product(
         acc = tl.zeros((BN, BM), tl.float32)
     else:
         acc = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, inner, BK):
+    part = tl.program_id(1)
+    if SPLITS == 1:
+        begin, end, biased = 0, inner, real
+    else:
+        run = tl.cdiv(tl.cdiv(inner, BK), SPLITS) * BK
+        begin, end = part * run, tl.minimum(inner, (part + 1) * run)
+        biased = outputs < tl.where(part == 0, hidden, 0)
+    for k in range(begin, end, BK):
         acc = _product(
             a, real_rows, w + outputs * stride_n, scales, real, acc, stride_k, scale_k, k, inner,
             BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION,
         )  # fmt: skip
-    made = _finished(acc, scales, bias, outputs, real, FORMAT, SWAP, BIAS)
-    to = y + pick.to(tl.int64)[:, None] * stride_y + outputs[None, :]
+    made = _finished(acc, scales, bias, outputs, real, biased, FORMAT, SWAP, BIAS)
+    to = y + part.to(tl.int64) * stride_part + pick.to(tl.int64)[:, None] * stride_y + outputs[None, :]
     tl.store(to, made.to(y.dtype.element_ty), mask=real_rows[:, None] & real[None, :])
 
 
 @triton.jit
 def weighted_sum(
-    y,
-    ids,
-    weights,
-    out,
-    hidden,
-    experts,
-    stride_y,
-    stride_ids,
-    stride_weights,
-    stride_out,
-    SLOTS: tl.constexpr,
-    BH: tl.constexpr,
-):
-    """out `[T, H]`: the sum over slots j, in their order, of weights[t, j] * y[t * SLOTS + j], empty slots left out."""
+    y, ids, weights, out, hidden, experts, stride_y, stride_part, stride_ids, stride_weights, stride_out,
+    SLOTS: tl.constexpr, SPLITS: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """out `[T, H]`: the sum over slots j, in their order, of weights[t, j] * y[:, t * SLOTS + j], empty slots left out.
+
+    y: `[SPLITS, T * SLOTS, H]`, whose parts are added first, in their order.
+    """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BH + tl.arange(0, BH)
     total = tl.zeros((BH,), tl.float32)
     for slot in tl.static_range(SLOTS):
         expert = tl.load(ids + token * stride_ids + slot)
         wide = tl.where((expert >= 0) & (expert < experts), hidden, 0)
-        part = tl.load(y + (token * SLOTS + slot) * stride_y + columns, mask=columns < wide, other=0.0).to(tl.float32)
+        pick = y + (token * SLOTS + slot) * stride_y + columns
+        value = tl.zeros((BH,), tl.float32)
+        for _ in tl.static_range(SPLITS):
+            value += tl.load(pick, mask=columns < wide, other=0.0).to(tl.float32)
+            pick += stride_part
         weight = tl.load(weights + token * stride_weights + slot).to(tl.float32)
-        total += tl.where(columns < wide, weight * part, 0.0)
+        total += tl.where(columns < wide, weight * value, 0.0)
     tl.store(out + token * stride_out + columns, total.to(out.dtype.element_ty), mask=columns < hidden)

@@ -7,7 +7,7 @@ device and the Triton version that it names.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from coterie.kernels.formats import GROUP
 
 TABLES = Path(__file__).parent / "tiles"
 GROUPED = ("int4", "fp8")
+PROCESSORS = {80: 108, 90: 132, 100: 148}  # multiprocessors of a chip, by compute capability
+SPLITS = (1, 2, 4, 8)
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # that one program may use, by compute capability
 
 
@@ -23,7 +25,8 @@ SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # that one program may 
 class Tile:
     """rows, outputs, inputs: of one step of one program; warps of it; stages: steps whose operands are on their way.
 
-    swap: weights are the left operand; together: blocks of rows that go over the outputs side by side.
+    swap: weights are the left operand; together: blocks of rows that go over the outputs side by side; splits: parts of all
+    inputs that programs of their own compute.
     """
 
     rows: int
@@ -33,13 +36,15 @@ class Tile:
     stages: int
     swap: bool = False
     together: int = 1
+    splits: int = 1
 
 
 @dataclass(frozen=True)
 class Work:
     """One layer's product: experts E, outputs N, inputs K, picks a token, tokens; widths in bytes; format of the weights.
 
-    doubled: a tile of outputs is a tile of gates and one of ups; turned: these alternate.
+    doubled: a tile of outputs is a tile of gates and one of ups; turned: these alternate; summed: outputs are only added up
+    afterwards, so that there may be several parts of each.
     """
 
     experts: int
@@ -51,13 +56,18 @@ class Work:
     format: str = "plain"
     doubled: bool = False
     turned: bool = False
+    summed: bool = False
+
+    @property
+    def hit(self) -> float:
+        """Experts that are hit, if all are equally likely; 1 at least."""
+        hit = self.experts * (1 - (1 - self.top_k / self.experts) ** self.tokens) if self.experts > self.top_k else self.experts
+        return max(1.0, min(hit, self.tokens * self.top_k))
 
     @property
     def rows(self) -> float:
-        """Of an expert that is hit, on average, if all are equally likely."""
-        picks = self.tokens * self.top_k
-        hit = self.experts * (1 - (1 - self.top_k / self.experts) ** self.tokens) if self.experts > self.top_k else self.experts
-        return picks / max(1.0, min(hit, picks))
+        """Of an expert that is hit, on average."""
+        return self.tokens * self.top_k / self.hit
 
 
 @lru_cache(maxsize=4096)
@@ -88,7 +98,21 @@ def rule(work: Work, capability: int = 90) -> Tile:
         tile = Tile(128, 64 if narrow else 128, 64, 8, 4, together=8)
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
     stages = next((s for s in range(tile.stages, 1, -1) if shared_bytes(tile, work, s) <= limit), 1)
-    return Tile(**{**asdict(tile), "stages": stages})
+    tile = replace(tile, stages=stages)
+    return replace(tile, splits=_splits(work, tile, capability))
+
+
+def _splits(work: Work, tile: Tile, capability: int) -> int:
+    """For an expert's few rows: the parts that are done soonest if every multiprocessor runs one program at a time.
+
+    That is as many waves of programs as there are, and half of one for the last, which seldom is full; a program takes its
+    steps, and as many more as its pipeline is deep, to fill it.
+    """
+    if not (work.summed and tile.swap and tile.rows == 16):
+        return 1
+    waves = work.hit * -(-work.outputs // tile.outputs) / PROCESSORS.get(capability, max(PROCESSORS.values()))
+    steps = -(-work.inputs // tile.inputs)
+    return min(SPLITS, key=lambda splits: (waves * splits + 0.5) * (-(-steps // splits) + tile.stages))
 
 
 def shared_bytes(tile: Tile, work: Work, stages: int) -> int:

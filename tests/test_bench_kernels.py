@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,3 +82,13 @@ def test_the_rules_stay_within_shared_memory(capability: int, format: str, token
         work = Work(128, 768, 2048, 8, tokens, 2, format, doubled)
         tile = rule(work, capability)
         assert shared_bytes(tile, work, tile.stages) <= SHARED_BYTES[capability] and tile.stages >= 1
+
+
+@pytest.mark.parametrize("format", ["plain", "int8", "int4"])
+def test_few_rows_of_a_deep_product_are_computed_in_parts(format: str) -> None:
+    """Mixtral's: 2 experts of 64 tiles are 128 programs of 112 steps for 132 multiprocessors."""
+    mixtral = Work(8, 4096, 14336, 2, 1, 2, format, summed=True)
+    assert rule(mixtral, 90).splits == 4 and rule(replace(mixtral, tokens=16), 90).splits == 2
+    assert rule(replace(mixtral, tokens=256), 90).splits == 1  # every multiprocessor has programs enough
+    assert rule(replace(mixtral, summed=False), 90).splits == 1
+    assert rule(Work(128, 2048, 768, 8, 1, 2, format, summed=True), 90).splits == 1  # six steps, which a pipeline holds

@@ -113,16 +113,18 @@ def tile(format: str, rows: int, swap: bool, outputs: int = 16) -> Tile:
     slots=st.integers(1, 3), format=st.sampled_from(FORMATS), dtype=st.sampled_from(list(TOLERANCE)),
     activation=st.sampled_from(ACTIVATIONS), hidden=st.sampled_from([16, 40, 129]), inner=st.sampled_from([16, 24, 33]),
     experts=st.sampled_from([1, 3, 8]), biases=st.booleans(), swap=st.booleans(), strided=st.booleans(),
+    splits=st.sampled_from([1, 2, 3]),
 )  # fmt: skip
 def test_any_routing_shape_and_format_is_right(
-    seed, routing, tokens, slots, format, dtype, activation, hidden, inner, experts, biases, swap, strided
+    seed, routing, tokens, slots, format, dtype, activation, hidden, inner, experts, biases, swap, strided, splits
 ) -> None:
     torch.manual_seed(seed)
     slots = min(slots, experts)
     model = made(format, dtype, activation, experts, hidden, inner, biases)
     x = torch.randn(tokens, 2 * hidden).to(dtype)
     x = x[:, ::2] if strided else x[:, :hidden]
-    check(model, x, routed(routing, tokens, slots, experts), (tile(format, 16, swap), tile(format, 16, swap)))
+    tiles = tile(format, 16, swap), replace(tile(format, 16, swap), splits=splits)
+    check(model, x, routed(routing, tokens, slots, experts), tiles)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -131,6 +133,33 @@ def test_any_routing_shape_and_format_is_right(
 def test_the_rules_tiles(format: str, dtype: torch.dtype, tokens: int) -> None:
     torch.manual_seed(tokens)
     check(made(format, dtype, hidden=136, inner=72), torch.randn(tokens, 136).to(dtype), routed("uniform", tokens, 2, 4))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("tokens", "splits"), [(1, 2), (3, 8)])
+def test_inputs_of_the_second_product_in_parts(format: str, dtype: torch.dtype, tokens: int, splits: int) -> None:
+    """Of 2 or 5 steps, whose last is not whole: parts of several steps, of one, and of none."""
+    torch.manual_seed(splits)
+    model = made(format, dtype, inner=200 if format in GROUPED else 72, biases=True)
+    check(model, torch.randn(tokens, 40).to(dtype), routed("some empty", tokens, 2, 4), (
+        tile(format, 16, True), replace(tile(format, 16, True), splits=splits)
+    ))  # fmt: skip
+
+
+def test_picks_made_group_by_group_in_parts_give_the_same_bits() -> None:
+    torch.manual_seed(0)
+    model, x, ids = (
+        made(dtype=torch.bfloat16),
+        torch.randn(5, 40, device=DEVICE).bfloat16(),
+        routed("uniform", 5, 2, 4).to(DEVICE),
+    )
+    weights, tiles = torch.rand(5, 2, device=DEVICE), (tile("plain", 16, True), replace(tile("plain", 16, True), splits=2))
+    rows = model.room(x, ids, tiles)
+    assert rows.shape == (2, 10, 40) and rows.dtype == torch.float32
+    for present in (ids < 2, ids >= 2):
+        model.picked(x, ids.where(present, -1), rows, tiles)
+    assert torch.equal(model.summed(rows, ids, weights, x.dtype), model(x, ids, weights, tiles))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
@@ -225,6 +254,11 @@ def test_what_cannot_be_is_refused() -> None:
         model(x, ids, weights, (tile("plain", 16, False), tile("plain", 16, False)))
     with pytest.raises(ValueError, match="tiles: found 16 and 32 rows, expected as many"):
         model(x, ids, weights, (tile("int4", 16, False), tile("int4", 32, False)))
+    parts = replace(tile("int4", 16, False), splits=2)
+    with pytest.raises(ValueError, match="tiles: found 1 and 2 splits, expected 1 where outputs are not only added up"):
+        replace(model, finish=lambda y: y)(x, ids, weights, (tile("int4", 16, False), parts))
+    with pytest.raises(ValueError, match="tiles: found 2 and 2 splits"):
+        model(x, ids, weights, (parts, parts))
     with pytest.raises(ValueError, match="format: found int4 and plain, expected the same"):
         FusedExperts(model.first, made().second)
     with pytest.raises(ValueError, match="activation: expected one, or else `between`"):
