@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from coterie.kernels.activations import Activation
 from coterie.kernels.formats import GROUP, Weights
@@ -103,7 +104,12 @@ class FusedExperts:
             Work(self.experts, *self.second.shape[1:], slots, tokens, width, self.second.format, summed=self.finish is None),
         )  # fmt: skip
         first, second = (choose_tile(work, name, capability, triton.__version__) for work in works)
-        return first, replace(second, rows=first.rows)
+        second = replace(second, rows=first.rows)
+        return self._reachable(self.first, first), self._reachable(self.second, second)
+
+    def _reachable(self, weights: Weights, tile: Tile) -> Tile:
+        """With pointers where weights do not lie as the tensor memory accelerator wants them."""
+        return replace(tile, tma=tile.tma and not untiled(weights, tile))
 
     def _check_tiles(self, first: Tile, second: Tile) -> None:
         if first.rows != second.rows:
@@ -113,6 +119,12 @@ class FusedExperts:
                 raise ValueError(
                     f"tiles: found {tile.inputs} inputs with format {self.first.format}, expected {GROUP}: they share a scale"
                 )
+        for weights, tile in ((self.first, first), (self.second, second)):
+            if tile.tma and (why := untiled(weights, tile)):
+                raise ValueError(f"tiles: found tma with {why}: expected pointers")
+        act = self.activation or Activation("none", False)
+        if second.fold or (first.fold and (first.tma or act.interleaved or not act.gated)):
+            raise ValueError("tiles: found fold, expected it only by pointers, and where gates and ups lie one after the other")
         if first.splits > 1 or (second.splits > 1 and self.finish is not None):
             raise ValueError(
                 f"tiles: found {first.splits} and {second.splits} splits, expected 1 where outputs are not only added up"
@@ -123,11 +135,12 @@ class FusedExperts:
         width = outputs // 2 if act.gated else outputs
         hidden = x.new_empty(len(order.picks), width)
         first_product[(_programs(order, width, tile),)](
-            x, self.first.data, *_given(x, self.first.scale, self.first_bias), hidden,
+            x, self.first.data, _descriptor(self.first, tile, 2 if act.interleaved else 1),
+            *_given(x, self.first.scale, self.first_bias), hidden,
             order.picks, order.expert, order.start, order.count, *_given(order.picks, self.table),
             len(order.expert), inputs, width, x.stride(0), *_strides(self.first, self.first_bias), hidden.stride(0),
             act.limit or 0.0, act.alpha, act.offset,
-            SLOTS=slots, GATED=act.gated, TURNS=act.interleaved, FUNCTION=FUNCTION_CODES[act.function],
+            SLOTS=slots, GATED=act.gated, TURNS=act.interleaved, FOLD=tile.fold, FUNCTION=FUNCTION_CODES[act.function],
             LIMIT=act.limit is not None, **_constants(self.first, self.first_bias, self.table, x, inputs, tile),
         )  # fmt: skip
         return hidden if self.between is None else self.between(hidden)
@@ -136,7 +149,7 @@ class FusedExperts:
         _, outputs, inputs = self.second.shape
         hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
         second_product[(_programs(order, outputs, tile), tile.splits)](
-            hidden, self.second.data, *_given(hidden, self.second.scale, self.second_bias), y,
+            hidden, self.second.data, _descriptor(self.second, tile), *_given(hidden, self.second.scale, self.second_bias), y,
             order.picks, order.expert, order.start, order.count, *_given(order.picks, self.table),
             len(order.expert), inputs, outputs, hidden.stride(0), *_strides(self.second, self.second_bias), y.stride(1),
             y.stride(0), SPLITS=tile.splits, **_constants(self.second, self.second_bias, self.table, hidden, inputs, tile),
@@ -169,6 +182,27 @@ def _one_token(slots: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
     return _ONE_TOKEN[key]
 
 
+def untiled(weights: Weights, tile: Tile) -> str:
+    """Why the tensor memory accelerator cannot fetch tiles of these; empty if it can. All it takes is a matter of layout.
+
+    Inputs that are no multiple of the tile's are left to pointers: vLLM has seen products go wrong there (its `fused_moe.py`).
+    """
+    data, size = weights.data, weights.data.element_size()
+    if weights.format != "plain" or size != 2:
+        return f"{weights.format} weights of {size} bytes"
+    if data.stride(2) != 1 or data.stride(0) * size % 16 or data.stride(1) * size % 16 or data.data_ptr() % 16:
+        return f"strides {data.stride()} at {data.data_ptr() % 16} bytes beyond a multiple of 16"
+    return f"{weights.columns} inputs in steps of {tile.inputs}" if weights.columns % tile.inputs else ""
+
+
+def _descriptor(weights: Weights, tile: Tile, turns: int = 1) -> TensorDescriptor | None:
+    """Of all experts' weights, for tiles of one expert's; None with pointers. turns: rows of weights for each output of it."""
+    if not tile.tma:
+        return None
+    data = weights.data
+    return TensorDescriptor(data, list(data.shape), list(data.stride()), [1, turns * tile.outputs, tile.inputs])
+
+
 def _programs(order: Order, outputs: int, tile: Tile) -> int:
     return len(order.expert) * -(-outputs // tile.outputs)
 
@@ -192,5 +226,5 @@ def _constants(
         "BIAS": bias is not None, "TABLE": table is not None, "FORMAT": CODES[weights.format],
         "SCALE_ROWS": GROUP if weights.format == "fp8" else 1, "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         "BM": tile.rows, "BN": tile.outputs, "BK": tile.inputs, "EVEN": inputs % tile.inputs == 0, "SWAP": tile.swap,
-        "TOGETHER": tile.together, "num_warps": tile.warps, "num_stages": tile.stages,
+        "TOGETHER": tile.together, "num_warps": tile.warps, "num_stages": tile.stages, "TMA": tile.tma,
     }  # fmt: skip

@@ -71,6 +71,12 @@ def _load_weights(w, stride, k, K, real, BK: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _described(descriptor, expert, row, k, BN: tl.constexpr, BK: tl.constexpr):
+    """`[BN, BK]` of an expert's weights from (row, k) on, fetched by the tensor memory accelerator; 0 beyond the last row."""
+    return tl.reshape(descriptor.load([expert, row, k]), (BN, BK))
+
+
+@triton.jit
 def _scaled(part, scale, real, acc, SWAP: tl.constexpr):
     """acc + part * scale, a scale for each output."""
     s = tl.load(scale, mask=real, other=0.0)
@@ -83,13 +89,19 @@ def _scaled(part, scale, real, acc, SWAP: tl.constexpr):
 
 @triton.jit
 def _product(
-    a, real_rows, w, scale, real, acc, stride, stride_scale, k, K,
+    a, real_rows, w, descriptor, expert, row, scale, real, acc, stride, stride_scale, k, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr, SWAP: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """acc plus the products of BK columns from k on. Rows are loaded anew for gate and up: the second time from cache."""
+    """acc plus the products of BK columns from k on. Rows are loaded anew for gate and up: the second time from cache.
+
+    TMA: weights come as tiles from (expert, row, k), by the descriptor of all experts' `[S, N, K]`, not by pointers.
+    """
     kind = a.dtype.element_ty
-    if FORMAT == PLAIN or FORMAT == INT8:  # noqa: SIM109
+    if TMA:
+        x = _load_rows(a, k, K, real_rows, BK, EVEN)
+        acc = _multiply(x, _described(descriptor, expert, row, k, BN, BK), acc, SWAP, PRECISION)
+    elif FORMAT == PLAIN or FORMAT == INT8:  # noqa: SIM109
         x = _load_rows(a, k, K, real_rows, BK, EVEN)
         acc = _multiply(x, _load_weights(w, stride, k, K, real, BK, EVEN).to(kind), acc, SWAP, PRECISION)
     else:
@@ -140,16 +152,19 @@ def _activate(z, FUNCTION: tl.constexpr):
 
 @triton.jit
 def first_product(
-    x, w, scale, bias, h, picks, block_expert, block_start, block_count, table,
+    x, w, descriptor, scale, bias, h, picks, block_expert, block_start, block_count, table,
     blocks, hidden, inner, stride_x, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, bias_e, stride_h,
     limit, alpha, offset,
-    SLOTS: tl.constexpr, GATED: tl.constexpr, TURNS: tl.constexpr, FUNCTION: tl.constexpr, LIMIT: tl.constexpr,
-    BIAS: tl.constexpr, TABLE: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr, TOGETHER: tl.constexpr,
+    SLOTS: tl.constexpr, GATED: tl.constexpr, TURNS: tl.constexpr, FOLD: tl.constexpr, FUNCTION: tl.constexpr,
+    LIMIT: tl.constexpr, BIAS: tl.constexpr, TABLE: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr,
+    TOGETHER: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """h `[N, I]`, in the order of picks, from x `[T, H]` and w `[S, 2I or I, H]`; blocks without an expert do nothing.
 
-    TURNS: gate and up alternate, and one tile of 2 BN outputs holds both. table: where each expert's weights are, if TABLE.
+    TURNS: gate and up alternate, and one tile of 2 BN outputs holds both. FOLD: they do not, but such a tile takes them in
+    turns all the same, so that few of each fill a tensor core's 64 rows. table: where each expert's weights are, if TABLE.
+    descriptor: of w, for tiles of as many rows as one product has, if TMA.
     """
     block, tile = _tile_of(blocks, inner, BN, TOGETHER)
     expert = tl.load(block_expert + block)
@@ -157,7 +172,7 @@ def first_product(
         return
     if TABLE:
         expert = tl.load(table + expert)
-    expert = expert.to(tl.int64)
+    place, expert = expert, expert.to(tl.int64)
     rows = tl.load(block_start + block) + tl.arange(0, BM)
     real_rows = tl.arange(0, BM) < tl.load(block_count + block)
     token = tl.load(picks + rows, mask=real_rows, other=0) // SLOTS
@@ -166,9 +181,13 @@ def first_product(
     w += expert * stride_e
     scale += expert * scale_e
     bias += expert * bias_e
-    if TURNS:
-        outputs = 2 * tile * BN + tl.arange(0, 2 * BN)
-        real = outputs < 2 * inner
+    if TURNS or FOLD:
+        within = tl.arange(0, 2 * BN)
+        if TURNS:
+            outputs = 2 * tile * BN + within
+        else:
+            outputs = within % 2 * inner + tile * BN + within // 2
+        real = tile * BN + within // 2 < inner
         if SWAP:
             acc = tl.zeros((2 * BN, BM), tl.float32)
         else:
@@ -176,8 +195,9 @@ def first_product(
         scales = scale + outputs // SCALE_ROWS * scale_n
         for k in range(0, hidden, BK):
             acc = _product(
-                a, real_rows, w + outputs * stride_n, scales, real, acc, stride_k, scale_k, k, hidden,
-                BM, 2 * BN, BK, FORMAT, SWAP, EVEN, PRECISION,
+                a, real_rows, w + outputs * stride_n, descriptor, place, 2 * tile * BN,
+                scales, real, acc, stride_k, scale_k, k, hidden,
+                BM, 2 * BN, BK, FORMAT, SWAP, EVEN, PRECISION, TMA,
             )  # fmt: skip
         both = _finished(acc, scales, bias, outputs, real, real, FORMAT, SWAP, BIAS)
         gate, up = tl.split(tl.reshape(both, (BM, BN, 2)))
@@ -194,20 +214,23 @@ def first_product(
             scales_up = scale + second // SCALE_ROWS * scale_n
             for k in range(0, hidden, BK):
                 acc = _product(
-                    a, real_rows, w + columns * stride_n, scales, real, acc, stride_k, scale_k, k, hidden,
-                    BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION,
+                    a, real_rows, w + columns * stride_n, descriptor, place, tile * BN,
+                    scales, real, acc, stride_k, scale_k, k, hidden,
+                    BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION, TMA,
                 )  # fmt: skip
                 more = _product(
-                    a, real_rows, w + second * stride_n, scales_up, real, more, stride_k, scale_k, k, hidden,
-                    BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION,
+                    a, real_rows, w + second * stride_n, descriptor, place, tile * BN + inner,
+                    scales_up, real, more, stride_k, scale_k, k, hidden,
+                    BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION, TMA,
                 )  # fmt: skip
             gate = _finished(acc, scales, bias, columns, real, real, FORMAT, SWAP, BIAS)
             up = _finished(more, scales_up, bias, second, real, real, FORMAT, SWAP, BIAS)
         else:
             for k in range(0, hidden, BK):
                 acc = _product(
-                    a, real_rows, w + columns * stride_n, scales, real, acc, stride_k, scale_k, k, hidden,
-                    BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION,
+                    a, real_rows, w + columns * stride_n, descriptor, place, tile * BN,
+                    scales, real, acc, stride_k, scale_k, k, hidden,
+                    BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION, TMA,
                 )  # fmt: skip
             gate = _finished(acc, scales, bias, columns, real, real, FORMAT, SWAP, BIAS)
     if GATED:
@@ -223,11 +246,11 @@ def first_product(
 
 @triton.jit
 def second_product(
-    h, w, scale, bias, y, picks, block_expert, block_start, block_count, table,
+    h, w, descriptor, scale, bias, y, picks, block_expert, block_start, block_count, table,
     blocks, inner, hidden, stride_h, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, bias_e, stride_y, stride_part,
-    SPLITS: tl.constexpr,
-    BIAS: tl.constexpr, TABLE: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr, TOGETHER: tl.constexpr,
+    SPLITS: tl.constexpr, BIAS: tl.constexpr, TABLE: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr,
+    TOGETHER: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """y `[SPLITS, N, H]`, each pick's output at its own number, from h `[N, I]` in the order of picks and w `[S, H, I]`.
 
@@ -239,7 +262,7 @@ def second_product(
         return
     if TABLE:
         expert = tl.load(table + expert)
-    expert = expert.to(tl.int64)
+    place, expert = expert, expert.to(tl.int64)
     rows = tl.load(block_start + block) + tl.arange(0, BM)
     real_rows = tl.arange(0, BM) < tl.load(block_count + block)
     pick = tl.load(picks + rows, mask=real_rows, other=0)
@@ -262,8 +285,9 @@ def second_product(
         biased = outputs < tl.where(part == 0, hidden, 0)
     for k in range(begin, end, BK):
         acc = _product(
-            a, real_rows, w + outputs * stride_n, scales, real, acc, stride_k, scale_k, k, inner,
-            BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION,
+            a, real_rows, w + outputs * stride_n, descriptor, place, tile * BN,
+            scales, real, acc, stride_k, scale_k, k, inner,
+            BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION, TMA,
         )  # fmt: skip
     made = _finished(acc, scales, bias, outputs, real, biased, FORMAT, SWAP, BIAS)
     to = y + part.to(tl.int64) * stride_part + pick.to(tl.int64)[:, None] * stride_y + outputs[None, :]

@@ -26,7 +26,8 @@ class Tile:
     """rows, outputs, inputs: of one step of one program; warps of it; stages: steps whose operands are on their way.
 
     swap: weights are the left operand; together: blocks of rows that go over the outputs side by side; splits: parts of all
-    inputs that programs of their own compute.
+    inputs that programs of their own compute; tma: weights are fetched as tiles by the tensor memory accelerator; fold: gates
+    and ups share one accumulator of twice the outputs.
     """
 
     rows: int
@@ -37,6 +38,8 @@ class Tile:
     swap: bool = False
     together: int = 1
     splits: int = 1
+    tma: bool = False
+    fold: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ def choose_tile(work: Work, device: str = "", capability: int = 90, triton: str 
 def rule(work: Work, capability: int = 90) -> Tile:
     """Rows: the power of two that holds an average expert's, 16 to 128. Up to 64 weights rule: they go first, in long steps.
 
-    The stages are as many as shared memory holds, at most 4 (5 where weights rule).
+    The stages are as many as shared memory holds, at most 4 (5 where weights rule). From Hopper on plain weights of large tiles
+    are fetched by the tensor memory accelerator, where they lie so that it can (`fused.py` knows). Programs too few to occupy
+    the chip become more: of half the gates and ups each (fold), or of a part of the inputs (splits).
     """
     rows = next((r for r in (16, 32, 64) if work.rows <= r), 128)
     if work.bytes == 4:  # float32 without tensor cores: small tiles, in registers
@@ -95,11 +100,19 @@ def rule(work: Work, capability: int = 90) -> Tile:
         tile = Tile(rows, 64, 128 if rows <= 32 else 64, 4, 5, True)
     else:  # without the larger chips' tensor memory two accumulators of 128 x 128 leave no registers to widen weights in
         narrow = work.doubled and (capability < 90 or work.format != "plain" or work.turned)
-        tile = Tile(128, 64 if narrow else 128, 64, 8, 4, together=8)
+        fetched = capability >= 90 and work.format == "plain" and not work.turned and work.inputs % 64 == 0
+        tile = Tile(128, 64 if narrow else 128, 64, 8, 4, together=8, tma=fetched)
+    if work.doubled and not work.turned and tile.swap and rows == 16 and _waves(work, tile.outputs, capability) < 2:
+        tile = replace(tile, outputs=tile.outputs // 2, fold=True)
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
     stages = next((s for s in range(tile.stages, 1, -1) if shared_bytes(tile, work, s) <= limit), 1)
     tile = replace(tile, stages=stages)
     return replace(tile, splits=_splits(work, tile, capability))
+
+
+def _waves(work: Work, outputs: int, capability: int) -> float:
+    """Programs for each multiprocessor, if no expert has more than a block of rows."""
+    return work.hit * -(-work.outputs // outputs) / PROCESSORS.get(capability, max(PROCESSORS.values()))
 
 
 def _splits(work: Work, tile: Tile, capability: int) -> int:
@@ -110,7 +123,7 @@ def _splits(work: Work, tile: Tile, capability: int) -> int:
     """
     if not (work.summed and tile.swap and tile.rows == 16):
         return 1
-    waves = work.hit * -(-work.outputs // tile.outputs) / PROCESSORS.get(capability, max(PROCESSORS.values()))
+    waves = _waves(work, tile.outputs, capability)
     steps = -(-work.inputs // tile.inputs)
     return min(SPLITS, key=lambda splits: (waves * splits + 0.5) * (-(-steps // splits) + tile.stages))
 

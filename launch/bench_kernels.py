@@ -179,6 +179,8 @@ def compiled_rows(out: Path) -> Iterator[Row]:
         yield Row(case, "shared memory", "bytes", entry["shared"], entry["limit"])
         if entry["expected"]:
             yield Row(case, f"{entry['expected']} instructions", "", entry["matrix"].get(entry["expected"], 0), 1, higher=True)
+        if entry["fetched"]:
+            yield Row(case, "tiles fetched by UTMALDG", "instructions", entry["fetches"], 1, higher=True)
 
 
 def _tuned(options: argparse.Namespace) -> Iterator[Row]:
@@ -219,21 +221,27 @@ def _works(shape: Any, format: str, tokens: int) -> tuple[Any, Any]:
     common = {"top_k": shape.top_k, "tokens": tokens, "format": format}
     return (
         Work(shape.experts, shape.inner, shape.hidden, doubled=True, **common),
-        Work(shape.experts, shape.hidden, shape.inner, **common),
+        Work(shape.experts, shape.hidden, shape.inner, summed=True, **common),
     )
 
 
 def _candidates(works: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
-    """Pairs of tiles with equally many rows: the rule's, and others around it."""
-    from coterie.kernels.tiles import SHARED_BYTES, rule, shared_bytes
+    """Pairs of tiles with equally many rows: the rule's, others around it, and what each way of loading and parts come to."""
+    from coterie.kernels.tiles import SHARED_BYTES, SPLITS, rule, shared_bytes
 
     by_rule = (rule(works[0]), rule(works[1]))
     yield by_rule
+    if works[0].format == "plain" and not works[0].inputs % by_rule[0].inputs and not works[1].inputs % by_rule[1].inputs:
+        yield replace(by_rule[0], tma=not by_rule[0].tma), replace(by_rule[1], tma=not by_rule[1].tma)
+    if by_rule[0].swap:
+        other = 64 if by_rule[0].outputs == 32 else 32
+        yield replace(by_rule[0], outputs=other, fold=other == 32), by_rule[1]
+        yield from ((by_rule[0], replace(by_rule[1], splits=n)) for n in SPLITS if n != by_rule[1].splits)
     rows = sorted({max(16, by_rule[0].rows // 2), by_rule[0].rows, min(128, by_rule[0].rows * 2)})
     for count, outputs, warps, stages, swap in product(rows, (32, 64, 128), (4, 8), (3, 4, 5), (False, True)):
         if swap and outputs < 64:
             continue
         tried: dict[str, Any] = {"rows": count, "outputs": outputs, "warps": warps, "stages": stages, "swap": swap}
-        tiles = (replace(by_rule[0], **tried), replace(by_rule[1], **tried))
+        tiles = (replace(by_rule[0], fold=False, **tried), replace(by_rule[1], **tried))
         if all(shared_bytes(t, w, stages) <= SHARED_BYTES[90] for t, w in zip(tiles, works, strict=True)) and tiles != by_rule:
             yield tiles
