@@ -276,10 +276,11 @@ def second_product(
         acc = tl.zeros((BN, BM), tl.float32)
     else:
         acc = tl.zeros((BM, BN), tl.float32)
-    part = tl.program_id(1)
     if SPLITS == 1:
         begin, end, biased = 0, inner, real
     else:
+        part = tl.program_id(1)
+        y += part.to(tl.int64) * stride_part
         run = tl.cdiv(tl.cdiv(inner, BK), SPLITS) * BK
         begin, end = part * run, tl.minimum(inner, (part + 1) * run)
         biased = outputs < tl.where(part == 0, hidden, 0)
@@ -290,7 +291,7 @@ def second_product(
             BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION, TMA,
         )  # fmt: skip
     made = _finished(acc, scales, bias, outputs, real, biased, FORMAT, SWAP, BIAS)
-    to = y + part.to(tl.int64) * stride_part + pick.to(tl.int64)[:, None] * stride_y + outputs[None, :]
+    to = y + pick.to(tl.int64)[:, None] * stride_y + outputs[None, :]
     tl.store(to, made.to(y.dtype.element_ty), mask=real_rows[:, None] & real[None, :])
 
 
@@ -311,7 +312,7 @@ def weighted_sum(
         wide = tl.where((expert >= 0) & (expert < experts), hidden, 0)
         pick = y + (token * SLOTS + slot) * stride_y + columns
         value = tl.zeros((BH,), tl.float32)
-        for _ in tl.static_range(SPLITS):
+        for _ in range(SPLITS):  # not unrolled: all parts of all slots at once are more than the registers hold
             value += tl.load(pick, mask=columns < wide, other=0.0).to(tl.float32)
             pick += stride_part
         weight = tl.load(weights + token * stride_weights + slot).to(tl.float32)
