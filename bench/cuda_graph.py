@@ -6,13 +6,14 @@ python bench/cuda_graph.py [--small]   # --small: one layer's experts alone, for
 from __future__ import annotations
 
 import sys
+from itertools import product
 
 import torch
 
 from coterie.kernels.formats import FORMATS, quantise
 from coterie.kernels.fused import FusedExperts
 
-TOKENS = (1, 2, 16, 64, 300)
+SIZES = (((512, 256), (256, 256)), (1, 2, 16, 64, 300)), (((8192, 256), (256, 4096)), (1, 16))  # tokens; the deep one in parts
 TOLERANCE = 5e-3
 
 
@@ -30,10 +31,10 @@ def reference(experts: FusedExperts, x: torch.Tensor, ids: torch.Tensor, gates: 
 def layers() -> None:
     """Every format and number of tokens: near float64, and a replayed graph gives the bits of a plain call."""
     torch.manual_seed(0)
-    for format in FORMATS:
-        weights = (torch.randn(8, *size, device="cuda").bfloat16() / 16 for size in ((512, 256), (256, 256)))
+    for (sizes, counts), format in product(SIZES, FORMATS):
+        weights = (torch.randn(8, *size, device="cuda").bfloat16() / 16 for size in sizes)
         experts = FusedExperts(*(quantise(w, format) for w in weights))
-        for tokens in TOKENS:
+        for tokens in counts:
             x = torch.randn(tokens, 256, device="cuda").bfloat16()
             ids = torch.rand(tokens, 8, device="cuda").topk(2, 1).indices
             gates = torch.rand(tokens, 2, device="cuda")

@@ -1,22 +1,31 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can prove, in under nine minutes: tests without the interpreter, sanitizer, timings, tables.
-#   bench/gpu_day.sh OUT [STEP...]   steps: tests graph memcheck racecheck offload tune kernels (all by default, in this order)
-# OUT: a folder; day.log has what every step said, kernels.jsonl the figures, a line a model, tiles.json the table of tiles,
-# offload.jsonl experts in host memory.
+#   bench/gpu_day.sh OUT [STEP...]   steps: tests graph memcheck racecheck peers kernels offload tune (all by default, in this order)
+# OUT: a folder; day.log has what every step said, kernels.jsonl the figures, a line a model, peers.jsonl two models beside vLLM's
+# and SGLang's kernels, tiles.json the table of tiles, offload.jsonl experts in host memory.
+# PEERS=DIR: a folder with vllm-*.whl and sglang-*.whl, where those are not installed (docs/kernels.md).
+# DAY: seconds for all steps together, 530 by default; a step that would begin later is not run, and counts as failed.
 # Needs torch with CUDA, triton, transformers, pytest and hypothesis; the package is used from this checkout.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: bench/gpu_day.sh OUT [STEP...]}
 shift
-steps=${*:-tests graph memcheck racecheck offload tune kernels}
+steps=${*:-tests graph memcheck racecheck peers kernels offload tune}
+day=${DAY:-530}
 mkdir -p "$out"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 unset TRITON_INTERPRET
 failed=0
 
 step() { # step NAME SECONDS COMMAND...: a failure is counted, and the next step still runs
-  local name=$1 seconds=$2 began=$SECONDS code
+  local name=$1 seconds=$2 began=$SECONDS code left=$((day - SECONDS))
   shift 2
+  if [ $left -lt 10 ]; then
+    failed=$((failed + 1))
+    echo "$name: not run, the $day s are over"
+    return
+  fi
+  [ "$seconds" -le $left ] || seconds=$left
   echo "== $name" >> "$out/day.log"
   timeout "$seconds" "$@" >> "$out/day.log" 2>&1
   code=$?
@@ -32,7 +41,11 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton
 P
 for name in $steps; do
   case $name in
-    tests) step tests 110 python -m pytest -q -x tests/test_triton.py tests/test_seam.py tests/test_tiers.py ;;
+    tests)
+      at_once=$(python -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2> /dev/null)
+      # shellcheck disable=SC2086
+      step tests 110 python -m pytest -q $at_once tests/test_triton.py tests/test_kernel_peers.py tests/test_seam.py tests/test_tiers.py
+      ;;
     graph) step graph 40 python bench/cuda_graph.py ;;
     memcheck | racecheck)
       if [ -z "$sanitizer" ]; then
@@ -43,6 +56,7 @@ for name in $steps; do
       ;;
     offload) step offload 120 sh -c "python bench/gpu_offload.py '$out/model' --layers 8 > '$out/offload.jsonl'; rm -rf '$out/model'" ;;
     tune) step tune 60 python -m coterie bench kernels --quick --tune "$out/tiles.json" ;;
+    peers) step peers 70 sh -c "python -m coterie bench kernels --quick ${PEERS:+--peers '$PEERS'} --json > '$out/peers.jsonl'" ;;
     kernels)
       for model in Mixtral Qwen3 OLMoE DeepSeek gpt-oss; do
         step "kernels $model" 45 sh -c "python -m coterie bench kernels --only $model --json >> '$out/kernels.jsonl'"

@@ -25,7 +25,14 @@ from coterie.kernels.tiles import SHARED_BYTES, Tile, Work, rule
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # tensor cores by Ampere's, Hopper's, Blackwell's own instruction
-SMALL = ("_order_at_once", "_count", "_place", "_map_blocks", "weighted_sum")
+SMALL = {
+    "_order_at_once": 1,
+    "_count": 1,
+    "_place": 1,
+    "_map_blocks": 1,
+    "weighted_sum": 1,
+    "weighted_sum, 8 parts": 8,
+}  # parts
 POINTERS = {"plain": "*bf16", "int8": "*i8", "int4": "*u8", "fp8": "*fp8e4nv"}
 ALIGNED = (
     "x", "w", "scale", "bias", "h", "y", "picks", "block_expert", "block_start", "block_count",
@@ -37,7 +44,8 @@ ALIGNED = (
 class Compiled:
     """registers: of a thread; spilled: instructions that move registers to memory and back; shared: bytes of a program.
 
-    matrix: tensor-core instructions, by name; copies: loads that go to shared memory while the program computes.
+    matrix: tensor-core instructions, by name; copies: loads that go to shared memory while the program computes, by threads;
+    fetches: those of whole tiles, by the tensor memory accelerator.
     """
 
     registers: int
@@ -45,6 +53,7 @@ class Compiled:
     shared: int
     matrix: dict[str, int]
     copies: int
+    fetches: int
 
 
 def compile_product(work: Work, arch: int, first: bool = True, tile: Tile | None = None) -> Compiled:
@@ -57,14 +66,21 @@ def compile_product(work: Work, arch: int, first: bool = True, tile: Tile | None
     constants: dict[str, Any] = {
         "BIAS": turned, "TABLE": False, "FORMAT": CODES[work.format], "SCALE_ROWS": 128 if work.format == "fp8" else 1,
         "PRECISION": "tf32", "BM": tile.rows, "BN": tile.outputs, "BK": tile.inputs, "EVEN": work.inputs % tile.inputs == 0,
-        "SWAP": tile.swap, "TOGETHER": tile.together, "stride_n" if turned else "stride_k": 1,
+        "SWAP": tile.swap, "TOGETHER": tile.together, "TMA": tile.tma, "stride_n" if turned else "stride_k": 1,
     }  # fmt: skip
     if first:
         constants |= {
-            "SLOTS": work.top_k, "GATED": work.doubled, "TURNS": turned,
+            "SLOTS": work.top_k, "GATED": work.doubled, "TURNS": turned, "FOLD": tile.fold,
             "FUNCTION": FUNCTION_CODES["silu"], "LIMIT": turned,
         }  # fmt: skip
-    types = {"w": POINTERS[work.format], "scale": "*fp32", "bias": "*bf16", "x": "*bf16", "h": "*bf16", "y": "*bf16"}
+    else:
+        constants["SPLITS"] = tile.splits
+    types = {"w": POINTERS[work.format], "scale": "*fp32", "bias": "*bf16", "x": "*bf16", "h": "*bf16"}
+    types["y"] = "*bf16" if tile.splits == 1 else "*fp32"
+    if tile.tma:
+        types["descriptor"] = f"tensordesc<bf16[1, {tile.outputs * (2 if turned else 1)}, {tile.inputs}]>"
+    else:
+        constants["descriptor"] = None
     types |= dict.fromkeys(("picks", "block_expert", "block_start", "block_count", "table"), "*i32")
     types |= dict.fromkeys(("limit", "alpha", "offset"), "fp32")
     types = {name: types.get(name, "i32") for name in kernel.arg_names}
@@ -73,13 +89,13 @@ def compile_product(work: Work, arch: int, first: bool = True, tile: Tile | None
 
 def compile_small(name: str, arch: int, experts: int = 256, top_k: int = 8) -> Compiled:
     """A kernel around the products, one of SMALL, for its largest case."""
-    kernel = weighted_sum if name == "weighted_sum" else getattr(ordering, name)
+    kernel = weighted_sum if name.startswith("weighted_sum") else getattr(ordering, name)
     given = {
         "ALL": ordering.AT_ONCE, "EXPERTS": 2 * experts, "ROWS": 16, "PLACED": ordering.PLACED, "PART": ordering.PART,
-        "SLOTS": top_k, "BH": 1024,
+        "SLOTS": top_k, "SPLITS": SMALL[name], "BH": 1024,
     }  # fmt: skip
     constants = {n: value for n, value in given.items() if n in kernel.arg_names}
-    pointers = {"ids": "*i64", "weights": "*fp32", "y": "*bf16", "out": "*bf16"}
+    pointers = {"ids": "*i64", "weights": "*fp32", "y": "*bf16" if SMALL[name] == 1 else "*fp32", "out": "*bf16"}
     pointers |= dict.fromkeys(("picks", "expert", "start", "count", "found", "ends"), "*i32")
     types = {n: pointers.get(n, "i32") for n in kernel.arg_names}
     return compile_kernel(kernel, types, constants, arch, 8 if name == "_place" else 4, 3)
@@ -103,8 +119,8 @@ def compile_kernel(
     registers = int(re.findall(r"REG:(\d+)", usage)[0])
     found = re.findall(r"\b(HMMA|HGMMA|QGMMA|UTCHMMA|IMMA)\b", code)
     spilled = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    copies = len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", code))
-    return Compiled(registers, spilled, made.metadata.shared, {n: found.count(n) for n in sorted(set(found))}, copies)
+    copies, fetches = (len(re.findall(rf"\b{name}\b", code)) for name in ("LDGSTS", "UTMALDG"))
+    return Compiled(registers, spilled, made.metadata.shared, {n: found.count(n) for n in sorted(set(found))}, copies, fetches)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -112,7 +128,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def survey() -> dict[str, Any]:
-    """All products by the rules' tiles, of Qwen3-30B-A3B's shape in each format and of gpt-oss's (docs/kernels.md)."""
+    """By the rules' tiles (docs/kernels.md): products of Qwen3-30B-A3B in each format, Mixtral's down in parts, gpt-oss's."""
     found = []
     for arch in MATRIX:
         for format in POINTERS:
@@ -120,11 +136,14 @@ def survey() -> dict[str, Any]:
                 continue
             for tokens in (1, 512, 4096):
                 found += [_surveyed(arch, "Qwen3", Work(128, 768, 2048, 8, tokens, 2, format, True), True)]
-                found += [_surveyed(arch, "Qwen3", Work(128, 2048, 768, 8, tokens, 2, format), False)]
+                found += [_surveyed(arch, "Qwen3", Work(128, 2048, 768, 8, tokens, 2, format, summed=True), False)]
+            found += [
+                _surveyed(arch, "Mixtral", Work(8, 4096, 14336, 2, tokens, 2, format, summed=True), False) for tokens in (1, 16)
+            ]
         for tokens in (1, 512, 4096):
             found += [_surveyed(arch, "gpt-oss", Work(128, 2880, 2880, 4, tokens, 2, "plain", True, True), True)]
         for name in SMALL:
-            common = {"case": name, "arch": arch, "tile": {}, "expected": "", "limit": SHARED_BYTES[arch]}
+            common = {"case": name, "arch": arch, "tile": {}, "expected": "", "fetched": False, "limit": SHARED_BYTES[arch]}
             found.append(common | asdict(compile_small(name, arch)))
     return {"triton": triton.__version__, "kernels": found}
 
@@ -137,6 +156,7 @@ def _surveyed(arch: int, model: str, work: Work, first: bool) -> dict[str, Any]:
         "arch": arch,
         "tile": asdict(rule(work, arch)),
         "expected": MATRIX[arch],
+        "fetched": rule(work, arch).tma,
         "limit": SHARED_BYTES[arch],
     } | made
 

@@ -189,7 +189,8 @@ def arriving_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor
     if ids.numel() == 0:
         return torch.zeros_like(x)
     table = torch.full((experts.count,), -1, dtype=torch.int32, device=x.device)
-    made, rows = replace(fused(experts), table=table), x.new_empty(ids.numel(), x.shape[1])
+    made = replace(fused(experts), table=table)
+    rows = made.room(x, ids)
     known = ids.cpu()
     counts = torch.bincount(known.flatten() + 1, minlength=experts.count + 1)[1:].tolist()
     used = [expert for expert, count in enumerate(counts) if count]
@@ -206,8 +207,9 @@ def arriving_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor
             assert experts.host is not None
             picks = (known.flatten() == used[position]).nonzero()[:, 0]
             y = experts.host.run(place, x[(picks // ids.shape[1]).to(x.device)].cpu())
-            rows[picks.to(x.device)] = y.to(x.device)
-    return made.summed(rows, ids, weights)
+            rows[:, picks.to(x.device)] = 0
+            rows[0, picks.to(x.device)] = y.to(x.device, rows.dtype)
+    return made.summed(rows, ids, weights, x.dtype)
 
 
 def fused(experts: StackedExperts) -> FusedExperts:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from coterie.kernels.activations import Activation
 from coterie.kernels.formats import GROUP, Weights
@@ -57,30 +58,38 @@ class FusedExperts:
         """
         if ids.numel() == 0:
             return torch.zeros_like(x)
-        return self.summed(self.picked(x, ids, tiles=tiles), ids, weights)
+        return self.summed(self.picked(x, ids, tiles=tiles), ids, weights, x.dtype)
+
+    def room(self, x: torch.Tensor, ids: torch.Tensor, tiles: tuple[Tile, Tile] | None = None) -> torch.Tensor:
+        """Where `picked` may write for these: `[parts, T * K, H]`, in x's dtype if there is one part, else float32."""
+        _, second = tiles or self._tiles(x, *ids.shape)
+        dtype = x.dtype if second.splits == 1 else torch.float32
+        return x.new_empty(second.splits, ids.numel(), self.second.shape[1], dtype=dtype)
 
     def picked(
         self, x: torch.Tensor, ids: torch.Tensor, out: torch.Tensor | None = None, tiles: tuple[Tile, Tile] | None = None
     ) -> torch.Tensor:
-        """The output of each pick, `[T * K, H]`; rows of empty ones stay as they are. out: where to, by default new memory."""
-        tokens, slots = ids.shape
+        """The output of each pick as the sum of its parts, `[parts, T * K, H]`; rows of empty ones stay as they are.
+
+        out: where to, of `room` for as many tokens and slots, by default new memory.
+        """
+        slots = ids.shape[1]
         x, ids = x if x.stride(1) == 1 else x.contiguous(), ids.contiguous()
-        first_tile, second_tile = tiles or self._tiles(x, tokens, slots)
-        _check_tiles(first_tile, second_tile, self.first.format)
+        first_tile, second_tile = tiles or self._tiles(x, *ids.shape)
+        self._check_tiles(first_tile, second_tile)
+        y = self.room(x, ids, (first_tile, second_tile)) if out is None else out
         order = _order(ids, self.experts, first_tile.rows)
-        hidden = self._first(x, order, slots, first_tile)
-        y = hidden.new_empty(len(order.picks), self.second.shape[1]) if out is None else out
-        self._second(hidden, order, second_tile, y)
+        self._second(self._first(x, order, slots, first_tile), order, second_tile, y)
         return y
 
-    def summed(self, y: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of what was picked, `[T, H]`."""
-        y = y if self.finish is None else self.finish(y)
-        (tokens, slots), hidden = ids.shape, y.shape[1]
-        out = y.new_empty(tokens, hidden)
+    def summed(self, y: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The weighted sum of what was picked, `[T, H]`, in `dtype`."""
+        y = y if self.finish is None else self.finish(y[0])[None]
+        (tokens, slots), hidden = ids.shape, y.shape[2]
+        out = y.new_empty(tokens, hidden, dtype=dtype)
         weighted_sum[(tokens, triton.cdiv(hidden, SUM_COLUMNS))](
-            y, ids.contiguous(), weights.contiguous(), out, hidden, self.experts, y.stride(0), slots, slots, out.stride(0),
-            SLOTS=slots, BH=SUM_COLUMNS,
+            y, ids.contiguous(), weights.contiguous(), out, hidden, self.experts, y.stride(1), y.stride(0), slots, slots,
+            out.stride(0), SLOTS=slots, SPLITS=len(y), BH=SUM_COLUMNS,
         )  # fmt: skip
         return out
 
@@ -92,21 +101,46 @@ class FusedExperts:
         shape, width = self.first.shape, x.element_size()
         works = (
             Work(self.experts, outputs, shape[2], slots, tokens, width, self.first.format, gated, turned),
-            Work(self.experts, *self.second.shape[1:], slots, tokens, width, self.second.format),
+            Work(self.experts, *self.second.shape[1:], slots, tokens, width, self.second.format, summed=self.finish is None),
         )  # fmt: skip
         first, second = (choose_tile(work, name, capability, triton.__version__) for work in works)
-        return first, second if second.rows == first.rows else Tile(**{**second.__dict__, "rows": first.rows})
+        second = replace(second, rows=first.rows)
+        return self._reachable(self.first, first), self._reachable(self.second, second)
+
+    def _reachable(self, weights: Weights, tile: Tile) -> Tile:
+        """With pointers where weights do not lie as the tensor memory accelerator wants them."""
+        return replace(tile, tma=tile.tma and not untiled(weights, tile))
+
+    def _check_tiles(self, first: Tile, second: Tile) -> None:
+        if first.rows != second.rows:
+            raise ValueError(f"tiles: found {first.rows} and {second.rows} rows, expected as many in both products")
+        for tile in (first, second):
+            if self.first.format in GROUPED and tile.inputs != GROUP:
+                raise ValueError(
+                    f"tiles: found {tile.inputs} inputs with format {self.first.format}, expected {GROUP}: they share a scale"
+                )
+        for weights, tile in ((self.first, first), (self.second, second)):
+            if tile.tma and (why := untiled(weights, tile)):
+                raise ValueError(f"tiles: found tma with {why}: expected pointers")
+        act = self.activation or Activation("none", False)
+        if second.fold or (first.fold and (first.tma or act.interleaved or not act.gated)):
+            raise ValueError("tiles: found fold, expected it only by pointers, and where gates and ups lie one after the other")
+        if first.splits > 1 or (second.splits > 1 and self.finish is not None):
+            raise ValueError(
+                f"tiles: found {first.splits} and {second.splits} splits, expected 1 where outputs are not only added up"
+            )
 
     def _first(self, x: torch.Tensor, order: Order, slots: int, tile: Tile) -> torch.Tensor:
         act, (_, outputs, inputs) = self.activation or Activation("none", False), self.first.shape
         width = outputs // 2 if act.gated else outputs
         hidden = x.new_empty(len(order.picks), width)
         first_product[(_programs(order, width, tile),)](
-            x, self.first.data, *_given(x, self.first.scale, self.first_bias), hidden,
+            x, self.first.data, _descriptor(self.first, tile, 2 if act.interleaved else 1),
+            *_given(x, self.first.scale, self.first_bias), hidden,
             order.picks, order.expert, order.start, order.count, *_given(order.picks, self.table),
             len(order.expert), inputs, width, x.stride(0), *_strides(self.first, self.first_bias), hidden.stride(0),
             act.limit or 0.0, act.alpha, act.offset,
-            SLOTS=slots, GATED=act.gated, TURNS=act.interleaved, FUNCTION=FUNCTION_CODES[act.function],
+            SLOTS=slots, GATED=act.gated, TURNS=act.interleaved, FOLD=tile.fold, FUNCTION=FUNCTION_CODES[act.function],
             LIMIT=act.limit is not None, **_constants(self.first, self.first_bias, self.table, x, inputs, tile),
         )  # fmt: skip
         return hidden if self.between is None else self.between(hidden)
@@ -114,11 +148,11 @@ class FusedExperts:
     def _second(self, hidden: torch.Tensor, order: Order, tile: Tile, y: torch.Tensor) -> None:
         _, outputs, inputs = self.second.shape
         hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-        second_product[(_programs(order, outputs, tile),)](
-            hidden, self.second.data, *_given(hidden, self.second.scale, self.second_bias), y,
+        second_product[(_programs(order, outputs, tile), tile.splits)](
+            hidden, self.second.data, _descriptor(self.second, tile), *_given(hidden, self.second.scale, self.second_bias), y,
             order.picks, order.expert, order.start, order.count, *_given(order.picks, self.table),
-            len(order.expert), inputs, outputs, hidden.stride(0), *_strides(self.second, self.second_bias), y.stride(0),
-            **_constants(self.second, self.second_bias, self.table, hidden, inputs, tile),
+            len(order.expert), inputs, outputs, hidden.stride(0), *_strides(self.second, self.second_bias), y.stride(1),
+            y.stride(0), SPLITS=tile.splits, **_constants(self.second, self.second_bias, self.table, hidden, inputs, tile),
         )  # fmt: skip
 
 
@@ -127,14 +161,6 @@ def _device(index: int) -> tuple[str, int]:
     """A GPU's name, and ten times its compute capability."""
     major, minor = torch.cuda.get_device_capability(index)
     return torch.cuda.get_device_name(index), 10 * major + minor
-
-
-def _check_tiles(first: Tile, second: Tile, format: str) -> None:
-    if first.rows != second.rows:
-        raise ValueError(f"tiles: found {first.rows} and {second.rows} rows, expected as many in both products")
-    for tile in (first, second):
-        if format in GROUPED and tile.inputs != GROUP:
-            raise ValueError(f"tiles: found {tile.inputs} inputs with format {format}, expected {GROUP}: they share a scale")
 
 
 def _order(ids: torch.Tensor, experts: int, rows: int) -> Order:
@@ -154,6 +180,27 @@ def _one_token(slots: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
         places = torch.arange(slots, dtype=torch.int32, device=device)
         _ONE_TOKEN[key] = places, torch.ones_like(places)
     return _ONE_TOKEN[key]
+
+
+def untiled(weights: Weights, tile: Tile) -> str:
+    """Why the tensor memory accelerator cannot fetch tiles of these; empty if it can. All it takes is a matter of layout.
+
+    Inputs that are no multiple of the tile's are left to pointers: vLLM has seen products go wrong there (its `fused_moe.py`).
+    """
+    data, size = weights.data, weights.data.element_size()
+    if weights.format != "plain" or size != 2:
+        return f"{weights.format} weights of {size} bytes"
+    if data.stride(2) != 1 or data.stride(0) * size % 16 or data.stride(1) * size % 16 or data.data_ptr() % 16:
+        return f"strides {data.stride()} at {data.data_ptr() % 16} bytes beyond a multiple of 16"
+    return f"{weights.columns} inputs in steps of {tile.inputs}" if weights.columns % tile.inputs else ""
+
+
+def _descriptor(weights: Weights, tile: Tile, turns: int = 1) -> TensorDescriptor | None:
+    """Of all experts' weights, for tiles of one expert's; None with pointers. turns: rows of weights for each output of it."""
+    if not tile.tma:
+        return None
+    data = weights.data
+    return TensorDescriptor(data, list(data.shape), list(data.stride()), [1, turns * tile.outputs, tile.inputs])
 
 
 def _programs(order: Order, outputs: int, tile: Tile) -> int:
@@ -179,5 +226,5 @@ def _constants(
         "BIAS": bias is not None, "TABLE": table is not None, "FORMAT": CODES[weights.format],
         "SCALE_ROWS": GROUP if weights.format == "fp8" else 1, "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         "BM": tile.rows, "BN": tile.outputs, "BK": tile.inputs, "EVEN": inputs % tile.inputs == 0, "SWAP": tile.swap,
-        "TOGETHER": tile.together, "num_warps": tile.warps, "num_stages": tile.stages,
+        "TOGETHER": tile.together, "num_warps": tile.warps, "num_stages": tile.stages, "TMA": tile.tma,
     }  # fmt: skip

@@ -3,7 +3,8 @@
 `first_product`: gathered rows times gate and up, with the activation, to one row per pick, in the order of experts.
 `second_product`: those rows times down, to the place of each pick. `weighted_sum`: each token's picks, in the order of slots.
 Nothing is added atomically and every sum has a fixed order: a repeat run is bit-identical. All arithmetic is float32; products
-of float32 are exact ones (`ieee`), those of bfloat16 and float16 go to the tensor cores.
+of float32 are exact ones (`ieee`), those of bfloat16 and float16 go to the tensor cores. Where few tokens would leave
+multiprocessors idle the second product cuts its inputs into SPLITS parts, each to rows of its own; the weighted sum adds them.
 
 A program computes a tile of BM rows of one expert by BN outputs. With few rows the operands change sides (SWAP): weights are
 then the left one, whose 64 rows a tensor core of Hopper wants at least, and the tokens the right one, of which 8 will do.
@@ -70,6 +71,12 @@ def _load_weights(w, stride, k, K, real, BK: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _described(descriptor, expert, row, k, BN: tl.constexpr, BK: tl.constexpr):
+    """`[BN, BK]` of an expert's weights from (row, k) on, fetched by the tensor memory accelerator; 0 beyond the last row."""
+    return tl.reshape(descriptor.load([expert, row, k]), (BN, BK))
+
+
+@triton.jit
 def _scaled(part, scale, real, acc, SWAP: tl.constexpr):
     """acc + part * scale, a scale for each output."""
     s = tl.load(scale, mask=real, other=0.0)
@@ -82,13 +89,19 @@ def _scaled(part, scale, real, acc, SWAP: tl.constexpr):
 
 @triton.jit
 def _product(
-    a, real_rows, w, scale, real, acc, stride, stride_scale, k, K,
+    a, real_rows, w, descriptor, expert, row, scale, real, acc, stride, stride_scale, k, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr, SWAP: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """acc plus the products of BK columns from k on. Rows are loaded anew for gate and up: the second time from cache."""
+    """acc plus the products of BK columns from k on. Rows are loaded anew for gate and up: the second time from cache.
+
+    TMA: weights come as tiles from (expert, row, k), by the descriptor of all experts' `[S, N, K]`, not by pointers.
+    """
     kind = a.dtype.element_ty
-    if FORMAT == PLAIN or FORMAT == INT8:  # noqa: SIM109
+    if TMA:
+        x = _load_rows(a, k, K, real_rows, BK, EVEN)
+        acc = _multiply(x, _described(descriptor, expert, row, k, BN, BK), acc, SWAP, PRECISION)
+    elif FORMAT == PLAIN or FORMAT == INT8:  # noqa: SIM109
         x = _load_rows(a, k, K, real_rows, BK, EVEN)
         acc = _multiply(x, _load_weights(w, stride, k, K, real, BK, EVEN).to(kind), acc, SWAP, PRECISION)
     else:
@@ -110,14 +123,14 @@ def _product(
 
 
 @triton.jit
-def _finished(acc, scale, bias, outputs, real, FORMAT: tl.constexpr, SWAP: tl.constexpr, BIAS: tl.constexpr):
-    """`[BM, BN]`: the accumulator the right way round, with what is added or multiplied once per output."""
+def _finished(acc, scale, bias, outputs, real, biased, FORMAT: tl.constexpr, SWAP: tl.constexpr, BIAS: tl.constexpr):
+    """`[BM, BN]`: the accumulator the right way round, with each output's scale, and its bias where `biased`."""
     if SWAP:
         acc = tl.trans(acc)
     if FORMAT == INT8:
         acc = acc * tl.load(scale, mask=real, other=0.0)[None, :]
     if BIAS:
-        acc = acc + tl.load(bias + outputs, mask=real, other=0.0).to(tl.float32)[None, :]
+        acc = acc + tl.load(bias + outputs, mask=biased, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
@@ -139,16 +152,19 @@ def _activate(z, FUNCTION: tl.constexpr):
 
 @triton.jit
 def first_product(
-    x, w, scale, bias, h, picks, block_expert, block_start, block_count, table,
+    x, w, descriptor, scale, bias, h, picks, block_expert, block_start, block_count, table,
     blocks, hidden, inner, stride_x, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, bias_e, stride_h,
     limit, alpha, offset,
-    SLOTS: tl.constexpr, GATED: tl.constexpr, TURNS: tl.constexpr, FUNCTION: tl.constexpr, LIMIT: tl.constexpr,
-    BIAS: tl.constexpr, TABLE: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr, TOGETHER: tl.constexpr,
+    SLOTS: tl.constexpr, GATED: tl.constexpr, TURNS: tl.constexpr, FOLD: tl.constexpr, FUNCTION: tl.constexpr,
+    LIMIT: tl.constexpr, BIAS: tl.constexpr, TABLE: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr,
+    TOGETHER: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """h `[N, I]`, in the order of picks, from x `[T, H]` and w `[S, 2I or I, H]`; blocks without an expert do nothing.
 
-    TURNS: gate and up alternate, and one tile of 2 BN outputs holds both. table: where each expert's weights are, if TABLE.
+    TURNS: gate and up alternate, and one tile of 2 BN outputs holds both. FOLD: they do not, but such a tile takes them in
+    turns all the same, so that few of each fill a tensor core's 64 rows. table: where each expert's weights are, if TABLE.
+    descriptor: of w, for tiles of as many rows as one product has, if TMA.
     """
     block, tile = _tile_of(blocks, inner, BN, TOGETHER)
     expert = tl.load(block_expert + block)
@@ -156,7 +172,7 @@ def first_product(
         return
     if TABLE:
         expert = tl.load(table + expert)
-    expert = expert.to(tl.int64)
+    place, expert = expert, expert.to(tl.int64)
     rows = tl.load(block_start + block) + tl.arange(0, BM)
     real_rows = tl.arange(0, BM) < tl.load(block_count + block)
     token = tl.load(picks + rows, mask=real_rows, other=0) // SLOTS
@@ -165,9 +181,13 @@ def first_product(
     w += expert * stride_e
     scale += expert * scale_e
     bias += expert * bias_e
-    if TURNS:
-        outputs = 2 * tile * BN + tl.arange(0, 2 * BN)
-        real = outputs < 2 * inner
+    if TURNS or FOLD:
+        within = tl.arange(0, 2 * BN)
+        if TURNS:
+            outputs = 2 * tile * BN + within
+        else:
+            outputs = within % 2 * inner + tile * BN + within // 2
+        real = tile * BN + within // 2 < inner
         if SWAP:
             acc = tl.zeros((2 * BN, BM), tl.float32)
         else:
@@ -175,10 +195,11 @@ def first_product(
         scales = scale + outputs // SCALE_ROWS * scale_n
         for k in range(0, hidden, BK):
             acc = _product(
-                a, real_rows, w + outputs * stride_n, scales, real, acc, stride_k, scale_k, k, hidden,
-                BM, 2 * BN, BK, FORMAT, SWAP, EVEN, PRECISION,
+                a, real_rows, w + outputs * stride_n, descriptor, place, 2 * tile * BN,
+                scales, real, acc, stride_k, scale_k, k, hidden,
+                BM, 2 * BN, BK, FORMAT, SWAP, EVEN, PRECISION, TMA,
             )  # fmt: skip
-        both = _finished(acc, scales, bias, outputs, real, FORMAT, SWAP, BIAS)
+        both = _finished(acc, scales, bias, outputs, real, real, FORMAT, SWAP, BIAS)
         gate, up = tl.split(tl.reshape(both, (BM, BN, 2)))
     else:
         real = columns < inner
@@ -193,22 +214,25 @@ def first_product(
             scales_up = scale + second // SCALE_ROWS * scale_n
             for k in range(0, hidden, BK):
                 acc = _product(
-                    a, real_rows, w + columns * stride_n, scales, real, acc, stride_k, scale_k, k, hidden,
-                    BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION,
+                    a, real_rows, w + columns * stride_n, descriptor, place, tile * BN,
+                    scales, real, acc, stride_k, scale_k, k, hidden,
+                    BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION, TMA,
                 )  # fmt: skip
                 more = _product(
-                    a, real_rows, w + second * stride_n, scales_up, real, more, stride_k, scale_k, k, hidden,
-                    BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION,
+                    a, real_rows, w + second * stride_n, descriptor, place, tile * BN + inner,
+                    scales_up, real, more, stride_k, scale_k, k, hidden,
+                    BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION, TMA,
                 )  # fmt: skip
-            gate = _finished(acc, scales, bias, columns, real, FORMAT, SWAP, BIAS)
-            up = _finished(more, scales_up, bias, second, real, FORMAT, SWAP, BIAS)
+            gate = _finished(acc, scales, bias, columns, real, real, FORMAT, SWAP, BIAS)
+            up = _finished(more, scales_up, bias, second, real, real, FORMAT, SWAP, BIAS)
         else:
             for k in range(0, hidden, BK):
                 acc = _product(
-                    a, real_rows, w + columns * stride_n, scales, real, acc, stride_k, scale_k, k, hidden,
-                    BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION,
+                    a, real_rows, w + columns * stride_n, descriptor, place, tile * BN,
+                    scales, real, acc, stride_k, scale_k, k, hidden,
+                    BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION, TMA,
                 )  # fmt: skip
-            gate = _finished(acc, scales, bias, columns, real, FORMAT, SWAP, BIAS)
+            gate = _finished(acc, scales, bias, columns, real, real, FORMAT, SWAP, BIAS)
     if GATED:
         if LIMIT:
             gate = tl.minimum(gate, limit)
@@ -222,19 +246,23 @@ def first_product(
 
 @triton.jit
 def second_product(
-    h, w, scale, bias, y, picks, block_expert, block_start, block_count, table,
-    blocks, inner, hidden, stride_h, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, bias_e, stride_y,
-    BIAS: tl.constexpr, TABLE: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr, TOGETHER: tl.constexpr,
+    h, w, descriptor, scale, bias, y, picks, block_expert, block_start, block_count, table,
+    blocks, inner, hidden, stride_h, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, bias_e, stride_y, stride_part,
+    SPLITS: tl.constexpr, BIAS: tl.constexpr, TABLE: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr,
+    TOGETHER: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """y `[N, H]`, each pick's output at its own number, from h `[N, I]` in the order of picks and w `[S, H, I]`."""
+    """y `[SPLITS, N, H]`, each pick's output at its own number, from h `[N, I]` in the order of picks and w `[S, H, I]`.
+
+    The outputs are the sums of the parts; part p is of the p-th run of the inputs, whole steps of BK. The bias is in the first.
+    """
     block, tile = _tile_of(blocks, hidden, BN, TOGETHER)
     expert = tl.load(block_expert + block)
     if expert < 0:
         return
     if TABLE:
         expert = tl.load(table + expert)
-    expert = expert.to(tl.int64)
+    place, expert = expert, expert.to(tl.int64)
     rows = tl.load(block_start + block) + tl.arange(0, BM)
     real_rows = tl.arange(0, BM) < tl.load(block_count + block)
     pick = tl.load(picks + rows, mask=real_rows, other=0)
@@ -248,39 +276,45 @@ def second_product(
         acc = tl.zeros((BN, BM), tl.float32)
     else:
         acc = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, inner, BK):
+    if SPLITS == 1:
+        begin, end, biased = 0, inner, real
+    else:
+        part = tl.program_id(1)
+        y += part.to(tl.int64) * stride_part
+        run = tl.cdiv(tl.cdiv(inner, BK), SPLITS) * BK
+        begin, end = part * run, tl.minimum(inner, (part + 1) * run)
+        biased = outputs < tl.where(part == 0, hidden, 0)
+    for k in range(begin, end, BK):
         acc = _product(
-            a, real_rows, w + outputs * stride_n, scales, real, acc, stride_k, scale_k, k, inner,
-            BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION,
+            a, real_rows, w + outputs * stride_n, descriptor, place, tile * BN,
+            scales, real, acc, stride_k, scale_k, k, inner,
+            BM, BN, BK, FORMAT, SWAP, EVEN, PRECISION, TMA,
         )  # fmt: skip
-    made = _finished(acc, scales, bias, outputs, real, FORMAT, SWAP, BIAS)
+    made = _finished(acc, scales, bias, outputs, real, biased, FORMAT, SWAP, BIAS)
     to = y + pick.to(tl.int64)[:, None] * stride_y + outputs[None, :]
     tl.store(to, made.to(y.dtype.element_ty), mask=real_rows[:, None] & real[None, :])
 
 
 @triton.jit
 def weighted_sum(
-    y,
-    ids,
-    weights,
-    out,
-    hidden,
-    experts,
-    stride_y,
-    stride_ids,
-    stride_weights,
-    stride_out,
-    SLOTS: tl.constexpr,
-    BH: tl.constexpr,
-):
-    """out `[T, H]`: the sum over slots j, in their order, of weights[t, j] * y[t * SLOTS + j], empty slots left out."""
+    y, ids, weights, out, hidden, experts, stride_y, stride_part, stride_ids, stride_weights, stride_out,
+    SLOTS: tl.constexpr, SPLITS: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """out `[T, H]`: the sum over slots j, in their order, of weights[t, j] * y[:, t * SLOTS + j], empty slots left out.
+
+    y: `[SPLITS, T * SLOTS, H]`, whose parts are added first, in their order.
+    """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BH + tl.arange(0, BH)
     total = tl.zeros((BH,), tl.float32)
     for slot in tl.static_range(SLOTS):
         expert = tl.load(ids + token * stride_ids + slot)
         wide = tl.where((expert >= 0) & (expert < experts), hidden, 0)
-        part = tl.load(y + (token * SLOTS + slot) * stride_y + columns, mask=columns < wide, other=0.0).to(tl.float32)
+        pick = y + (token * SLOTS + slot) * stride_y + columns
+        value = tl.zeros((BH,), tl.float32)
+        for _ in range(SPLITS):  # not unrolled: all parts of all slots at once are more than the registers hold
+            value += tl.load(pick, mask=columns < wide, other=0.0).to(tl.float32)
+            pick += stride_part
         weight = tl.load(weights + token * stride_weights + slot).to(tl.float32)
-        total += tl.where(columns < wide, weight * part, 0.0)
+        total += tl.where(columns < wide, weight * value, 0.0)
     tl.store(out + token * stride_out + columns, total.to(out.dtype.element_ty), mask=columns < hidden)

@@ -7,7 +7,7 @@ device and the Triton version that it names.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from coterie.kernels.formats import GROUP
 
 TABLES = Path(__file__).parent / "tiles"
 GROUPED = ("int4", "fp8")
+PROCESSORS = {80: 108, 90: 132, 100: 148}  # multiprocessors of a chip, by compute capability
+SPLITS = (1, 2, 4, 8)
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # that one program may use, by compute capability
 
 
@@ -23,7 +25,9 @@ SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # that one program may 
 class Tile:
     """rows, outputs, inputs: of one step of one program; warps of it; stages: steps whose operands are on their way.
 
-    swap: weights are the left operand; together: blocks of rows that go over the outputs side by side.
+    swap: weights are the left operand; together: blocks of rows that go over the outputs side by side; splits: parts of all
+    inputs that programs of their own compute; tma: weights are fetched as tiles by the tensor memory accelerator; fold: gates
+    and ups share one accumulator of twice the outputs.
     """
 
     rows: int
@@ -33,13 +37,17 @@ class Tile:
     stages: int
     swap: bool = False
     together: int = 1
+    splits: int = 1
+    tma: bool = False
+    fold: bool = False
 
 
 @dataclass(frozen=True)
 class Work:
     """One layer's product: experts E, outputs N, inputs K, picks a token, tokens; widths in bytes; format of the weights.
 
-    doubled: a tile of outputs is a tile of gates and one of ups; turned: these alternate.
+    doubled: a tile of outputs is a tile of gates and one of ups; turned: these alternate; summed: outputs are only added up
+    afterwards, so that there may be several parts of each.
     """
 
     experts: int
@@ -51,13 +59,18 @@ class Work:
     format: str = "plain"
     doubled: bool = False
     turned: bool = False
+    summed: bool = False
+
+    @property
+    def hit(self) -> float:
+        """Experts that are hit, if all are equally likely; 1 at least."""
+        hit = self.experts * (1 - (1 - self.top_k / self.experts) ** self.tokens) if self.experts > self.top_k else self.experts
+        return max(1.0, min(hit, self.tokens * self.top_k))
 
     @property
     def rows(self) -> float:
-        """Of an expert that is hit, on average, if all are equally likely."""
-        picks = self.tokens * self.top_k
-        hit = self.experts * (1 - (1 - self.top_k / self.experts) ** self.tokens) if self.experts > self.top_k else self.experts
-        return picks / max(1.0, min(hit, picks))
+        """Of an expert that is hit, on average."""
+        return self.tokens * self.top_k / self.hit
 
 
 @lru_cache(maxsize=4096)
@@ -72,7 +85,9 @@ def choose_tile(work: Work, device: str = "", capability: int = 90, triton: str 
 def rule(work: Work, capability: int = 90) -> Tile:
     """Rows: the power of two that holds an average expert's, 16 to 128. Up to 64 weights rule: they go first, in long steps.
 
-    The stages are as many as shared memory holds, at most 4 (5 where weights rule).
+    The stages are as many as shared memory holds, at most 4 (5 where weights rule). From Hopper on plain weights of large tiles
+    are fetched by the tensor memory accelerator, where they lie so that it can (`fused.py` knows). Programs too few to occupy
+    the chip become more: of half the gates and ups each (fold), or of a part of the inputs (splits).
     """
     rows = next((r for r in (16, 32, 64) if work.rows <= r), 128)
     if work.bytes == 4:  # float32 without tensor cores: small tiles, in registers
@@ -85,10 +100,32 @@ def rule(work: Work, capability: int = 90) -> Tile:
         tile = Tile(rows, 64, 128 if rows <= 32 else 64, 4, 5, True)
     else:  # without the larger chips' tensor memory two accumulators of 128 x 128 leave no registers to widen weights in
         narrow = work.doubled and (capability < 90 or work.format != "plain" or work.turned)
-        tile = Tile(128, 64 if narrow else 128, 64, 8, 4, together=8)
+        fetched = capability >= 90 and work.format == "plain" and not work.turned and work.inputs % 64 == 0
+        tile = Tile(128, 64 if narrow else 128, 64, 8, 4, together=8, tma=fetched)
+    if work.doubled and not work.turned and tile.swap and rows == 16 and _waves(work, tile.outputs, capability) < 2:
+        tile = replace(tile, outputs=tile.outputs // 2, fold=True)
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
     stages = next((s for s in range(tile.stages, 1, -1) if shared_bytes(tile, work, s) <= limit), 1)
-    return Tile(**{**asdict(tile), "stages": stages})
+    tile = replace(tile, stages=stages)
+    return replace(tile, splits=_splits(work, tile, capability))
+
+
+def _waves(work: Work, outputs: int, capability: int) -> float:
+    """Programs for each multiprocessor, if no expert has more than a block of rows."""
+    return work.hit * -(-work.outputs // outputs) / PROCESSORS.get(capability, max(PROCESSORS.values()))
+
+
+def _splits(work: Work, tile: Tile, capability: int) -> int:
+    """For an expert's few rows: the parts that are done soonest if every multiprocessor runs one program at a time.
+
+    That is as many waves of programs as there are, and half of one for the last, which seldom is full; a program takes its
+    steps, and as many more as its pipeline is deep, to fill it.
+    """
+    if not (work.summed and tile.swap and tile.rows == 16):
+        return 1
+    waves = _waves(work, tile.outputs, capability)
+    steps = -(-work.inputs // tile.inputs)
+    return min(SPLITS, key=lambda splits: (waves * splits + 0.5) * (-(-steps // splits) + tile.stages))
 
 
 def shared_bytes(tile: Tile, work: Work, stages: int) -> int:

@@ -18,8 +18,8 @@ from coterie.launch.tables import table
 from coterie.routing.errors import InputError
 
 BENCHES = {name: f"coterie.launch.bench_{name}" for name in ("plan", "kernels", "experts", "offload", "cluster")}
-TAKES = {"only": ("plan", "kernels", "cluster"), "tune": ("kernels",), "compile": ("kernels",)}  # which bench has which option
-VERSIONS = ("numpy", "scipy", "PuLP", "highspy", "torch", "triton", "transformers", "deepspeed")
+TAKES = {"only": ("plan", "kernels", "cluster")} | dict.fromkeys(("tune", "peers", "compile"), ("kernels",))  # by option
+VERSIONS = ("numpy", "scipy", "PuLP", "highspy", "torch", "triton", "transformers", "deepspeed", "vllm", "sglang")
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     if options.what not in BENCHES:
         raise InputError(f"bench: found {options.what!r}, expected {' or '.join(BENCHES)}")
-    for name, given in (("only", options.only), ("tune", options.tune), ("compile", options.compile)):
-        if given and options.what not in TAKES[name]:
-            raise InputError(f"--{name}: found it with bench {options.what}, expected bench {' or '.join(TAKES[name])}")
+    for name, takers in TAKES.items():
+        if getattr(options, name) and options.what not in takers:
+            raise InputError(f"--{name}: found it with bench {options.what}, expected bench {' or '.join(takers)}")
     measured: Iterable[Row] = importlib.import_module(BENCHES[options.what]).rows(options)
     rows = []
     for row in measured:

@@ -3,6 +3,7 @@
 The whole layer in a CUDA graph, weights rotated past the L2 cache, random data, medians. The floor is what reading
 the weights of the experts hit once, or the products, take at the rates measured in the same run. Without a GPU one row says
 so. `--compile F` needs none: it looks into the machine code (`kernels/cubin.py`). `--tune F` makes a table of tiles.
+`--peers DIR`: wheels of vLLM and SGLang, whose kernels are then timed too (`kernel_peers.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -42,15 +44,17 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     if options.tune is not None:
         yield from _tuned(options)
         return
-    yield from gpu_rows(options.quick, options.only)
+    yield from gpu_rows(options.quick, options.only, options.peers)
 
 
-def gpu_rows(quick: bool, only: str = "") -> Iterator[Row]:
+def gpu_rows(quick: bool, only: str = "", wheels: Path | None = None) -> Iterator[Row]:
     """Microseconds of one layer, by shape, format and number of tokens; without a GPU one row that says so.
 
-    only: shapes whose name contains it.
+    only: shapes whose name contains it. wheels: a folder with vLLM's and SGLang's, where they are not installed.
     """
     shapes = chosen_shapes(quick, only)
+    if wheels is not None and not wheels.is_dir():
+        raise InputError(f"--peers: found no folder {wheels}, expected one with vllm-*.whl or sglang-*.whl in it")
     if not torch.cuda.is_available():
         yield Row("GPU", "layer", "us", None, why="needs a GPU")
         return
@@ -59,8 +63,25 @@ def gpu_rows(quick: bool, only: str = "") -> Iterator[Row]:
     machine = measure_machine("cuda")
     yield Row("GPU", "copy, read and written", "TB/s", machine.bandwidth / 1e12, higher=True)
     yield Row("GPU", "bfloat16 product of 8192 x 8192", "TFLOP/s", machine.rate / 1e12, higher=True)
-    for shape, format in product(shapes, FORMATS[:1] if quick else FORMATS):
-        yield from shape_rows(shape, format, QUICK_TOKENS if quick else TOKENS, machine, "cuda")
+    with tempfile.TemporaryDirectory() as room:
+        packages = found_packages(wheels, Path(room))
+        for shape, format in product(shapes, FORMATS[:1] if quick else FORMATS):
+            yield from shape_rows(shape, format, QUICK_TOKENS if quick else TOKENS, machine, "cuda", packages)
+
+
+def found_packages(wheels: Path | None, room: Path) -> dict[str, Any]:
+    """Other packages' kernels by name, each a `kernel_peers.Peer`, or the reason why it cannot be had."""
+    from coterie.launch.kernel_peers import NAMES, load_peer
+    from coterie.launch.wheel_files import PeerMissing
+
+    found: dict[str, Any] = {}
+    for package, name in NAMES.items():
+        try:
+            peer = load_peer(package, wheels, room)
+            found[peer.name] = peer
+        except PeerMissing as error:
+            found[name] = str(error)
+    return found
 
 
 def chosen_shapes(quick: bool, only: str) -> list[Any]:
@@ -71,8 +92,13 @@ def chosen_shapes(quick: bool, only: str) -> list[Any]:
     return [shapes[name] for name in named(shapes, only)]
 
 
-def shape_rows(shape: Any, format: str, tokens: tuple[int, ...], machine: Any, device: str) -> Iterator[Row]:
-    """One shape's rows. Where a kernel fails the row says how, and the others are still measured."""
+def shape_rows(
+    shape: Any, format: str, tokens: tuple[int, ...], machine: Any, device: str, packages: dict[str, Any] | None = None
+) -> Iterator[Row]:
+    """One shape's rows. Where a kernel fails the row says how, and the others are still measured.
+
+    packages: as `found_packages`.
+    """
     from coterie.launch.kernel_cases import STORED, Layer, median, timed
 
     case = f"{shape.name}, {format}"
@@ -82,20 +108,37 @@ def shape_rows(shape: Any, format: str, tokens: tuple[int, ...], machine: Any, d
     layer = Layer(shape, format, device)
     for count in tokens:
         floor = machine.floor(shape, count, format)
-        peers: dict[str, float | None] = {}
-        for name, call in layer.peers(count):
-            try:
-                peers[name] = 1e6 * median(timed(call, layer.copies, device, REPEATS))
-            except RuntimeError as error:
-                peers[f"{name} ({str(error).splitlines()[0][:40]})"] = None
+        peers, failures = _peers(layer, count, packages or {})
         try:
             seconds = median(timed(layer.ours(count), layer.copies, device, REPEATS))
         except RuntimeError as error:
-            yield Row(case, f"layer, {count} tokens", "us", None, None, peers, why=str(error).splitlines()[0][:200])
+            failures.append(f"ours: {_said(error)}")
+            yield Row(case, f"layer, {count} tokens", "us", None, None, peers, why="; ".join(failures))
             continue
         bar = 1e6 * allowed(shape, count, format, machine, min((p for p in peers.values() if p is not None), default=None))
-        yield Row(case, f"layer, {count} tokens", "us", 1e6 * seconds, bar, peers)
+        yield Row(case, f"layer, {count} tokens", "us", 1e6 * seconds, bar, peers, why="; ".join(failures))
         yield Row(case, f"share of the floor, {count} tokens", "", floor / seconds, higher=True)
+
+
+def _peers(layer: Any, tokens: int, packages: dict[str, Any]) -> tuple[dict[str, float | None], list[str]]:
+    """Microseconds by peer, None for one that was not measured, and why those were not."""
+    from coterie.launch.kernel_cases import median, timed
+
+    found: dict[str, float | None] = {}
+    failures = []
+    for name, made in layer.peers(tokens, packages):
+        try:
+            call = made() if callable(made) else None
+            found[name] = None if call is None else 1e6 * median(timed(call, layer.copies, layer.device, REPEATS))
+            failures += [] if call else [f"{name}: {made}"]
+        except Exception as error:  # a kernel of others may fail as it likes
+            found[name] = None
+            failures.append(f"{name}: {_said(error)}")
+    return found, failures
+
+
+def _said(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def allowed(shape: Any, tokens: int, format: str, machine: Any, peer: float | None) -> float:
@@ -136,6 +179,8 @@ def compiled_rows(out: Path) -> Iterator[Row]:
         yield Row(case, "shared memory", "bytes", entry["shared"], entry["limit"])
         if entry["expected"]:
             yield Row(case, f"{entry['expected']} instructions", "", entry["matrix"].get(entry["expected"], 0), 1, higher=True)
+        if entry["fetched"]:
+            yield Row(case, "tiles fetched by UTMALDG", "instructions", entry["fetches"], 1, higher=True)
 
 
 def _tuned(options: argparse.Namespace) -> Iterator[Row]:
@@ -176,21 +221,27 @@ def _works(shape: Any, format: str, tokens: int) -> tuple[Any, Any]:
     common = {"top_k": shape.top_k, "tokens": tokens, "format": format}
     return (
         Work(shape.experts, shape.inner, shape.hidden, doubled=True, **common),
-        Work(shape.experts, shape.hidden, shape.inner, **common),
+        Work(shape.experts, shape.hidden, shape.inner, summed=True, **common),
     )
 
 
 def _candidates(works: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
-    """Pairs of tiles with equally many rows: the rule's, and others around it."""
-    from coterie.kernels.tiles import SHARED_BYTES, rule, shared_bytes
+    """Pairs of tiles with equally many rows: the rule's, others around it, and what each way of loading and parts come to."""
+    from coterie.kernels.tiles import SHARED_BYTES, SPLITS, rule, shared_bytes
 
     by_rule = (rule(works[0]), rule(works[1]))
     yield by_rule
+    if works[0].format == "plain" and not works[0].inputs % by_rule[0].inputs and not works[1].inputs % by_rule[1].inputs:
+        yield replace(by_rule[0], tma=not by_rule[0].tma), replace(by_rule[1], tma=not by_rule[1].tma)
+    if by_rule[0].swap:
+        other = 64 if by_rule[0].outputs == 32 else 32
+        yield replace(by_rule[0], outputs=other, fold=other == 32), by_rule[1]
+        yield from ((by_rule[0], replace(by_rule[1], splits=n)) for n in SPLITS if n != by_rule[1].splits)
     rows = sorted({max(16, by_rule[0].rows // 2), by_rule[0].rows, min(128, by_rule[0].rows * 2)})
     for count, outputs, warps, stages, swap in product(rows, (32, 64, 128), (4, 8), (3, 4, 5), (False, True)):
         if swap and outputs < 64:
             continue
         tried: dict[str, Any] = {"rows": count, "outputs": outputs, "warps": warps, "stages": stages, "swap": swap}
-        tiles = (replace(by_rule[0], **tried), replace(by_rule[1], **tried))
+        tiles = (replace(by_rule[0], fold=False, **tried), replace(by_rule[1], **tried))
         if all(shared_bytes(t, w, stages) <= SHARED_BYTES[90] for t, w in zip(tiles, works, strict=True)) and tiles != by_rule:
             yield tiles

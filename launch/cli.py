@@ -316,6 +316,7 @@ def _bench(verbs: Any) -> None:
     )
     p.add_argument("--only", default="", metavar="NAME", help="plan, cluster: cases whose name contains NAME; kernels: models")
     p.add_argument("--tune", type=Path, metavar="F", help="kernels: make a table of the fastest tiles on this GPU")
+    p.add_argument("--peers", type=Path, metavar="DIR", help="kernels: wheels of vllm and sglang, to be timed beside ours")
     p.add_argument("--compile", type=Path, metavar="F", help="kernels: compile for three generations of GPUs, and look inside")
 
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,17 +148,22 @@ class Layer:
         x, ids, weights = self.inputs(tokens)
         return lambda turn: self.experts[turn % self.copies](x, ids, weights, tiles)
 
-    def peers(self, tokens: int) -> Iterator[tuple[str, Call]]:
-        """transformers' implementations that can be captured in a graph, on the same plain weights."""
+    def peers(self, tokens: int, packages: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Call] | str]]:
+        """Others on the same plain weights, by name: what prepares the call, or why there is none.
+
+        transformers' implementations that can be captured in a graph, and packages: `bench_kernels.found_packages`.
+        """
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         if self.format != "plain":
             return
         x, ids, weights = self.inputs(tokens)
         modules = [_as_module(experts) for experts in self.experts]
-        names = ["grouped_mm"] + (["batched_mm"] if tokens <= 64 else [])
-        for name in names:
-            yield f"transformers {name}", self._peer(ALL_EXPERTS_FUNCTIONS[name], modules, x, ids, weights.to(x.dtype))
+        for name in ["grouped_mm"] + (["batched_mm"] if tokens <= 64 else []):
+            run = ALL_EXPERTS_FUNCTIONS[name]
+            yield f"transformers {name}", partial(self._peer, run, modules, x, ids, weights.to(x.dtype))
+        for name, peer in packages.items():
+            yield name, peer if isinstance(peer, str) else partial(peer.layer, self.experts, x, ids, weights)
 
     def _peer(self, run: Callable[..., torch.Tensor], modules: list[Any], *inputs: torch.Tensor) -> Call:
         return lambda turn: run(modules[turn % self.copies], *inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ pytest.importorskip("triton")
 
 from coterie.kernels.interpreter import interpreting, repair
 from coterie.kernels.tiles import SHARED_BYTES, Tile, Work, choose_tile, rule, shared_bytes, write_table
-from coterie.launch.bench_kernels import allowed, gpu_rows, shape_rows
+from coterie.launch.bench_kernels import _candidates, _works, allowed, gpu_rows, shape_rows
 from coterie.launch.kernel_cases import SHAPES, TINY, Machine
 from coterie.routing.errors import InputError
 
@@ -80,3 +82,36 @@ def test_the_rules_stay_within_shared_memory(capability: int, format: str, token
         work = Work(128, 768, 2048, 8, tokens, 2, format, doubled)
         tile = rule(work, capability)
         assert shared_bytes(tile, work, tile.stages) <= SHARED_BYTES[capability] and tile.stages >= 1
+
+
+@pytest.mark.parametrize("format", ["plain", "int8", "int4"])
+def test_few_rows_of_a_deep_product_are_computed_in_parts(format: str) -> None:
+    """Mixtral's: 2 experts of 64 tiles are 128 programs of 112 steps for 132 multiprocessors."""
+    mixtral = Work(8, 4096, 14336, 2, 1, 2, format, summed=True)
+    assert rule(mixtral, 90).splits == 4 and rule(replace(mixtral, tokens=16), 90).splits == 2
+    assert rule(replace(mixtral, tokens=256), 90).splits == 1  # every multiprocessor has programs enough
+    assert rule(replace(mixtral, summed=False), 90).splits == 1
+    assert rule(Work(128, 2048, 768, 8, 1, 2, format, summed=True), 90).splits == 1  # six steps, which a pipeline holds
+
+
+def test_gates_and_ups_share_an_accumulator_where_programs_are_few() -> None:
+    """Qwen3's: 8 experts of 12 tiles are 96 programs for 132 multiprocessors; folded, they are 192."""
+    one = Work(128, 768, 2048, 8, 1, 2, "plain", True)
+    assert rule(one, 90).fold and rule(one, 90).outputs == 32
+    assert not rule(replace(one, tokens=16), 90).fold and rule(replace(one, tokens=16), 90).outputs == 64
+    for other in ({"turned": True}, {"doubled": False}, {"bytes": 4}):
+        assert not rule(replace(one, **other), 90).fold, other
+
+
+def test_large_tiles_of_plain_weights_are_fetched_from_hopper_on() -> None:
+    prefill = Work(128, 768, 2048, 8, 4096, 2, "plain", True)
+    assert [rule(prefill, capability).tma for capability in (80, 90, 100)] == [False, True, True]
+    for other in ({"tokens": 16}, {"format": "int8"}, {"turned": True}, {"inputs": 2000}, {"bytes": 4}):
+        assert not rule(replace(prefill, **other), 90).tma, other
+
+
+def test_tuning_tries_tiles_and_pointers_and_parts() -> None:
+    prefill, decode = (list(_candidates(_works(SHAPES[0], "plain", tokens))) for tokens in (4096, 4))
+    assert {first.tma for first, _ in prefill} == {False, True} and {second.splits for _, second in decode} == {1, 2, 4, 8}
+    assert all(first.rows == second.rows and first.splits == 1 for first, second in prefill + decode)
+    assert {first.tma for first, _ in _candidates(_works(SHAPES[0], "int4", 4096))} == {False}

@@ -12,9 +12,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from coterie.kernels.activations import Activation
 from coterie.kernels.formats import FORMATS, GROUP, Weights, quantise
-from coterie.kernels.fused import FusedExperts
+from coterie.kernels.fused import FusedExperts, untiled
+from coterie.kernels.grouped_gemm import _tile_of
 from coterie.kernels.interpreter import interpreting, repair
 from coterie.kernels.ordering import AT_ONCE, most_blocks, order_picks
 from coterie.kernels.tiles import GROUPED, Tile
@@ -113,16 +117,18 @@ def tile(format: str, rows: int, swap: bool, outputs: int = 16) -> Tile:
     slots=st.integers(1, 3), format=st.sampled_from(FORMATS), dtype=st.sampled_from(list(TOLERANCE)),
     activation=st.sampled_from(ACTIVATIONS), hidden=st.sampled_from([16, 40, 129]), inner=st.sampled_from([16, 24, 33]),
     experts=st.sampled_from([1, 3, 8]), biases=st.booleans(), swap=st.booleans(), strided=st.booleans(),
+    splits=st.sampled_from([1, 2, 3]),
 )  # fmt: skip
 def test_any_routing_shape_and_format_is_right(
-    seed, routing, tokens, slots, format, dtype, activation, hidden, inner, experts, biases, swap, strided
+    seed, routing, tokens, slots, format, dtype, activation, hidden, inner, experts, biases, swap, strided, splits
 ) -> None:
     torch.manual_seed(seed)
     slots = min(slots, experts)
     model = made(format, dtype, activation, experts, hidden, inner, biases)
     x = torch.randn(tokens, 2 * hidden).to(dtype)
     x = x[:, ::2] if strided else x[:, :hidden]
-    check(model, x, routed(routing, tokens, slots, experts), (tile(format, 16, swap), tile(format, 16, swap)))
+    tiles = tile(format, 16, swap), replace(tile(format, 16, swap), splits=splits)
+    check(model, x, routed(routing, tokens, slots, experts), tiles)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -131,6 +137,126 @@ def test_any_routing_shape_and_format_is_right(
 def test_the_rules_tiles(format: str, dtype: torch.dtype, tokens: int) -> None:
     torch.manual_seed(tokens)
     check(made(format, dtype, hidden=136, inner=72), torch.randn(tokens, 136).to(dtype), routed("uniform", tokens, 2, 4))
+
+
+@pytest.mark.parametrize(("tokens", "splits", "dtype"), [(1, 2, torch.float32), (2, 6, torch.bfloat16)])
+@pytest.mark.parametrize("format", FORMATS)
+def test_inputs_of_the_second_product_in_parts(format: str, tokens: int, splits: int, dtype: torch.dtype) -> None:
+    """Of 2 or 5 steps, whose last is not whole: parts of several steps, of one, and of none."""
+    torch.manual_seed(splits)
+    model = made(format, dtype, experts=2, hidden=24, inner=200 if format in GROUPED else 72, biases=True)
+    check(model, torch.randn(tokens, 24).to(dtype), routed("uniform", tokens, 2, 2), (
+        tile(format, 16, True), replace(tile(format, 16, True), splits=splits)
+    ))  # fmt: skip
+
+
+def test_picks_made_group_by_group_in_parts_give_the_same_bits() -> None:
+    torch.manual_seed(0)
+    model, x, ids = (
+        made(dtype=torch.bfloat16),
+        torch.randn(5, 40, device=DEVICE).bfloat16(),
+        routed("uniform", 5, 2, 4).to(DEVICE),
+    )
+    weights, tiles = torch.rand(5, 2, device=DEVICE), (tile("plain", 16, True), replace(tile("plain", 16, True), splits=2))
+    rows = model.room(x, ids, tiles)
+    assert rows.shape == (2, 10, 40) and rows.dtype == torch.float32
+    for present in (ids < 2, ids >= 2):
+        model.picked(x, ids.where(present, -1), rows, tiles)
+    assert torch.equal(model.summed(rows, ids, weights, x.dtype), model(x, ids, weights, tiles))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", FORMATS)
+def test_gates_and_ups_in_one_accumulator_give_the_bits_of_two(format: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x, ids = made(format, dtype, biases=True), torch.randn(3, 40, device=DEVICE).to(dtype), routed("some empty", 3, 2, 4)
+    ids, weights, second = ids.to(DEVICE), torch.rand(3, 2, device=DEVICE), tile(format, 16, True)
+    folded = model(x, ids, weights, (replace(tile(format, 16, True, 32), fold=True), second))
+    assert torch.equal(folded, model(x, ids, weights, (tile(format, 16, True, 64), second)))
+
+
+FETCHES = interpreting() or torch.cuda.get_device_capability() >= (9, 0)
+
+
+@pytest.mark.skipif(not FETCHES, reason="of sm_90 and later")
+@pytest.mark.parametrize(
+    ("dtype", "activation", "swap"),
+    [
+        (torch.float16, ACTIVATIONS[0], False), (torch.bfloat16, ACTIVATIONS[0], True), (torch.bfloat16, GPT_OSS, False),
+        (torch.float16, Activation("silu", False), True),
+    ],
+)  # fmt: skip
+def test_weights_fetched_as_tiles_give_the_bits_of_pointers(dtype: torch.dtype, activation: Activation, swap: bool) -> None:
+    """Outputs that are no multiple of the tile's: 48 and 40 in tiles of 32."""
+    torch.manual_seed(0)
+    model, size = made("plain", dtype, activation, 4, 64, 48, True), {"outputs": 64 if swap and not interpreting() else 32}
+    model = replace(model, second=Weights(model.second.data[:, :40].contiguous()), second_bias=None)
+    x, ids = torch.randn(9, 64, device=DEVICE).to(dtype), routed("some empty", 9, 2, 4).to(DEVICE)
+    weights = torch.rand(9, 2, device=DEVICE)
+    by_pointers = tuple(replace(tile("plain", 16, swap, **size), splits=n) for n in (1, 2 if swap else 1))
+    by_tiles = tuple(replace(t, tma=True) for t in by_pointers)
+    assert torch.equal(model(x, ids, weights, by_tiles), model(x, ids, weights, by_pointers))
+
+
+@pytest.mark.skipif(not FETCHES, reason="of sm_90 and later")
+def test_tiles_of_weights_in_a_pool_that_is_a_view_are_those_of_the_table() -> None:
+    """The last tile of a place, of 48 outputs in 32s, reaches into nothing: what lies there is not a number."""
+    torch.manual_seed(0)
+    model, places = made("plain", torch.float16, experts=3, hidden=48, inner=48), torch.tensor([4, 0, 2], device=DEVICE)
+
+    def pooled(data: torch.Tensor) -> torch.Tensor:
+        room = data.new_full((6, data.shape[1] + 8, data.shape[2] + 16), float("nan"))
+        room[places, : data.shape[1], : data.shape[2]] = data
+        return room[:, : data.shape[1], : data.shape[2]]
+
+    pool = replace(
+        model, first=Weights(pooled(model.first.data)), second=Weights(pooled(model.second.data)), table=places.int()
+    )
+    assert not pool.first.data.is_contiguous()
+    tiles = (replace(tile("plain", 16, False, 32), tma=True),) * 2
+    x, ids, weights = (
+        torch.randn(9, 48, device=DEVICE).half(),
+        routed("uniform", 9, 2, 3).to(DEVICE),
+        torch.rand(9, 2, device=DEVICE),
+    )
+    assert torch.equal(pool(x, ids, weights, tiles), model(x, ids, weights, tiles))
+    check(pool, x, ids, tiles)
+
+
+def test_what_cannot_be_fetched_as_tiles_goes_by_pointers_and_is_refused_if_asked_for() -> None:
+    x, ids, weights = torch.randn(3, 64, device=DEVICE), routed("uniform", 3, 2, 4).to(DEVICE), torch.ones(3, 2, device=DEVICE)
+    tiles = (replace(tile("plain", 16, False), tma=True),) * 2
+    half = made(dtype=torch.float16, hidden=64, inner=32)
+    shifted = torch.zeros(4 * 64 * 64 + 1, device=DEVICE, dtype=torch.float16)[1:].view(4, 64, 64)
+    for model, why in (
+        (made(hidden=64, inner=32), "plain weights of 4 bytes"),
+        (made("int8", torch.float16, hidden=64), "int8 weights of 1 bytes"),
+        (made(dtype=torch.float16, hidden=64, inner=32, turned=True), r"strides \(4096, 1, 64\) at 0 bytes"),
+        (replace(half, first=Weights(shifted)), "at 2 bytes beyond a multiple of 16"),
+        (made(dtype=torch.float16, hidden=64, inner=24), "24 inputs in steps of 16"),
+    ):  # fmt: skip
+        assert untiled(model.first, tiles[0]) or untiled(model.second, tiles[1])
+        with pytest.raises(ValueError, match=f"tiles: found tma with .*{why}"):
+            model(x.to(torch.float16), ids, weights, tiles)
+    many = torch.zeros(600, 64, dtype=torch.float16, device=DEVICE)
+    assert [t.tma for t in half._tiles(many, 600, 2)] == [True, False]  # 32 inputs are less than a step
+    assert not any(t.tma for t in made(dtype=torch.float16, hidden=64, inner=64, turned=True)._tiles(many, 600, 2))
+
+
+@triton.jit
+def tile_order(out, blocks, columns, TOGETHER: tl.constexpr):
+    block, column = _tile_of(blocks, columns, 16, TOGETHER)
+    tl.store(out + 2 * tl.program_id(0), block)
+    tl.store(out + 2 * tl.program_id(0) + 1, column)
+
+
+@pytest.mark.parametrize(("blocks", "columns", "together"), [(5, 70, 1), (5, 70, 2), (9, 33, 8), (3, 16, 8)])
+def test_every_tile_has_one_program_and_blocks_go_over_the_columns_together(blocks: int, columns: int, together: int) -> None:
+    tiles = -(-columns // 16)
+    out = torch.zeros(blocks * tiles, 2, dtype=torch.int32, device=DEVICE)
+    tile_order[(blocks * tiles,)](out, blocks, columns, TOGETHER=together)
+    waves = [range(first, min(first + together, blocks)) for first in range(0, blocks, together)]
+    assert out.tolist() == [[block, column] for wave in waves for column in range(tiles) for block in wave]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
@@ -225,6 +351,14 @@ def test_what_cannot_be_is_refused() -> None:
         model(x, ids, weights, (tile("plain", 16, False), tile("plain", 16, False)))
     with pytest.raises(ValueError, match="tiles: found 16 and 32 rows, expected as many"):
         model(x, ids, weights, (tile("int4", 16, False), tile("int4", 32, False)))
+    fold = replace(tile("plain", 16, True), fold=True)
+    with pytest.raises(ValueError, match="tiles: found fold, expected it only by pointers"):
+        made(activation=GPT_OSS)(x, ids, weights, (fold, replace(fold, fold=False)))
+    parts = replace(tile("int4", 16, False), splits=2)
+    with pytest.raises(ValueError, match="tiles: found 1 and 2 splits, expected 1 where outputs are not only added up"):
+        replace(model, finish=lambda y: y)(x, ids, weights, (tile("int4", 16, False), parts))
+    with pytest.raises(ValueError, match="tiles: found 2 and 2 splits"):
+        model(x, ids, weights, (parts, parts))
     with pytest.raises(ValueError, match="format: found int4 and plain, expected the same"):
         FusedExperts(model.first, made().second)
     with pytest.raises(ValueError, match="activation: expected one, or else `between`"):
@@ -235,9 +369,6 @@ def test_what_cannot_be_is_refused() -> None:
 
 @pytest.mark.skipif(not interpreting(), reason="of the interpreter")
 def test_the_interpreter_refuses_what_it_would_get_wrong() -> None:
-    import triton
-    import triton.language as tl
-
     @triton.jit
     def add(x, out):
         tl.store(out, tl.load(x) + tl.load(x))
