@@ -291,6 +291,7 @@ def _pack(verbs: Any) -> None:
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write, or to go on with after a stop")
     p.add_argument("--verify", action="store_true", help="write nothing: read what is in DIR and check all of it")
+    p.add_argument("--quantise", metavar="FORMAT", help="round them to int8, int4 or fp8, for generate with the same option")
 
 
 def _cache_sim(verbs: Any) -> None:

@@ -108,7 +108,9 @@ def index_experts(shape: ModelShape, empty: nn.Module, checkpoint: Checkpoint) -
                 piece = Piece(place.file, place.offset + expert * size, size)
                 found.setdefault((layer, expert, parameter), {})[0] = place, piece
         else:
-            raise InputError(f"{place.file}: tensor {name!r}: cannot be read expert by expert; run without --memory")
+            raise InputError(
+                f"{place.file}: tensor {name!r}: cannot be read expert by expert; run without --memory and --quantise"
+            )
     records = [
         [_record(shape, state, module, layer, expert, found) for expert in range(shape.num_experts)]
         for layer, module in enumerate(shape.expert_names.values())
@@ -126,7 +128,7 @@ def _order(name: str, pattern: str, converters: list[Any]) -> int:
         if kinds == [(MergeModulelist, 0)] or kinds == [(MergeModulelist, 0), (Concatenate, 1)]:
             return sources.index(pattern)
         break
-    raise InputError(f"tensor {name!r}: its experts cannot be read one by one; run without --memory")
+    raise InputError(f"tensor {name!r}: its experts cannot be read one by one; run without --memory, --quantise")
 
 
 def _record(

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -59,18 +60,19 @@ class Sample(NamedTuple):
 class ExpertCache:
     """`slots` experts of `layers` x `experts`, in tensors `[slots, ...]` by parameter.
 
-    shapes: of one expert, by parameter; the same in all layers. source: where they come from; on a GPU a `HostTier`, in
-    which `misses` may have them computed.
+    shapes: of one expert, by parameter; the same in all layers; dtypes: of parameters that are not in `dtype`. source: where
+    they come from; on a GPU a `HostTier`, in which `misses` may have them computed.
     """
 
     def __init__(
         self, source: ExpertStore | HostTier, experts: int, slots: int, shapes: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype, top_k: int, policy: str = DEFAULT, device: torch.device | str = "cpu", misses: Misses | None = None,
+        dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         layers = len(source.records)
         self.source, self.experts, self.slots, self.top_k, self.misses = source, experts, slots, top_k, misses
         self.store = source.store if isinstance(source, HostTier) else source
-        self.pools = {name: _empty((slots, *shape), dtype, torch.device(device)) for name, shape in shapes.items()}
+        self.pools = {n: _empty((slots, *s), dtypes.get(n, dtype), torch.device(device)) for n, s in shapes.items()}
         self.slot_of = np.full(layers * experts, -1, dtype=np.int64)
         self.free = list(range(slots - 1, -1, -1))
         self.policy = MAKERS[policy](layers, experts, top_k, slots)
