@@ -127,6 +127,9 @@ def _trace(verbs: Any) -> None:
     )
     p.add_argument("--phase", choices=("prefill", "decode", "mixed"), help="what to record (default: whatever is run)")
     p.add_argument("--scenario", default="", help="a name for the traffic, kept in the trace")
+    p.add_argument(
+        "--token-ids", action="store_true", help="write them, too, for cache-sim to foretell by; whoever has them has the text"
+    )
     _running(p)
 
 

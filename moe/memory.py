@@ -116,7 +116,7 @@ def estimate(
     if slots is not None:
         states, buffers = state_bytes(sizes, strategy, work, plan.ranks), buffer_bytes(sizes, strategy, work, plan.ranks)
         layers, experts = len(plan.layer_ids), plan.num_experts
-        kept = READING_BYTES + layers * experts * RECORD_BYTES + remembered_bytes(layers, experts)
+        kept = READING_BYTES + layers * experts * RECORD_BYTES + remembered_bytes(layers, experts, sizes.top_k)
         one = RankMemory(sizes.dense, slots * max(sizes.expert), states, buffers + kept + sizes.process)
         return [one] * plan.ranks
     held = plan.holds().sum(1)  # [layers, ranks]

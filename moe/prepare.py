@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from coterie.moe.cached import attach_cache, index_experts, misses_of
+from coterie.moe.cached import attach_cache, attach_embeddings, index_experts, misses_of
 from coterie.moe.families import ModelShape, inspect
 from coterie.moe.layer import IMPLEMENTATION
 from coterie.moe.load import load_share
@@ -106,6 +106,7 @@ class Share:
             source, self.shape.num_experts, slots, shapes, self.dtype, self.shape.top_k, device=self.device, dtypes=dtypes
         )
         attach_cache(read, cache, local)
+        attach_embeddings(read, cache)
         modules = [module for _, module in expert_modules(read).values()]
         if self.rounding is not None:
             for module in modules:

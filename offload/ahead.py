@@ -1,9 +1,10 @@
 """What is worth reading before it is asked for, decided by how often such guesses were right.
 
-Two guessers are followed: the next layer's own router, applied to the present layer's input (Eliseev and Mazur 2023), and the
-path through the experts so far (`predictors.Path`). Each guess is compared with what the layer then asks for, whether it was
-carried out or not. The better one decides; where even that is wrong more often than right, nothing is read ahead: a wrong guess
-takes as long to read as a right one saves.
+Three guessers are followed: the next layer's own router, applied to the present layer's input (Eliseev and Mazur 2023), the
+path through the experts so far (`predictors.Path`), and, where it is told what is read, the token with those before it
+(`whole_path.WholePath`), which alone knows something before the first layer. Each guess is compared with what the layer then
+asks for, whether it was carried out or not. The best one decides; where even that is wrong more often than right, nothing is
+read ahead: a wrong guess takes as long to read as a right one saves.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from coterie.offload.predictors import Path, Predictor, likeliest
+from coterie.offload.whole_path import WholePath
 
 WORTH = 0.5  # share of right guesses from which on reading ahead pays
 MEMORY = 256  # guesses that count
@@ -24,7 +26,8 @@ class Guesser:
     def __init__(self, layers: int, experts: int, path: Predictor | None = None) -> None:
         self.layers = layers
         self.path: Predictor = Path(layers, experts) if path is None else path
-        self.right = {"router": 0.75, "path": 0.5}  # share of guesses, as known beforehand
+        self.token = WholePath(layers, experts)  # told by the cache: `read`, `observe_each`
+        self.right = {"router": 0.75, "path": 0.5, "token": 0.5}  # share of guesses, as known beforehand
         self.made: tuple[int, dict[str, Sequence[int]]] | None = None
 
     def observe(self, layer: int, experts: Sequence[int]) -> None:
@@ -42,7 +45,9 @@ class Guesser:
 
         router: that layer's own choice, if it was asked; count: how many the path is asked for.
         """
-        guesses = {"path": likeliest(self.path.scores(ahead), count).tolist()}
+        guesses: dict[str, Sequence[int]] = {"path": likeliest(self.path.scores(ahead), count).tolist()}
+        if self.token.foretold is not None:
+            guesses["token"] = likeliest(self.token.scores(ahead), count).tolist()
         if router:
             guesses["router"] = router
         if ahead == 1:

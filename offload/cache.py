@@ -19,6 +19,7 @@ from coterie.offload.policies import MAKERS, lowest
 from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import LEAST, HostTier, Misses
 from coterie.offload.transfer import aligned_empty
+from coterie.offload.whole_path import CONTEXT_BYTES, MOST, TOKENS, Context
 
 DEFAULT = "coterie"
 DEPTH = 3  # layers ahead that experts are read for
@@ -82,6 +83,24 @@ class ExpertCache:
         self.reserved: dict[int, set[int]] = {}  # by layer, what was read for its next turn
         self.expected: tuple[int, Sequence[int], bool] | None = None
         self.guesser = Guesser(layers, experts)
+
+    def read(self, step: Sequence[Context]) -> None:
+        """What the next step reads, before its first layer: each token's id and those before it, in the order of its rows.
+
+        What it is expected to ask for in the first layers is read as room allows. Not needed, nor is `routed`.
+        """
+        began = time.perf_counter()
+        self.guesser.token.read(step)
+        self.statistics.policy_seconds += time.perf_counter() - began
+        if 0 < len(step) <= MOST:
+            count = min(self.top_k * len(step), self.experts)
+            self._read_guessed(0, (), count, np.zeros(0, dtype=np.int64))
+
+    def routed(self, layer: int, experts: np.ndarray) -> None:
+        """What each row of a step picked, `[tokens, top_k]`, -1 for an empty slot or an expert of another rank."""
+        began = time.perf_counter()
+        self.guesser.token.observe_each(layer, experts)
+        self.statistics.policy_seconds += time.perf_counter() - began
 
     def announce(self, layer: int, experts: Sequence[int]) -> None:
         """All experts that a step of this layer will ask for, each once; reading those that free slots can take begins."""
@@ -153,17 +172,21 @@ class ExpertCache:
         self.expected = layer, experts, sure
 
     def _read_ahead(self, layer: int, router: Sequence[int], sure: bool, held: np.ndarray) -> None:
-        """The experts that the next layer is expected to ask for, and the path's guesses for those after it."""
+        """The experts that the next layer is expected to ask for, and other guesses for those after it."""
         if sure:
-            return self._prefetch(layer, router, held)
+            self._prefetch(layer, router, held)
+        else:
+            self._read_guessed(layer, router, len(held), held)
+
+    def _read_guessed(self, layer: int, router: Sequence[int], count: int, held: np.ndarray) -> None:
+        """What is guessed of `layer`, the next one, and those after it, `count` experts of each; `held` stay."""
         for ahead in range(1, DEPTH + 1):
             if layer + ahead - 1 == len(self.source.records) or len(self.coming) >= MOST_COMING:
                 break
             began = time.perf_counter()
-            guess = self.guesser.guess(layer + ahead - 1, router if ahead == 1 else (), len(held), ahead)
+            guess = self.guesser.guess(layer + ahead - 1, router if ahead == 1 else (), count, ahead)
             self.statistics.policy_seconds += time.perf_counter() - began
             self._prefetch(layer + ahead - 1, guess, held)
-        return None
 
     def _prefetch(self, layer: int, experts: Sequence[int], held: np.ndarray) -> None:
         """What is read so stays until its layer's turn, if nothing needed wants the room."""
@@ -257,6 +280,6 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return aligned_empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
 
 
-def remembered_bytes(layers: int, experts: int) -> int:
-    """What the default policy and the guesser remember of earlier tokens: two paths, a matrix of transitions, and scores."""
-    return layers * experts * (2 * PATH_BYTES + 4 * experts + 100)
+def remembered_bytes(layers: int, experts: int, top_k: int) -> int:
+    """What the default policy and the guesser remember of earlier tokens: paths, a matrix of transitions, and scores."""
+    return layers * experts * (2 * PATH_BYTES + 4 * experts + 100) + TOKENS * (CONTEXT_BYTES + 4 * layers * top_k)
