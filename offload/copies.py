@@ -107,7 +107,7 @@ class Rounding(AsStored):
     def views(self, original: Record) -> Iterator[memoryview]:
         """As `AsStored`."""
         for tensor in self.made({name: stored(part) for name, part in original.items()}, original).values():
-            yield memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            yield tensor.view(-1).view(torch.uint8).numpy().data
 
     def check_sample(self, original: Record, packed: Record) -> None:
         """Raises InputError unless 128 rows in the middle of every product, and all biases, are the same rounded again."""

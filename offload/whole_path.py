@@ -21,7 +21,7 @@ VISITS = 8  # of each context, the last ones
 TOKENS = 4096  # whose paths are kept
 NEAR = 8  # tokens with embeddings alike that stand for one that was not seen
 MOST = 4  # tokens of a step, from which on it is not foretold: together they pick nearly everything
-CONTEXT_BYTES = 1_100  # of a token that is kept: its places in the tables, as Python's objects
+CONTEXT_BYTES = 750  # of a token that is kept: its places in the tables, as Python's objects, and its embedding
 Embed = Callable[[Sequence[int]], NDArray[np.float32]]  # token ids -> `[tokens, D]`
 
 
@@ -43,6 +43,7 @@ class WholePath:
         self.vectors: NDArray[np.float32] | None = None  # by place, embeddings of length 1
         self.next, self.here = 0, layers
         self.now: Ids = np.zeros(0, dtype=np.int64)  # places of the step's tokens
+        self.picked: dict[int, NDArray[np.integer]] = {}  # by layer, of the step: put away when the next one is read
         self.foretold: NDArray[np.float64] | None = None  # of the step, `[layers, E]`
 
     def begin(self) -> None:
@@ -50,6 +51,7 @@ class WholePath:
 
     def read(self, step: Sequence[Context]) -> None:
         """The tokens of the next step, before its first layer; none where they are not known."""
+        self._put_away()
         self.foretold = sum(map(self._foretell, step)) if 0 < len(step) <= MOST else None  # type: ignore[assignment]
         step = step[-self.tokens :]
         self.now = (self.next + np.arange(len(step))) % self.tokens
@@ -79,28 +81,33 @@ class WholePath:
     def observe(self, layer: int, experts: Ids) -> None:
         """As `Predictor`; of a step of one token, or of a token that nobody told of."""
         if self._goes_on(layer) and len(self.now) == 1:
-            self._note(layer, experts[None])
+            self.picked[layer] = experts[None]
 
     def observe_each(self, layer: int, experts: NDArray[np.integer]) -> None:
         """What each token of the step picked, `[tokens, top_k]`, -1 where a slot is empty."""
         if self._goes_on(layer) and len(self.now) == len(experts[-self.tokens :]):
-            self._note(layer, experts[-self.tokens :])
+            self.picked[layer] = experts[-self.tokens :]
 
     def _goes_on(self, layer: int) -> bool:
         """Whether it is a step of the tokens at hand; one that nobody told of is none."""
         if layer <= self.here:
+            self._put_away()
             self.now, self.foretold = self.now[:0], None
         self.here = layer
         return len(self.now) > 0
 
-    def _note(self, layer: int, experts: NDArray[np.integer]) -> None:
-        width = experts.shape[1]
-        if width > self.paths.shape[2]:
-            more = np.broadcast_to(self.unused, (self.tokens, self.layers, width - self.paths.shape[2]))
-            self.paths = np.concatenate([self.paths, more], 2)
-        at = layer * (self.experts + 1) + 1 + experts
-        self.paths[self.now, layer, :width] = at
-        np.add.at(self.uses.reshape(-1), at.reshape(-1), np.float32(1))
+    def _put_away(self) -> None:
+        """Write down the paths of the step, all layers at once: what a call costs counts here."""
+        for width in {experts.shape[1] for experts in self.picked.values()}:
+            layers = np.array([layer for layer, experts in self.picked.items() if experts.shape[1] == width])
+            if width > self.paths.shape[2]:
+                more = np.broadcast_to(self.unused, (self.tokens, self.layers, width - self.paths.shape[2]))
+                self.paths = np.concatenate([self.paths, more], 2)
+            picked = np.stack([self.picked[layer] for layer in layers.tolist()], 1)  # [tokens, layers, width]
+            at = layers[:, None] * (self.experts + 1) + 1 + picked
+            self.paths[self.now[:, None], layers, :width] = at
+            np.add.at(self.uses.reshape(-1), at.reshape(-1), np.float32(1))
+        self.picked = {}
 
     def scores(self, ahead: int) -> Scores:
         """As `Predictor`, within the token that was read; zeros beyond it."""
@@ -112,7 +119,9 @@ class WholePath:
 
     def _foretell(self, context: Context) -> NDArray[np.float64]:
         """`[layers, E]`: the mean path of each context's visits, each one more visit short of the mean of the shorter one's."""
-        places, weights, rest = [], [], 1.0
+        places: list[int] = []
+        weights: list[float] = []
+        rest = 1.0
         for length in range(min(len(context), ORDER), 0, -1):
             found = self.visits.get(context[:length], ())
             places += found
@@ -120,13 +129,12 @@ class WholePath:
             rest /= len(found) + 1
         if not places and self.vectors is not None and self.embed is not None:
             places, weights, rest = self._nearest(self.embed(context[:1])[0])
-        width = self.paths.shape[2]
-        flat = np.bincount(
-            self.paths[places].reshape(-1), np.repeat(weights, self.layers * width), self.layers * (self.experts + 1)
-        ) if places else np.zeros(self.layers * (self.experts + 1))  # fmt: skip
-        known = flat.reshape(self.layers, -1)[:, 1:]
-        usual = self.uses[:, 1:]
-        return known + rest * width * usual / usual.sum(1, keepdims=True)
+        made: NDArray[np.float64] = rest * self.paths.shape[2] * self.uses[:, 1:] / self.uses[:, 1:].sum(1, keepdims=True)
+        if places:
+            at, size = self.paths[places], self.layers * (self.experts + 1)
+            each = np.repeat(weights, at[0].size)
+            made += np.bincount(at.reshape(-1), each, size).reshape(self.layers, -1)[:, 1:]
+        return made
 
     def _keep_vectors(self, vectors: NDArray[np.float32]) -> None:
         if self.vectors is None:
