@@ -29,6 +29,7 @@ class Guesser:
         self.token = WholePath(layers, experts)  # told by the cache: `read`, `observe_each`
         self.right = {"router": 0.75, "path": 0.5, "token": 0.5}  # share of guesses, as known beforehand
         self.made: tuple[int, dict[str, Sequence[int]]] | None = None
+        self.here: int | None = None  # the layer observed last
 
     def observe(self, layer: int, experts: Sequence[int]) -> None:
         """A step's experts, each once: the last guess is judged by them."""
@@ -37,7 +38,7 @@ class Guesser:
             for name, guess in self.made[1].items():
                 for one in guess:
                     self.right[name] += ((one in asked) - self.right[name]) / MEMORY
-        self.made = None
+        self.made, self.here = None, layer
         self.path.observe(layer, np.asarray(experts, dtype=np.int64))
 
     def guess(self, layer: int, router: Sequence[int], count: int, ahead: int = 1) -> Sequence[int]:
@@ -45,12 +46,14 @@ class Guesser:
 
         router: that layer's own choice, if it was asked; count: how many the path is asked for.
         """
-        guesses: dict[str, Sequence[int]] = {"path": likeliest(self.path.scores(ahead), count).tolist()}
+        guesses: dict[str, Sequence[int]] = {}
+        if self.here is not None and (self.here + ahead) % self.layers == layer:  # not after a token that was not finished
+            guesses["path"] = likeliest(self.path.scores(ahead), count).tolist()
         if self.token.foretold is not None:
             guesses["token"] = likeliest(self.token.scores(ahead), count).tolist()
         if router:
             guesses["router"] = router
         if ahead == 1:
             self.made = layer, guesses
-        best = max(guesses, key=self.right.__getitem__)
-        return guesses[best] if self.right[best] >= WORTH else ()
+        best = max(guesses, key=self.right.__getitem__, default=None)
+        return guesses[best] if best is not None and self.right[best] >= WORTH else ()

@@ -133,6 +133,20 @@ def test_the_token_decides_once_it_was_right_more_often() -> None:
     assert all(guess == right for guess, _, right in said[-50:])
 
 
+def test_before_anything_was_seen_only_the_token_is_asked() -> None:
+    """And after a token that ended early the path, which is elsewhere, is not."""
+    guesser = Guesser(3, 8)
+    guesser.token.read([(4,)])
+    for layer in range(3):
+        assert list(guesser.guess(layer, (), 2, layer + 1)) == [], "nothing is known yet"
+    assert guesser.made is not None and set(guesser.made[1]) == {"token"}
+    guesser.observe(0, [1, 2])
+    guesser.guess(0, (), 2)
+    assert guesser.made is not None and "path" not in guesser.made[1]
+    guesser.guess(1, (), 2)
+    assert guesser.made is not None and "path" in guesser.made[1]
+
+
 def test_contexts_of_a_batch() -> None:
     prompt, other = Running(Request(0, (4, 5, 6, 7), 9)), Running(Request(1, (1, 2), 9), new_tokens=[3])
     assert contexts([prompt], [True], [4]) == [(4,), (5, 4), (6, 5, 4), (7, 6, 5)]
