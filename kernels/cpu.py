@@ -15,6 +15,7 @@ Widening is exact, so the panel's products are those of the stored weights, summ
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
@@ -98,10 +99,10 @@ class Panels:
 
 @dataclass(frozen=True)
 class Int8:
-    """`int8` weights by torch's operator."""
+    """`int8` weights by torch's operator. _rounded: None where the weights come and go (`_scales`)."""
 
     weights: Weights
-    _rounded: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, compare=False)
+    _rounded: dict[torch.dtype, torch.Tensor] | None = field(default_factory=dict, compare=False)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -128,11 +129,14 @@ class Int8:
 
 @dataclass(frozen=True)
 class Int4:
-    """`int4` weights as torch's operator wants them. data: uint8 `[S, N, K / 2]`; scales: `[S, K / 128, N, 2]`, zeros of 0."""
+    """`int4` weights as torch's operator wants them. data: uint8 `[S, N, K / 2]`; scales: `[S, K / 128, N, 2]`, zeros of 0.
+
+    _rounded: None where the weights come and go (`_scales`).
+    """
 
     data: torch.Tensor
     scales: torch.Tensor
-    _rounded: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, compare=False)
+    _rounded: dict[torch.dtype, torch.Tensor] | None = field(default_factory=dict, compare=False)
 
     @classmethod
     def pack(cls, weights: Weights) -> Int4:
@@ -164,20 +168,38 @@ class Int4:
         return torch.cat([torch._weight_int4pack_mm_for_cpu(row, data[e], GROUP, scales[e]) for e, row in rows])
 
 
-def _scales(scales: torch.Tensor, rounded: dict[torch.dtype, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The scales in a dtype, kept in `rounded` once they were asked for."""
+def _scales(scales: torch.Tensor, rounded: dict[torch.dtype, torch.Tensor] | None, dtype: torch.dtype) -> torch.Tensor:
+    """The scales in a dtype, kept in `rounded` once they were asked for; without it they must be there in that dtype.
+
+    Raises ValueError otherwise: what is kept would be that of weights which have gone since.
+    """
+    if scales.dtype == dtype:
+        return scales
+    if rounded is None:
+        raise ValueError(f"x: found {dtype}, expected {scales.dtype}, as the scales are kept")
     if dtype not in rounded:
         rounded[dtype] = scales.to(dtype)
     return rounded[dtype]
 
 
-def for_cpu(weights: Weights) -> Product:
-    """The fastest way that takes this format and shape. Raises ValueError for plain weights: torch takes those as they are."""
-    _, rows, columns = weights.shape
-    if weights.format == "plain":
+@lru_cache(maxsize=1)
+def int4_order() -> str:
+    """Names the order in which this processor's `Int4` keeps weights, by what it makes of weights that all differ."""
+    values = (torch.arange(4 * HALF * GROUP, dtype=torch.int32) * 40503 >> 7) % 16
+    data = torch._convert_weight_to_int4pack_for_cpu(values.view(4 * HALF, GROUP), 1)
+    return "cpu-" + hashlib.sha256(data.numpy().tobytes()).hexdigest()[:8]
+
+
+def kind_for(format: str, rows: int, columns: int) -> type[Int8] | type[Int4] | type[Panels]:
+    """The fastest product of this format and shape. Raises ValueError for plain weights: torch takes those as they are."""
+    if format == "plain":
         raise ValueError("format: found plain, expected int8, int4 or fp8")
-    if weights.format == "int8" and columns % 32 == 0 and rows % 4 == 0:
-        return Int8(weights)
-    if weights.format == "int4" and columns % GROUP == 0 and rows % HALF == 0:
-        return Int4.pack(weights)
-    return Panels(weights)
+    if format == "int8" and columns % 32 == 0 and rows % 4 == 0:
+        return Int8
+    return Int4 if format == "int4" and columns % GROUP == 0 and rows % HALF == 0 else Panels
+
+
+def for_cpu(weights: Weights) -> Product:
+    """The fastest way that takes this format and shape; as `kind_for`."""
+    kind = kind_for(weights.format, *weights.shape[1:])
+    return Int4.pack(weights) if kind is Int4 else kind(weights)  # type: ignore[call-arg, arg-type]

@@ -34,8 +34,8 @@ class Residency(Protocol):
         """How many can be asked for."""
         ...
 
-    def look_ahead(self, x: torch.Tensor, top_k: int) -> None:
-        """What the layer is about to be given, `[T, H]`: the next one may be prepared for it."""
+    def look_ahead(self, x: torch.Tensor, ids: torch.Tensor) -> None:
+        """What the layer is about to be given, `[T, H]` and `[T, K]`: the next one may be prepared for it."""
         ...
 
     def announce(self, places: Sequence[int]) -> None:

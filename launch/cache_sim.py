@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from coterie.launch.commands import say
 from coterie.launch.tables import table
-from coterie.offload.predictors import AHEAD, PREDICTORS
+from coterie.offload.predictors import AHEAD
 from coterie.offload.simulate import Simulated, Simulation
+from coterie.offload.whole_path import WholePath
 from coterie.routing.errors import InputError, positive
 from coterie.routing.trace import read_trace
 
@@ -26,13 +27,19 @@ def cache_sim(options: argparse.Namespace) -> dict[str, Any]:
         simulation = Simulation(trace, options.slots, prior)
     except InputError as error:
         raise InputError(f"{options.trace}: {error}") from error
+    if simulation.contexts is None:
+        say(f"{options.trace}: no token_ids, so {WholePath.name} is not played; coterie trace --token-ids records them")
     found: dict[str, Simulated] = {}
     for name in tqdm(simulation.names, desc="policies", disable=None):
         found[name] = simulation.run(name)
-    foretold = {name: simulation.foretell(name) for name in tqdm(PREDICTORS, desc="predictors", disable=None)}
+    foretold = {name: simulation.foretell(name) for name in tqdm(simulation.predictors, desc="predictors", disable=None)}
     policies = _policies(found)
     predictors = {
-        name: {"recall": {str(d): r for d, r in one.recall.items()}, "microseconds_per_layer": one.microseconds}
+        name: {
+            "recall": {str(d): r for d, r in one.recall.items()},
+            "microseconds_per_layer": one.microseconds,
+            **({} if one.before is None else {"recall_before_first_layer": one.before}),
+        }
         for name, one in foretold.items()
     }
     if not options.json:
@@ -40,8 +47,11 @@ def cache_sim(options: argparse.Namespace) -> dict[str, Any]:
         say(f"{options.trace}: {trace.tokens} tokens, {len(trace.layer_ids)} layers, {share}")
         header = ["policy", "hit rate", "gap to Belady closed", "us a layer and token", "misses read ahead"]
         print(table(header, [[name, *policy.values(), *[""] * (4 - len(policy))] for name, policy in policies.items()]))
-        header = ["predictor", *(f"recall {d} ahead" for d in AHEAD), "us a layer and token"]
-        rows = [[n, *(one.recall.get(d, "") for d in AHEAD), one.microseconds] for n, one in foretold.items()]
+        header = ["predictor", *(f"recall {d} ahead" for d in AHEAD), "from before the first", "us a layer and token"]
+        rows = [
+            [n, *(one.recall.get(d, "") for d in AHEAD), "" if one.before is None else one.before, one.microseconds]
+            for n, one in foretold.items()
+        ]
         print("\n" + table(header, rows))
     return {"slots": simulation.slots, "tokens": trace.tokens, "policies": policies, "predictors": predictors}
 

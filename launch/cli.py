@@ -127,6 +127,9 @@ def _trace(verbs: Any) -> None:
     )
     p.add_argument("--phase", choices=("prefill", "decode", "mixed"), help="what to record (default: whatever is run)")
     p.add_argument("--scenario", default="", help="a name for the traffic, kept in the trace")
+    p.add_argument(
+        "--token-ids", action="store_true", help="write them, too, for cache-sim to foretell by; whoever has them has the text"
+    )
     _running(p)
 
 
@@ -291,6 +294,7 @@ def _pack(verbs: Any) -> None:
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write, or to go on with after a stop")
     p.add_argument("--verify", action="store_true", help="write nothing: read what is in DIR and check all of it")
+    p.add_argument("--quantise", metavar="FORMAT", help="round them to int8, int4 or fp8, for generate with the same option")
 
 
 def _cache_sim(verbs: Any) -> None:

@@ -39,6 +39,7 @@ def trace(options: argparse.Namespace) -> dict[str, Any]:
         tokens = model.record(
             prompts, options.out, options.max_new_tokens, options.phase, options.max_tokens, options.scenario,
             positive("--batch-size", options.batch_size), on_tokens=bar.update,
+            token_ids=options.token_ids,
         )  # fmt: skip
     layers, experts = len(model.shape.layer_ids), model.shape.num_experts
     say(f"{options.out}: {tokens} tokens, {layers} layers, {experts} experts, top-{model.shape.top_k}")

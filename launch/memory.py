@@ -44,6 +44,10 @@ def within_budget(asked: Asked, options: argparse.Namespace, group: Group) -> As
 
     share, (sizes, work, taken) = asked.share, _needs(asked, options, group)
     slots = most_slots(sizes, share.plan, _candidates(asked)[0], work, budget, taken)
+    if slots is not None and share.quantise is not None and share.packed is None:
+        from coterie.moe.prepare import not_packed
+
+        raise InputError(not_packed("--memory", share.quantise))
     if group.rank == 0:
         whole = len(share.shape.layer_ids) * share.shape.num_experts
         unused = "" if share.packed is None else f", {options.packed} is not used"
@@ -63,13 +67,18 @@ def _read(share: Share, sizes: ModelSizes, slots: int) -> float:
     return Weights(sizes.dense, max(sizes.expert), layers, experts, sizes.top_k).read(slots / (layers * experts))
 
 
+def _sizes(share: Share) -> ModelSizes:
+    from coterie.moe.sizes import sizes_of
+
+    return sizes_of(share.shape, share.empty, share.dtype, share.rounding)
+
+
 def _needs(asked: Asked, options: argparse.Namespace, group: Group) -> tuple[ModelSizes, Workload, int]:
     """Sizes, what is to be run, and bytes that the processes have taken already, the most of any."""
     from coterie.moe.memory import workload
-    from coterie.moe.sizes import sizes_of
 
     share = asked.share
-    sizes, work = sizes_of(share.shape, share.empty, share.dtype), workload(asked.requests, options.batch_size)
+    sizes, work = _sizes(share), workload(asked.requests, options.batch_size)
     if share.device.type == "cpu":
         return sizes, work, max(group.gather(resident_bytes()))
     import torch
@@ -80,13 +89,12 @@ def _needs(asked: Asked, options: argparse.Namespace, group: Group) -> tuple[Mod
 def _budget(asked: Asked, options: argparse.Namespace, group: Group) -> int | None:
     """Bytes of a process; None where all experts are to be loaded."""
     share = asked.share
-    others = [name for name, found in (("--quantise", share.quantise), ("--replan", options.replan)) if found]
     if options.memory is not None:
-        if others:
-            raise InputError(f"--memory: found it with {others[0]}, expected one of them: experts from disk are as stored")
+        if options.replan:
+            raise InputError("--memory: found it with --replan, expected one of them: what moves between ranks is in memory")
         return parse_bytes(options.memory)
     free = free_bytes(share.device)
-    if others or free is None or share.plan.ranks > 1:
+    if share.quantise or options.replan or free is None or share.plan.ranks > 1:
         return None
     from coterie.moe.memory import estimate, most_slots
 
@@ -108,6 +116,8 @@ def _with_host(asked: Asked, options: argparse.Namespace) -> Asked:
     share = asked.share
     if options.misses not in MISSES:
         raise InputError(f"--misses: found {options.misses!r}, expected {', '.join(MISSES)}")
+    if share.quantise is not None and options.misses != "fetch":
+        raise InputError(f"--misses: found {options.misses} with --quantise, expected fetch: the host rounds in another order")
     if share.device.type == "cpu":
         if options.host_memory is not None:
             raise InputError("--host-memory: found it without a GPU, expected --memory: that is the host's here")
@@ -137,10 +147,9 @@ def check_memory(asked: Asked, options: argparse.Namespace, group: Group) -> Che
     On fewer processes than the plan has ranks (a dry run) nothing is known of the ranks' machines, and nothing is checked.
     """
     from coterie.moe.memory import Room, check_fits, estimate, workload
-    from coterie.moe.sizes import sizes_of
 
     share = asked.share
-    sizes, work = sizes_of(share.shape, share.empty, share.dtype), workload(asked.requests, options.batch_size)
+    sizes, work = _sizes(share), workload(asked.requests, options.batch_size)
     needed = {name: estimate(sizes, share.plan, name, work, share.slots) for name in _candidates(asked)}
     first = next(iter(needed))
     here, found = free_bytes(share.device), None

@@ -22,8 +22,8 @@ def pack(options: argparse.Namespace) -> dict[str, Any]:
     from coterie.offload import pack as packer
     from coterie.offload.sidecar import aligned, length_of
 
-    started, found = time.perf_counter(), contents_of(options.model)
-    whole = sum(aligned(length_of(record)) for layer in found.records for record in layer)
+    started, found = time.perf_counter(), contents_of(options.model, options.quantise)
+    whole = sum(aligned(length_of(record)) for layer in found.kept for record in layer)
     doing, do = ("verify", packer.verify) if options.verify else ("pack", packer.pack)
     with tqdm(desc=doing, total=whole, unit="B", unit_scale=True, disable=None) as bar:
         done = do(found, options.out, bar.update)
@@ -31,20 +31,30 @@ def pack(options: argparse.Namespace) -> dict[str, Any]:
     there = "all of it is right" if options.verify else f"{done.resumed_bytes / 1e6:,.1f} MB were there already"
     say(
         f"{options.out}: {done.experts} experts, {done.bytes / 1e6:,.1f} MB in {done.files} files, {seconds:.1f} s; {there}; "
-        f"use it with generate --memory SIZE --packed {options.out}"
+        f"use it with generate --memory SIZE --packed {options.out}{_quantise(options)}"
     )
     return {"out": str(options.out), **asdict(done), "seconds": seconds}
 
 
-def contents_of(model: str) -> Contents:
-    """What there is to be packed of MODEL."""
+def _quantise(options: argparse.Namespace) -> str:
+    return "" if options.quantise is None else f" --quantise {options.quantise}"
+
+
+def contents_of(model: str, quantise: str | None = None) -> Contents:
+    """What there is to be packed of MODEL, rounded to a format so as this machine's GPU, or its processor, multiplies it."""
+    import torch
+
     from coterie.moe.cached import index_experts
     from coterie.moe.families import inspect
+    from coterie.moe.quantise import rounding_of
     from coterie.offload.checkpoint import Checkpoint
+    from coterie.offload.copies import AS_STORED
     from coterie.offload.pack import Contents
 
     shape, empty = inspect(model)
     checkpoint = Checkpoint.open(shape.folder)
     store = index_experts(shape, empty, checkpoint)
     store.close()
-    return Contents(shape.name, checkpoint, shape.layer_ids, store.records)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    how = AS_STORED if quantise is None else rounding_of(empty, quantise, device)
+    return Contents(shape.name, checkpoint, shape.layer_ids, store.records, how)

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from coterie.moe.invariant import full_blocks
 from coterie.moe.layer import StepContext
 from coterie.moe.strategy import Strategy
+from coterie.offload.whole_path import ORDER
 from coterie.routing.record import Recorder
 
 ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
@@ -152,6 +153,8 @@ class Batch:
         self.context.tokens = tokens
         if self.recorder is not None:
             self.recorder.sequences, self.recorder.live = [s.request.index for s in sequences] or [0], live
+        if self.context.told is not None:
+            self.context.told(contexts(sequences, live.tolist(), mask[:, -length:].sum(1).tolist()))
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
         with full_blocks((mask == 0).sum(1).tolist()) if self.context.least_rows > 1 else nullcontext():
             out = self.model(
@@ -171,6 +174,17 @@ class SharedBatch(Batch):
         """As rank 0 chose."""
         said = self.group.agree([token for _, token in chosen])[0] if chosen else ()
         return [(sequence, token) for (sequence, _), token in zip(chosen, said, strict=True)]
+
+
+def contexts(sequences: Sequence[Running], live: Sequence[bool], counts: Sequence[int]) -> list[tuple[int, ...]]:
+    """Of the last `counts` tokens of each live sequence, in order: the token's id and those before it, the newest first."""
+    found: list[tuple[int, ...]] = []
+    for sequence, runs, count in zip(sequences, live, counts, strict=False):
+        if runs:
+            tokens = (*sequence.request.token_ids, *sequence.new_tokens)
+            ends = range(len(tokens) - count + 1, len(tokens) + 1)
+            found += [tokens[max(0, end - ORDER) : end][::-1] for end in ends]
+    return found
 
 
 def padded(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -26,6 +27,7 @@ from coterie.offload.transfer import Part, Piece
 from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
 
+EMBEDDING = 32  # dimensions in which tokens are compared
 LOOK_AHEAD_TOKENS = 4  # of more, what the routers would pick is no guess
 
 
@@ -43,18 +45,20 @@ class LayerCache:
     router: torch.Tensor | None = None
     following: LayerCache | None = None
 
-    def look_ahead(self, x: torch.Tensor, top_k: int) -> None:
-        """Expect in the next layer what its router would pick for x `[T, H]`, this layer's input.
+    def look_ahead(self, x: torch.Tensor, ids: torch.Tensor) -> None:
+        """Expect in the next layer what its router would pick for x `[T, H]`, this layer's input; ids `[T, K]` are this one's.
 
         The state changes little from one layer to the next: three in four of the experts are those (Eliseev and Mazur 2023).
         Many tokens together pick nearly all that they could: what most of them would comes first.
         """
-        following = self.following
+        following, picks = self.following, ids.cpu().numpy()
+        elsewhere = len(self.local) < self.cache.experts
+        self.cache.routed(self.layer, np.where(np.isin(picks, self.local), picks, -1) if elsewhere else picks)
         if following is None:
             return
         picked: list[int] = []
         if following.router is not None:
-            chosen = F.linear(x.to(following.router.dtype), following.router).topk(top_k, 1).indices.flatten()
+            chosen = F.linear(x.to(following.router.dtype), following.router).topk(ids.shape[1], 1).indices.flatten()
             times = torch.bincount(chosen, minlength=len(following.router)) if len(x) > 1 else None
             order = chosen if times is None else times.argsort(descending=True, stable=True)[: int((times > 0).sum())]
             here = set(following.local)
@@ -108,7 +112,9 @@ def index_experts(shape: ModelShape, empty: nn.Module, checkpoint: Checkpoint) -
                 piece = Piece(place.file, place.offset + expert * size, size)
                 found.setdefault((layer, expert, parameter), {})[0] = place, piece
         else:
-            raise InputError(f"{place.file}: tensor {name!r}: cannot be read expert by expert; run without --memory")
+            raise InputError(
+                f"{place.file}: tensor {name!r}: cannot be read expert by expert; run without --memory and --quantise"
+            )
     records = [
         [_record(shape, state, module, layer, expert, found) for expert in range(shape.num_experts)]
         for layer, module in enumerate(shape.expert_names.values())
@@ -126,7 +132,7 @@ def _order(name: str, pattern: str, converters: list[Any]) -> int:
         if kinds == [(MergeModulelist, 0)] or kinds == [(MergeModulelist, 0), (Concatenate, 1)]:
             return sources.index(pattern)
         break
-    raise InputError(f"tensor {name!r}: its experts cannot be read one by one; run without --memory")
+    raise InputError(f"tensor {name!r}: its experts cannot be read one by one; run without --memory, --quantise")
 
 
 def _record(
@@ -157,6 +163,20 @@ def attach_cache(model: nn.Module, cache: ExpertCache, local: Sequence[tuple[int
         router = _router(parents[id(modules[layer])], cache.experts)
         following = LayerCache(cache, layer, local[layer], router, following)
         modules[layer].coterie_cache = following  # type: ignore[assignment]
+
+
+def attach_embeddings(model: Any, cache: ExpertCache) -> None:
+    """Let the cache know which tokens are alike: by their embeddings, of which a fixed random projection keeps what matters."""
+    weight = model.get_input_embeddings().weight
+    drawn = torch.randn(weight.shape[1], EMBEDDING, generator=torch.Generator().manual_seed(0))
+    projection = drawn.to(weight.device, weight.dtype)
+
+    def embed(ids: Sequence[int]) -> np.ndarray:
+        with torch.inference_mode():
+            found: np.ndarray = (weight[torch.tensor(ids, device=weight.device)] @ projection).float().cpu().numpy()
+        return found
+
+    cache.guesser.token.embed = embed
 
 
 MISSES = ("fetch", "cpu", "auto")

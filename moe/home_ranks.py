@@ -45,8 +45,9 @@ class UseCounter:
         self._experts = np.array([expert for _, expert in experts], dtype=np.int64)
 
     def append(
-        self, expert_ids: NDArray[Any], router_weights: NDArray[Any], sequence_ids: NDArray[Any], positions: NDArray[Any]
-    ) -> None:
+        self, expert_ids: NDArray[Any], router_weights: NDArray[Any], sequence_ids: NDArray[Any], positions: NDArray[Any],
+        token_ids: NDArray[Any],
+    ) -> None:  # fmt: skip
         """expert_ids `[tokens, layers, top_k]`, sequence_ids `[tokens]`; the rest does not matter here."""
         used = (expert_ids[:, self._layers] == self._experts[None, :, None]).sum(2)
         np.add.at(self.counts, np.searchsorted(self.sequences, sequence_ids), used)

@@ -6,6 +6,7 @@ Registered with transformers' experts interface under the name `coterie`: any fa
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ class StepContext:
     zero output. tokens: how many each rank dispatches, or None: they are asked in every layer. strategy: how. Set by the
     generation loop before each call. routed: `[tokens, H]` or None: what the experts answer, where it is known already.
     loads: int64 `[layers, E]`, how often each expert was picked here, or None: not counted. least_rows: of a product.
+    told: is to be told before each call what the live tokens are, each with those before it, the newest first; or None.
     """
 
     strategy: Strategy = field(default_factory=Local)
@@ -41,6 +43,7 @@ class StepContext:
     routed: torch.Tensor | None = None
     loads: torch.Tensor | None = None
     least_rows: int = 1
+    told: Callable[[Sequence[tuple[int, ...]]], None] | None = None
 
     def count(self, index: int, ids: torch.Tensor) -> None:
         """Add routed ids to the loads, if they are wanted; index: the layer's place among those with experts."""
@@ -168,7 +171,7 @@ def _run(
     layer.context.count(layer.index, ids)
 
     if experts.residency is not None:
-        experts.residency.look_ahead(x, ids.shape[1])
+        experts.residency.look_ahead(x, ids)
 
     def compute(dispatched: Dispatched) -> torch.Tensor:
         with traffic.span("experts"):

@@ -45,6 +45,7 @@ class ModelSizes:
     """Of a model in a dtype of `value` bytes. dense: all but experts, bytes; expert: one of each layer with experts, bytes.
 
     eager_heads: attention heads whose scores are held, 0 where attention is fused. process: what running takes at any size.
+    rounding: what rounding an expert takes beside it, while they are loaded; 0 where experts stay as stored.
     """
 
     value: int
@@ -56,6 +57,7 @@ class ModelSizes:
     top_k: int
     eager_heads: int
     process: int = 0
+    rounding: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,15 @@ def estimate(
     if slots is not None:
         states, buffers = state_bytes(sizes, strategy, work, plan.ranks), buffer_bytes(sizes, strategy, work, plan.ranks)
         layers, experts = len(plan.layer_ids), plan.num_experts
-        kept = READING_BYTES + layers * experts * RECORD_BYTES + remembered_bytes(layers, experts)
+        kept = READING_BYTES + layers * experts * RECORD_BYTES + remembered_bytes(layers, experts, sizes.top_k)
         one = RankMemory(sizes.dense, slots * max(sizes.expert), states, buffers + kept + sizes.process)
         return [one] * plan.ranks
     held = plan.holds().sum(1)  # [layers, ranks]
     experts = np.array(sizes.expert, dtype=np.int64) @ held.astype(np.int64)
     states, buffers = state_bytes(sizes, strategy, work, plan.ranks), buffer_bytes(sizes, strategy, work, plan.ranks)
     stacking = 2 * (np.array(sizes.expert, dtype=np.int64)[:, None] * held).max(0)  # while a layer's experts are read
+    if sizes.rounding:  # which happens one by one
+        stacking = np.full_like(stacking, sizes.rounding)
     return [
         RankMemory(sizes.dense, int(here), states, max(buffers, int(reading) - states) + sizes.process)
         for here, reading in zip(experts, stacking, strict=True)
@@ -223,7 +227,7 @@ def _ways_out(sizes: ModelSizes, strategy: str, work: Workload, room: Room) -> l
 def _halved(sizes: ModelSizes) -> ModelSizes:
     """In a dtype of half the bytes."""
     states = tuple(LayerState(s.fixed // 2, s.token // 2, s.window) for s in sizes.states)
-    expert = tuple(one // 2 for one in sizes.expert)
+    expert = sizes.expert if sizes.rounding else tuple(one // 2 for one in sizes.expert)
     return replace(sizes, value=sizes.value // 2, dense=sizes.dense // 2, expert=expert, states=states)
 
 

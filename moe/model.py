@@ -70,6 +70,7 @@ class Model:
         self.dispatcher = Dispatcher(shape, plan, group, strategy)
         maps = _maps_on(plan, group.rank, self.device)
         self.context = attach(transformers_model, maps, self.dispatcher.strategy(strategy))
+        self.context.told = None if self.cache is None else self.cache.read
         self.choice: Choice | None = None
         self.boundary: Boundary | None = None
         self.text = Text(shape) if text is None else text
@@ -176,7 +177,7 @@ class Model:
     def record(
         self, prompts: Sequence[Prompt | str], out: Path, max_new_tokens: int = 0, phase: str | None = None,
         max_tokens: int | None = None, scenario: str = "", batch_size: int = 16,
-        on_tokens: Callable[[int], object] | None = None,
+        on_tokens: Callable[[int], object] | None = None, token_ids: bool = False,
     ) -> int:  # fmt: skip
         """Run the prompts and write their routing to the trace file `out`; returns the number of tokens recorded.
 
@@ -203,7 +204,7 @@ class Model:
             asked = [replace(p, max_new_tokens=0) for p in asked]
         positive("--batch-size", batch_size)
         requests = self.text.requests(asked, max_new_tokens)
-        writer = TraceWriter(out, metadata, len(self.shape.layer_ids), self.shape.top_k)
+        writer = TraceWriter(out, metadata, len(self.shape.layer_ids), self.shape.top_k, token_ids)
         recorder = Recorder(self.transformers, writer, self.shape.num_experts, phase, max_tokens)
         choice = self.dispatcher.choice(requests, batch_size, self.transformers, self.context)
         try:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from coterie.moe.cached import attach_cache, index_experts, misses_of
+from coterie.moe.cached import attach_cache, attach_embeddings, index_experts, misses_of
 from coterie.moe.families import ModelShape, inspect
 from coterie.moe.layer import IMPLEMENTATION
 from coterie.moe.load import load_share
 from coterie.moe.placement_map import check_plan, contiguous_plan
-from coterie.moe.quantise import check_format, quantise_experts
+from coterie.moe.quantise import check_format, hold, load_rounded, rounding_of, stacked_record
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint
+from coterie.offload.copies import AS_STORED, Rounding
 from coterie.offload.sidecar import Sidecar, open_sidecar
 from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import LEAST, HostTier
@@ -24,6 +27,7 @@ from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
 
+OnBytes = Callable[[int, int], object]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,10 +35,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Share:
     """A model under a plan. empty: its skeleton on the meta device; device: of this rank.
 
-    quantise: the format that experts are rounded to once they are read (kernels/formats.py), or None. slots: how many experts
-    this process holds at once, the others being read from disk when they are needed (moe/cached.py); None for all. packed:
-    where these are read from, if not from the checkpoint. Behind a GPU's slots: host_bytes of memory for those that were read,
-    None for all; misses: what is done about what the GPU does not have (offload/tiers.py).
+    quantise: the format that experts are rounded to (kernels/formats.py), or None. slots: how many experts this process holds
+    at once, the others being read from disk when they are needed (moe/cached.py); None for all. packed: where these are read
+    from, if not from the checkpoint; rounded as `quantise` says. Behind a GPU's slots: host_bytes of memory for those that were
+    read, None for all; misses: what is done about what the GPU does not have (offload/tiers.py).
     """
 
     shape: ModelShape
@@ -49,37 +53,83 @@ class Share:
     host_bytes: int | None = None
     misses: str = "fetch"
 
-    def read(self, rank: int, on_bytes: Callable[[int, int], object] | None = None) -> Any:
+    def read(self, rank: int, on_bytes: OnBytes | None = None) -> Any:
         """The transformers model with the share of `rank` in it. on_bytes: told (bytes just read, bytes in all)."""
         experts = {layer: tuple(self.plan.experts_on(i, rank)) for i, layer in enumerate(self.shape.layer_ids)}
         if self.slots is not None:
             return self._cached(tuple(experts.values()), self.slots, on_bytes)
-        read = load_share(self.shape, self.empty, self.checkpoint, experts, self.dtype, self.device, IMPLEMENTATION, on_bytes)
-        if self.quantise is not None:
-            quantise_experts(read, self.quantise)
+        if self.rounding is not None:
+            return self._rounded(self.rounding, tuple(experts.values()), on_bytes)
+        return load_share(self.shape, self.empty, self.checkpoint, experts, self.dtype, self.device, IMPLEMENTATION, on_bytes)
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """What `quantise` means for this model on this device."""
+        return None if self.quantise is None else rounding_of(self.empty, self.quantise, self.device)
+
+    def _dense(self, on_bytes: OnBytes | None, more: int = 0) -> Any:
+        """The model without experts. more: bytes that will be read after it."""
+        none: dict[int, tuple[int, ...]] = dict.fromkeys(self.shape.layer_ids, ())
+
+        def told(count: int, whole: int) -> None:
+            if on_bytes is not None:
+                on_bytes(count, whole + more)
+
+        return load_share(self.shape, self.empty, self.checkpoint, none, self.dtype, self.device, IMPLEMENTATION, told)
+
+    def _rounded(self, rounding: Rounding, local: tuple[tuple[int, ...], ...], on_bytes: OnBytes | None) -> Any:
+        """The dense part, and the experts `local` (by layer), each rounded as soon as it is read."""
+        with closing(index_experts(self.shape, self.empty, self.checkpoint)) as store:
+            layers = zip(local, store.records, strict=True)
+            whole = sum(part.length for here, layer in layers for expert in here for part in layer[expert].values())
+            read = self._dense(on_bytes, whole)
+            counter = self.checkpoint.counter
+            if on_bytes is not None:
+                counter.watch = partial(_told, on_bytes, counter.bytes + whole)
+            try:
+                load_rounded(read, store, rounding, local, self.dtype, self.device)
+            finally:
+                counter.watch = None
         return read
 
-    def _cached(self, local: tuple[tuple[int, ...], ...], slots: int, on_bytes: Callable[[int, int], object] | None) -> Any:
+    def _cached(self, local: tuple[tuple[int, ...], ...], slots: int, on_bytes: OnBytes | None) -> Any:
         """The dense part, and the experts `local` (by layer) out of a cache."""
         if self.packed is None:
             store = index_experts(self.shape, self.empty, self.checkpoint)
         else:
             store = ExpertStore(self.packed.records, self.checkpoint.counter, self.packed.checksums)
-        none: dict[int, tuple[int, ...]] = dict.fromkeys(self.shape.layer_ids, ())
-        read = load_share(self.shape, self.empty, self.checkpoint, none, self.dtype, self.device, IMPLEMENTATION, on_bytes)
+        read = self._dense(on_bytes)
         shapes = {name: part.shape for name, part in store.records[0][0].items()}
-        source = store if self.device.type == "cpu" else self._tier(store, shapes)
-        cache = ExpertCache(source, self.shape.num_experts, slots, shapes, self.dtype, self.shape.top_k, device=self.device)
+        dtypes = self._dtypes(read)
+        source = store if self.device.type == "cpu" else self._tier(store, shapes, dtypes)
+        cache = ExpertCache(
+            source, self.shape.num_experts, slots, shapes, self.dtype, self.shape.top_k, device=self.device, dtypes=dtypes
+        )
         attach_cache(read, cache, local)
+        attach_embeddings(read, cache)
+        modules = [module for _, module in expert_modules(read).values()]
+        if self.rounding is not None:
+            for module in modules:
+                hold(module, cache.pools, self.rounding)
         if isinstance(source, HostTier):
-            cache.misses = misses_of(self.misses, cache, next(iter(expert_modules(read).values()))[1])
+            cache.misses = misses_of(self.misses, cache, modules[0])
         return read
 
-    def _tier(self, store: ExpertStore, shapes: dict[str, tuple[int, ...]]) -> HostTier:
+    def _dtypes(self, read: Any) -> dict[str, torch.dtype]:
+        """Of an expert's parts in slots, where it is not the model's."""
+        if self.rounding is None:
+            return {}
+        return self.rounding.dtypes(stacked_record(next(iter(expert_modules(read).values()))[1]), self.dtype)
+
+    def _tier(self, store: ExpertStore, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> HostTier:
         whole = len(store.records) * self.shape.num_experts
-        one = sum(torch.Size(shape).numel() for shape in shapes.values()) * self.dtype.itemsize
-        slots = whole if self.host_bytes is None else min(whole, self.host_bytes // one)
-        return HostTier(store, max(slots, min(whole, LEAST)), shapes, self.dtype, pinned=self.device.type == "cuda")
+        one = sum(torch.Size(shape).numel() * dtypes.get(name, self.dtype).itemsize for name, shape in shapes.items())
+        slots = max(whole if self.host_bytes is None else min(whole, self.host_bytes // one), min(whole, LEAST))
+        return HostTier(store, slots, shapes, self.dtype, self.device.type == "cuda", dtypes)
+
+
+def _told(on_bytes: OnBytes, whole: int, count: int) -> None:
+    on_bytes(count, whole)
 
 
 def prepare(
@@ -98,15 +148,12 @@ def prepare(
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = Checkpoint.open(shape.folder)
     share = Share(shape, empty, checkpoint, plan, dtype_of(dtype, shape.config, target), target, quantise)
-    return share if packed is None else replace(share, packed=_sidecar(shape, empty, checkpoint, Path(packed)))
+    return share if packed is None else replace(share, packed=_sidecar(share, Path(packed)))
 
 
-def _sidecar(shape: ModelShape, empty: Any, checkpoint: Checkpoint, folder: Path) -> Sidecar:
-    store = index_experts(shape, empty, checkpoint)
-    try:
-        return open_sidecar(folder, checkpoint, store.records)
-    finally:
-        store.close()
+def _sidecar(share: Share, folder: Path) -> Sidecar:
+    with closing(index_experts(share.shape, share.empty, share.checkpoint)) as store:
+        return open_sidecar(folder, share.checkpoint, store.records, share.rounding or AS_STORED)
 
 
 def check_slots(share: Share) -> None:
@@ -119,8 +166,16 @@ def check_slots(share: Share) -> None:
         return
     if share.slots < share.shape.top_k:
         raise InputError(f"slots: found {share.slots}, expected at least {share.shape.top_k}: one token's experts in a layer")
-    if share.quantise is not None:
-        raise InputError("slots: found with quantise, expected one of them: experts from disk are the checkpoint's own")
+    if share.quantise is not None and share.packed is None:
+        raise InputError(not_packed("slots", share.quantise))
+
+
+def not_packed(field: str, format: str) -> str:
+    """Why experts that are rounded cannot be read from the checkpoint, and the way out."""
+    return (
+        f"{field}: found less room than for all experts, with quantise but without packed, expected a copy rounded beforehand: "
+        f"coterie pack MODEL --out DIR --quantise {format}, then --packed DIR"
+    )
 
 
 def dtype_of(name: str, config: Any, device: torch.device) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from coterie.moe.batch import keeps_only_attention
 from coterie.moe.families import ModelShape
 from coterie.moe.memory import LayerState, ModelSizes
+from coterie.moe.quantise import ROUNDING_BYTES, stacked_record
+from coterie.offload.copies import Rounding
 from coterie.routing.errors import CoterieError, first_line
 from coterie.routing.record import expert_modules
 
@@ -28,25 +31,27 @@ def _no_experts(module: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weig
 ALL_EXPERTS_FUNCTIONS.register(NO_EXPERTS, _no_experts)
 
 
-def sizes_of(shape: ModelShape, empty: Any, dtype: torch.dtype) -> ModelSizes:
-    """Sizes of the model in `dtype`. empty: its skeleton, which tells what attention it will run with."""
+def sizes_of(shape: ModelShape, empty: Any, dtype: torch.dtype, rounding: Rounding | None = None) -> ModelSizes:
+    """Sizes of the model in `dtype`. empty: its skeleton, which tells what attention it will run with; rounding: of experts."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(shape.config), dtype=dtype, attn_implementation="eager", experts_implementation=NO_EXPERTS
         )
     text = shape.config.get_text_config()
     dense, expert = weight_bytes(model, shape.num_experts)
+    rounded, working = (expert, 0) if rounding is None else rounded_bytes(model, rounding, dtype)
     eager = empty.config.get_text_config()._attn_implementation == "eager"
     return ModelSizes(
         value=dtype.itemsize,
         dense=dense,
-        expert=expert,
+        expert=rounded,
         states=layer_states(model, keeps_only_attention(shape.config)),
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
         top_k=shape.top_k,
         eager_heads=text.num_attention_heads if eager else 0,
         process=PROCESS_BYTES,
+        rounding=working,
     )
 
 
@@ -59,6 +64,18 @@ def weight_bytes(model: nn.Module, num_experts: int) -> tuple[int, tuple[int, ..
     )
     everything = sum(map(_bytes, model.parameters())) + sum(map(_bytes, model.buffers()))
     return everything - num_experts * sum(expert), expert
+
+
+def rounded_bytes(model: nn.Module, rounding: Rounding, dtype: torch.dtype) -> tuple[tuple[int, ...], int]:
+    """(bytes of one rounded expert of each layer with experts, what rounding the largest takes beside it)."""
+    experts, working = [], 0
+    for _, module in expert_modules(model).values():
+        record = stacked_record(module)
+        dtypes = rounding.dtypes(record, dtype)
+        experts.append(sum(replace(part, dtype=dtypes[name]).length for name, part in rounding.record(record).items()))
+        sizes = [torch.Size(record[name].shape).numel() for name in rounding.products]
+        working = max(working, torch.float32.itemsize * sum(sizes) + ROUNDING_BYTES * max(sizes))
+    return tuple(experts), working
 
 
 def layer_states(model: Any, attention_only: bool) -> tuple[LayerState, ...]:

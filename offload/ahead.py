@@ -1,9 +1,10 @@
 """What is worth reading before it is asked for, decided by how often such guesses were right.
 
-Two guessers are followed: the next layer's own router, applied to the present layer's input (Eliseev and Mazur 2023), and the
-path through the experts so far (`predictors.Path`). Each guess is compared with what the layer then asks for, whether it was
-carried out or not. The better one decides; where even that is wrong more often than right, nothing is read ahead: a wrong guess
-takes as long to read as a right one saves.
+Three guessers are followed: the next layer's own router, applied to the present layer's input (Eliseev and Mazur 2023), the
+path through the experts so far (`predictors.Path`), and, where it is told what is read, the token with those before it
+(`whole_path.WholePath`), which alone knows something before the first layer. Each guess is compared with what the layer then
+asks for, whether it was carried out or not. The best one decides; where even that is wrong more often than right, nothing is
+read ahead: a wrong guess takes as long to read as a right one saves.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from coterie.offload.predictors import Path, Predictor, likeliest
+from coterie.offload.whole_path import WholePath
 
 WORTH = 0.5  # share of right guesses from which on reading ahead pays
 MEMORY = 256  # guesses that count
@@ -24,8 +26,10 @@ class Guesser:
     def __init__(self, layers: int, experts: int, path: Predictor | None = None) -> None:
         self.layers = layers
         self.path: Predictor = Path(layers, experts) if path is None else path
-        self.right = {"router": 0.75, "path": 0.5}  # share of guesses, as known beforehand
+        self.token = WholePath(layers, experts)  # told by the cache: `read`, `observe_each`
+        self.right = {"router": 0.75, "path": 0.5, "token": 0.5}  # share of guesses, as known beforehand
         self.made: tuple[int, dict[str, Sequence[int]]] | None = None
+        self.here: int | None = None  # the layer observed last
 
     def observe(self, layer: int, experts: Sequence[int]) -> None:
         """A step's experts, each once: the last guess is judged by them."""
@@ -34,7 +38,7 @@ class Guesser:
             for name, guess in self.made[1].items():
                 for one in guess:
                     self.right[name] += ((one in asked) - self.right[name]) / MEMORY
-        self.made = None
+        self.made, self.here = None, layer
         self.path.observe(layer, np.asarray(experts, dtype=np.int64))
 
     def guess(self, layer: int, router: Sequence[int], count: int, ahead: int = 1) -> Sequence[int]:
@@ -42,10 +46,14 @@ class Guesser:
 
         router: that layer's own choice, if it was asked; count: how many the path is asked for.
         """
-        guesses = {"path": likeliest(self.path.scores(ahead), count).tolist()}
+        guesses: dict[str, Sequence[int]] = {}
+        if self.here is not None and (self.here + ahead) % self.layers == layer:  # not after a token that was not finished
+            guesses["path"] = likeliest(self.path.scores(ahead), count).tolist()
+        if self.token.foretold is not None:
+            guesses["token"] = likeliest(self.token.scores(ahead), count).tolist()
         if router:
             guesses["router"] = router
         if ahead == 1:
             self.made = layer, guesses
-        best = max(guesses, key=self.right.__getitem__)
-        return guesses[best] if self.right[best] >= WORTH else ()
+        best = max(guesses, key=self.right.__getitem__, default=None)
+        return guesses[best] if best is not None and self.right[best] >= WORTH else ()

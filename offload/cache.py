@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from coterie.offload.policies import MAKERS, lowest
 from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import LEAST, HostTier, Misses
 from coterie.offload.transfer import aligned_empty, usual_shift
+from coterie.offload.whole_path import CONTEXT_BYTES, MOST, TOKENS, Context
 
 DEFAULT = "coterie"
 DEPTH = 3  # layers ahead that experts are read for
@@ -59,21 +61,22 @@ class Sample(NamedTuple):
 class ExpertCache:
     """`slots` experts of `layers` x `experts`, in tensors `[slots, ...]` by parameter.
 
-    shapes: of one expert, by parameter; the same in all layers. source: where they come from; on a GPU a `HostTier`, in
-    which `misses` may have them computed.
+    shapes: of one expert, by parameter; the same in all layers; dtypes: of parameters that are not in `dtype`. source: where
+    they come from; on a GPU a `HostTier`, in which `misses` may have them computed.
     """
 
     def __init__(
         self, source: ExpertStore | HostTier, experts: int, slots: int, shapes: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype, top_k: int, policy: str = DEFAULT, device: torch.device | str = "cpu", misses: Misses | None = None,
+        dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         layers = len(source.records)
         self.source, self.experts, self.slots, self.top_k, self.misses = source, experts, slots, top_k, misses
         self.store = source.store if isinstance(source, HostTier) else source
-        self.pools = {
-            name: _empty((slots, *shape), dtype, torch.device(device), _shift(self.store, name, dtype))
-            for name, shape in shapes.items()
-        }
+        self.pools = {}
+        for name, shape in shapes.items():
+            kept = dtypes.get(name, dtype)
+            self.pools[name] = _empty((slots, *shape), kept, torch.device(device), _shift(self.store, name, kept))
         self.slot = [{name: pool[slot] for name, pool in self.pools.items()} for slot in range(slots)]  # views, made once
         self.slot_of = np.full(layers * experts, -1, dtype=np.int64)
         self.free = list(range(slots - 1, -1, -1))
@@ -84,6 +87,24 @@ class ExpertCache:
         self.reserved: dict[int, set[int]] = {}  # by layer, what was read for its next turn
         self.expected: tuple[int, Sequence[int], bool] | None = None
         self.guesser = Guesser(layers, experts)
+
+    def read(self, step: Sequence[Context]) -> None:
+        """What the next step reads, before its first layer: each token's id and those before it, in the order of its rows.
+
+        What it is expected to ask for in the first layers is read as room allows. Not needed, nor is `routed`.
+        """
+        began = time.perf_counter()
+        self.guesser.token.read(step)
+        self.statistics.policy_seconds += time.perf_counter() - began
+        if 0 < len(step) <= MOST:
+            count = min(self.top_k * len(step), self.experts)
+            self._read_guessed(0, (), count, np.zeros(0, dtype=np.int64))
+
+    def routed(self, layer: int, experts: np.ndarray) -> None:
+        """What each row of a step picked, `[tokens, top_k]`, -1 for an empty slot or an expert of another rank."""
+        began = time.perf_counter()
+        self.guesser.token.observe_each(layer, experts)
+        self.statistics.policy_seconds += time.perf_counter() - began
 
     def announce(self, layer: int, experts: Sequence[int]) -> None:
         """All experts that a step of this layer will ask for, each once; reading those that free slots can take begins."""
@@ -155,17 +176,21 @@ class ExpertCache:
         self.expected = layer, experts, sure
 
     def _read_ahead(self, layer: int, router: Sequence[int], sure: bool, held: np.ndarray) -> None:
-        """The experts that the next layer is expected to ask for, and the path's guesses for those after it."""
+        """The experts that the next layer is expected to ask for, and other guesses for those after it."""
         if sure:
-            return self._prefetch(layer, router, held)
+            self._prefetch(layer, router, held)
+        else:
+            self._read_guessed(layer, router, len(held), held)
+
+    def _read_guessed(self, layer: int, router: Sequence[int], count: int, held: np.ndarray) -> None:
+        """What is guessed of `layer`, the next one, and those after it, `count` experts of each; `held` stay."""
         for ahead in range(1, DEPTH + 1):
             if layer + ahead - 1 == len(self.source.records) or len(self.coming) >= MOST_COMING:
                 break
             began = time.perf_counter()
-            guess = self.guesser.guess(layer + ahead - 1, router if ahead == 1 else (), len(held), ahead)
+            guess = self.guesser.guess(layer + ahead - 1, router if ahead == 1 else (), count, ahead)
             self.statistics.policy_seconds += time.perf_counter() - began
             self._prefetch(layer + ahead - 1, guess, held)
-        return None
 
     def _prefetch(self, layer: int, experts: Sequence[int], held: np.ndarray) -> None:
         """What is read so stays until its layer's turn, if nothing needed wants the room."""
@@ -265,6 +290,6 @@ def _shift(store: ExpertStore, name: str, dtype: torch.dtype) -> int:
     return 0 if dtype == torch.float32 else usual_shift(store.records, name)
 
 
-def remembered_bytes(layers: int, experts: int) -> int:
-    """What the default policy and the guesser remember of earlier tokens: two paths, a matrix of transitions, and scores."""
-    return layers * experts * (2 * PATH_BYTES + 4 * experts + 100)
+def remembered_bytes(layers: int, experts: int, top_k: int) -> int:
+    """What the default policy and the guesser remember of earlier tokens: paths, a matrix of transitions, and scores."""
+    return layers * experts * (2 * PATH_BYTES + 4 * experts + 100) + TOKENS * (CONTEXT_BYTES + 4 * layers * top_k)

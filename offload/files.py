@@ -40,7 +40,7 @@ class Files:
     def _reads_sectors(self, path: Path) -> bool:
         place = aligned_empty((2 * SECTOR,), torch.uint8, SECTOR).numpy()
         try:
-            os.preadv(self.descriptors[path], [place[:SECTOR], place[SECTOR:]], SECTOR)
+            os.preadv(self.descriptors[path], [place.data[:SECTOR], place.data[SECTOR:]], SECTOR)
         except OSError:  # a real error of the disk will be met again, and told, by whoever reads
             return False
         return True

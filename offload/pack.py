@@ -12,14 +12,16 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from coterie.offload import sidecar
 from coterie.offload.checkpoint import Checkpoint
 from coterie.offload.checksum import Checksum
+from coterie.offload.copies import AS_STORED, AsStored, check_fields, leave_cache, parts_of
 from coterie.offload.sidecar import FORMAT, INDEX, JOURNAL, Sidecar, Source, aligned
 from coterie.offload.transfer import Piece, Record
 from coterie.routing.errors import CoterieError, InputError
@@ -33,12 +35,21 @@ OnBytes = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Contents:
-    """What is to be packed. records: the checkpoint's own, `[layer][expert]`; layer_ids: the decoder layer of each."""
+    """What is to be packed. records: the checkpoint's own, `[layer][expert]`; layer_ids: the decoder layer of each.
+
+    how: what is made of them.
+    """
 
     model: str
     checkpoint: Checkpoint
     layer_ids: tuple[int, ...]
     records: Sequence[Sequence[Record]]
+    how: AsStored = AS_STORED
+
+    @cached_property
+    def kept(self) -> list[list[Record]]:
+        """What each expert becomes; where, `layout` says."""
+        return [[self.how.record(record) for record in layer] for layer in self.records]
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ def pack(contents: Contents, folder: Path, on_bytes: OnBytes = lambda count: Non
 
 def verify(contents: Contents, folder: Path, on_bytes: OnBytes = lambda count: None) -> Packed:
     """Read a sidecar and check every expert. Raises CoterieError that names the first one that has changed, and counts them."""
-    found = sidecar.open_sidecar(folder, contents.checkpoint, contents.records)
+    found = sidecar.open_sidecar(folder, contents.checkpoint, contents.records, contents.how)
     damaged: list[CoterieError] = []
     for layer, experts in enumerate(found.records):
         for expert, record in enumerate(experts):
@@ -91,7 +102,7 @@ def verify(contents: Contents, folder: Path, on_bytes: OnBytes = lambda count: N
 
 
 def _complete(contents: Contents, folder: Path, on_bytes: OnBytes) -> Packed:
-    found = sidecar.open_sidecar(folder, contents.checkpoint, contents.records)
+    found = sidecar.open_sidecar(folder, contents.checkpoint, contents.records, contents.how)
     on_bytes(found.bytes)
     return _all_of(found)
 
@@ -175,7 +186,8 @@ class Writer:
         self.contents, self.folder, self.journal = contents, folder, journal
         self.sources = sidecar.sources_of(contents.checkpoint)
         self.originals = [record for layer in contents.records for record in layer]
-        self.runs = layout(contents.records, folder)
+        self.runs = layout(contents.kept, folder)
+        self.fields = contents.how.fields(self.originals[0])
         self.checksums: list[str] = []
         self._file: tuple[Path, int] | None = None
         self._unsynced = 0
@@ -212,18 +224,20 @@ class Writer:
 
     def _take_over(self, on_bytes: OnBytes) -> None:
         """Check what an earlier run left, drop what is not right, and begin the journal if there is none."""
-        whole, listed = _journal(self.folder / JOURNAL, self.journal, self.sources, len(self.runs))
+        how = self.contents.how
+        whole, listed = _journal(self.folder / JOURNAL, self.journal, self.sources, self.fields, len(self.runs))
         try:
             for original, run, expected in zip(self.originals, self.runs, listed, strict=False):
                 if not _right(run, expected):
                     break
-                sidecar.check_sample(original, sidecar.lay(original, run))
+                how.check_sample(original, sidecar.lay(how.record(original), run))
                 self.checksums.append(expected)
                 on_bytes(aligned(run.length))
             self._drop_rest()
             self.journal.truncate(whole[len(self.checksums)])
             if whole[0] == 0:
-                self._append({"format": JOURNAL_FORMAT, "checkpoint": [asdict(source) for source in self.sources]})
+                header = {"format": JOURNAL_FORMAT, "checkpoint": [asdict(source) for source in self.sources]}
+                self._append(header | self.fields)
                 self._sync()
         except OSError as error:
             raise self._failed(error) from error
@@ -257,11 +271,9 @@ class Writer:
     def _write(self, original: Record, run: Piece) -> None:
         """Copy an expert, and tell the journal."""
         file, seen, done = self._opened(run.file), Checksum(), run.offset
-        for part in original.values():
-            for piece in part.pieces:
-                for view in sidecar.parts_of(piece):
-                    seen.update(view)
-                    done += _put(file, view, done)
+        for view in self.contents.how.views(original):
+            seen.update(view)
+            done += _put(file, view, done)
         _put(file, memoryview(bytes(aligned(run.length) - run.length)), done)
         self.checksums.append(seen.hexdigest())
         self._append({"expert": len(self.checksums) - 1, "checksum": self.checksums[-1]})
@@ -280,7 +292,7 @@ class Writer:
         """Wait until all is on the disk itself."""
         if self._file is not None:
             os.fsync(self._file[1])
-            sidecar.leave_cache(self._file[1], 0, 0)
+            leave_cache(self._file[1], 0, 0)
         os.fsync(self.journal.fileno())
         self._unsynced = 0
 
@@ -292,13 +304,14 @@ class Writer:
     def _write_index(self) -> None:
         experts = iter(zip(self.runs, self.checksums, strict=True))
         layers = []
-        for layer, records in zip(self.contents.layer_ids, self.contents.records, strict=True):
+        for layer, records in zip(self.contents.layer_ids, self.contents.kept, strict=True):
             entries = [
                 {"file": run.file.name, "offset": run.offset, "length": run.length, "checksum": checksum}
                 for _, (run, checksum) in zip(records, experts, strict=False)
             ]
             layers.append({"layer": layer, "parameters": sidecar.described(records[0]), "experts": entries})
         index = {"format": FORMAT, "model": self.contents.model, "checkpoint": [asdict(source) for source in self.sources]}
+        index |= self.fields
         temporary = self.folder / f".{INDEX}.part"
         try:
             with temporary.open("wb") as file:
@@ -326,13 +339,15 @@ def _right(run: Piece, expected: str) -> bool:
     if not run.file.is_file() or run.file.stat().st_size < aligned(run.offset + run.length):
         return False
     seen = Checksum()
-    for part in sidecar.parts_of(run):
+    for part in parts_of(run):
         seen.update(part)
     behind = Piece(run.file, run.offset + run.length, aligned(run.length) - run.length)
-    return seen.hexdigest() == expected and not any(any(part) for part in sidecar.parts_of(behind))
+    return seen.hexdigest() == expected and not any(any(part) for part in parts_of(behind))
 
 
-def _journal(path: Path, file: BinaryIO, sources: Sequence[Source], experts: int) -> tuple[list[int], list[str]]:
+def _journal(
+    path: Path, file: BinaryIO, sources: Sequence[Source], fields: Mapping[str, str], experts: int
+) -> tuple[list[int], list[str]]:
     """(the length after the header and after each expert, 0 where there is no whole header; the experts' checksums).
 
     A line that is torn or is not what comes next ends it. Raises InputError if the header is of something else.
@@ -347,6 +362,7 @@ def _journal(path: Path, file: BinaryIO, sources: Sequence[Source], experts: int
             f"{path}: format: found {str(header.get('format'))[:60]!r}, expected {JOURNAL_FORMAT!r}; pack into another folder"
         )
     sidecar.check_sources(path, header.get("checkpoint"), sources)
+    check_fields(path, header, fields)
     whole, checksums = [len(lines[0]) + 1], []
     for number, line in enumerate(lines[1 : experts + 1]):
         entry = _parsed(line)

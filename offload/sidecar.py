@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from coterie.offload.checkpoint import Checkpoint
 from coterie.offload.checksum import Checksum, check
+from coterie.offload.copies import AS_STORED, AsStored, check_fields, parts_of
 from coterie.offload.transfer import BLOCK, Part, Piece, Record
-from coterie.routing.errors import CoterieError, InputError
+from coterie.routing.errors import InputError
 from coterie.routing.files import read_json
 
 FORMAT = "coterie.experts.v1"
 INDEX, JOURNAL = "index.json", ".experts.journal"
-PART_BYTES = 4 << 20  # read and written at once
-SAMPLE_BYTES = 4096
 SAMPLED = 8  # experts of a layer that are compared if the checkpoint's files have another time
 
 
@@ -56,16 +55,15 @@ def aligned(length: int) -> int:
 
 def length_of(record: Record) -> int:
     """Bytes of an expert."""
-    return sum(piece.length for part in record.values() for piece in part.pieces)
+    return sum(part.length for part in record.values())
 
 
 def lay(record: Record, run: Piece) -> dict[str, Part]:
     """The same parts, one after another in a run."""
     made, start = {}, run.offset
     for name, part in record.items():
-        length = sum(piece.length for piece in part.pieces)
-        made[name] = replace(part, pieces=(Piece(run.file, start, length),))
-        start += length
+        made[name] = replace(part, pieces=(Piece(run.file, start, part.length),))
+        start += part.length
     return made
 
 
@@ -80,8 +78,10 @@ def described(record: Record) -> dict[str, Any]:
     return {n: {"dtype": str(p.dtype).removeprefix("torch."), "shape": list(p.shape)} for n, p in record.items()}
 
 
-def open_sidecar(folder: Path, checkpoint: Checkpoint, records: Sequence[Sequence[Record]]) -> Sidecar:
-    """The sidecar of `checkpoint` in `folder`. records: the checkpoint's own.
+def open_sidecar(
+    folder: Path, checkpoint: Checkpoint, records: Sequence[Sequence[Record]], how: AsStored = AS_STORED
+) -> Sidecar:
+    """The sidecar of `checkpoint` in `folder`. records: the checkpoint's own; how: what was made of them.
 
     Raises InputError, naming file and field, if it is none, of another checkpoint, of one that has changed, or lacks bytes.
     """
@@ -94,13 +94,14 @@ def open_sidecar(folder: Path, checkpoint: Checkpoint, records: Sequence[Sequenc
         is_ = found.get("format") if isinstance(found, dict) else found
         raise InputError(f"{path}: format: found {str(is_)[:60]!r}, expected {FORMAT!r}; pack again, into another folder")
     same_times = check_sources(path, found.get("checkpoint"), sources_of(checkpoint))
-    layers = _layers(path, found.get("layers"), folder, records)
+    check_fields(path, found, how.fields(records[0][0]))
+    layers = _layers(path, found.get("layers"), folder, [[how.record(record) for record in layer] for layer in records])
     made = Sidecar(folder, [[r for r, _ in layer] for layer in layers], [[c for _, c in layer] for layer in layers], 0, 0)
     sizes = _check_sizes(made.records)
     if not same_times:
         for original, packed in zip(records, made.records, strict=True):
             for expert in sorted({i * len(packed) // SAMPLED for i in range(SAMPLED)}):
-                check_sample(original[expert], packed[expert])
+                how.check_sample(original[expert], packed[expert])
     return replace(made, files=len(sizes), bytes=sum(sizes.values()))
 
 
@@ -203,50 +204,6 @@ def check_sources(path: Path, packed: Any, now: Sequence[Source]) -> bool:
             f"remove {path.parent} and pack again"
         ) from error
     return times == [source.mtime_ns for source in now]
-
-
-def check_sample(original: Record, packed: Record) -> None:
-    """Raises InputError unless 4 KiB in the middle of every piece of an expert are the same in checkpoint and sidecar."""
-    for name, part in original.items():
-        start = packed[name].pieces[0].offset
-        for piece in part.pieces:
-            length = min(SAMPLE_BYTES, piece.length)
-            middle = (piece.length - length) // 2
-            copy = Piece(packed[name].pieces[0].file, start + middle, length)
-            found = b"".join(map(bytes, parts_of(replace(piece, offset=piece.offset + middle, length=length))))
-            expected = b"".join(map(bytes, parts_of(copy)))
-            if found != expected:
-                raise InputError(
-                    f"{piece.file}: byte {piece.offset + middle}: found {found[:8].hex()}..., expected {expected[:8].hex()}... "
-                    f"as at byte {copy.offset} of {copy.file}: the checkpoint is another or has changed since it was packed; "
-                    f"remove {copy.file.parent} and pack again"
-                )
-            start += piece.length
-
-
-def parts_of(piece: Piece) -> Iterator[memoryview]:
-    """The bytes in order, at most 4 MiB at a time, each part valid until the next. Raises CoterieError, naming the file."""
-    view, done = memoryview(bytearray(min(piece.length, PART_BYTES))), 0
-    try:
-        descriptor = os.open(piece.file, os.O_RDONLY)
-        try:
-            while done < piece.length:
-                got = os.preadv(descriptor, [view[: piece.length - done]], piece.offset + done)
-                if got == 0:
-                    raise CoterieError(f"{piece.file}: ends at byte {piece.offset + done}, expected {piece.length - done} more")
-                done += got
-                yield view[:got]
-            leave_cache(descriptor, piece.offset, piece.length)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise CoterieError(f"{piece.file}: cannot be read: {error.strerror}") from error
-
-
-def leave_cache(descriptor: int, offset: int, length: int) -> None:
-    """Let the system's cache of files forget what is read or written once."""
-    if hasattr(os, "posix_fadvise"):  # not on macOS
-        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def verify_expert(sidecar: Sidecar, layer: int, expert: int) -> None:

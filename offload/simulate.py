@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from coterie.offload.policies import MAKERS, EvictionPolicy, Indifferent, Tags
 from coterie.offload.predictors import AHEAD, PREDICTORS, Predictor, Transition, likeliest
+from coterie.offload.whole_path import ORDER, Context, WholePath
 from coterie.routing.errors import InputError, require
 from coterie.routing.trace import RoutingTrace
 
@@ -33,11 +35,13 @@ class Simulated:
 class Foretold:
     """recall: by distance in layers, the share of a layer's experts among as many that were expected; within a token.
 
-    microseconds: CPU time to see a step and to score the next layer, per layer and token.
+    microseconds: CPU time to see a step and to score the next layer, per layer and token. before: the share over all layers
+    from before the first; None for a predictor that knows nothing of a token then.
     """
 
     recall: dict[int, float]
     microseconds: float
+    before: float | None = None
 
 
 def steps_of(trace: RoutingTrace) -> Steps:
@@ -59,12 +63,13 @@ def slots_for(share: float, layers: int, experts: int, top_k: int) -> int:
 
 def simulate(
     steps: Steps, experts: int, slots: int, policy: EvictionPolicy, ahead: Predictor | None = None,
-    begins: NDArray[np.bool_] | None = None,
+    begins: NDArray[np.bool_] | None = None, contexts: Sequence[Context] | None = None,
 ) -> Simulated:  # fmt: skip
     """Token by token, layer by layer; experts of the step at hand stay.
 
     ahead: after a step, as many experts of the next layer as this one picked are expected, and those missing are read into
     the same slots. They stay until that layer's turn, then they are like any other. begins: where sequences do, by token.
+    contexts: what was read, by token, for a `WholePath`, which so also knows the first layer before its turn.
     """
     layers = len(steps[0]) if steps else 0
     tags, spent = Tags(layers * experts, slots), 0.0
@@ -73,6 +78,14 @@ def simulate(
     for number, token in enumerate(steps):
         if ahead is not None and begins is not None and begins[number]:
             ahead.begin()
+        if contexts is not None and isinstance(ahead, WholePath):
+            began = time.process_time()
+            ahead.read([contexts[number]])
+            expected = likeliest(ahead.scores(1), len(token[0]))
+            spent += time.process_time() - began
+            read = _read_ahead(tags, policy, expected[:0], expected)
+            waiting[read] = True
+            transfers += len(read)
         for layer, picked in enumerate(token):
             at = layer * experts + picked
             missing = tags.absent(at)
@@ -106,14 +119,27 @@ def _read_ahead(tags: Tags, policy: EvictionPolicy, at: NDArray[np.int64], expec
     return missing
 
 
-def foretell(steps: Steps, predictor: Predictor, begins: NDArray[np.bool_]) -> Foretold:
-    """What a predictor knows beforehand."""
+def foretell(
+    steps: Steps, predictor: Predictor, begins: NDArray[np.bool_], contexts: Sequence[Context] | None = None
+) -> Foretold:
+    """What a predictor knows beforehand. contexts: as in `simulate`."""
     layers, spent = len(steps[0]), 0.0
     distances = [d for d in AHEAD if d < layers]
-    found, asked = dict.fromkeys(distances, 0), dict.fromkeys(distances, 0)
-    for token, begin in zip(steps, begins, strict=True):
+    found, asked = dict.fromkeys((*distances, 0), 0), dict.fromkeys((*distances, 0), 0)  # by distance, 0: from before the first
+
+    def judge(distance: int, ahead: int, wanted: NDArray[np.int64]) -> None:
+        asked[distance] += len(wanted)
+        found[distance] += len(np.intersect1d(wanted, likeliest(predictor.scores(ahead), len(wanted))))
+
+    for number, (token, begin) in enumerate(zip(steps, begins, strict=True)):
         if begin:
             predictor.begin()
+        if contexts is not None and isinstance(predictor, WholePath):
+            began = time.process_time()
+            predictor.read([contexts[number]])
+            spent += time.process_time() - began
+            for layer, wanted in enumerate(token):
+                judge(0, layer + 1, wanted)
         for layer, picked in enumerate(token):
             began = time.process_time()
             predictor.observe(layer, picked)
@@ -121,10 +147,9 @@ def foretell(steps: Steps, predictor: Predictor, begins: NDArray[np.bool_]) -> F
             spent += time.process_time() - began
             for distance in distances:
                 if layer + distance < layers:
-                    wanted = token[layer + distance]
-                    asked[distance] += len(wanted)
-                    found[distance] += len(np.intersect1d(wanted, likeliest(predictor.scores(distance), len(wanted))))
-    return Foretold({d: found[d] / max(1, asked[d]) for d in distances}, 1e6 * spent / (len(steps) * layers))
+                    judge(distance, distance, token[layer + distance])
+    before = found[0] / asked[0] if asked[0] else None
+    return Foretold({d: found[d] / max(1, asked[d]) for d in distances}, 1e6 * spent / (len(steps) * layers), before)
 
 
 class Belady(Indifferent):
@@ -171,7 +196,9 @@ class Simulation:
             shape, own = (len(prior.layer_ids), prior.num_experts), (self.layers, self.experts)
             require(shape == own, "--prior", f"{shape[0]} layers of {shape[1]} experts", f"{own[0]} layers of {own[1]}")
         self.prior = prior
-        self.names = (*MAKERS, *(f"{DEFAULT}+{name}" for name in PREDICTORS), "belady")
+        self.contexts = None if trace.token_ids is None else contexts_of(trace)
+        self.predictors = (*PREDICTORS, *(() if self.contexts is None else (WholePath.name,)))
+        self.names = (*MAKERS, *(f"{DEFAULT}+{name}" for name in self.predictors), "belady")
 
     def run(self, name: str) -> Simulated:
         """One policy, and a predictor after a plus sign, from an empty cache."""
@@ -180,14 +207,16 @@ class Simulation:
         evicting, _, ahead = name.partition("+")
         policy = MAKERS[evicting](self.layers, self.experts, self.top_k, self.slots)
         predictor = self.predictor(ahead) if ahead else None
-        return simulate(self.steps, self.experts, self.slots, policy, predictor, self.begins)
+        return simulate(self.steps, self.experts, self.slots, policy, predictor, self.begins, self.contexts)
 
     def foretell(self, name: str) -> Foretold:
         """A predictor alone."""
-        return foretell(self.steps, self.predictor(name), self.begins)
+        return foretell(self.steps, self.predictor(name), self.begins, self.contexts)
 
     def predictor(self, name: str) -> Predictor:
         """A new one, which knows the prior if it can."""
+        if name == WholePath.name:
+            return WholePath(self.layers, self.experts)
         made = PREDICTORS[name](self.layers, self.experts)
         if self.prior is not None and isinstance(made, Transition):
             made.learn(steps_of(self.prior), begins_of(self.prior))
@@ -197,3 +226,17 @@ class Simulation:
 def begins_of(trace: RoutingTrace) -> NDArray[np.bool_]:
     """Where another sequence than the token before's is at hand."""
     return np.append(True, trace.sequence_ids[1:] != trace.sequence_ids[:-1])
+
+
+def contexts_of(trace: RoutingTrace) -> list[Context]:
+    """By token its id and those before it in its sequence, as far as they were recorded one after another."""
+    assert trace.token_ids is not None
+    last: dict[int, tuple[int, Context]] = {}  # by sequence, position and context
+    found: list[Context] = []
+    for sequence, position, token in zip(
+        trace.sequence_ids.tolist(), trace.positions.tolist(), trace.token_ids.tolist(), strict=True
+    ):
+        before, context = last.get(sequence, (-1, ()))
+        found.append((token, *(context if position == before + 1 else ()))[:ORDER])
+        last[sequence] = position, found[-1]
+    return found

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -39,14 +40,16 @@ class Misses:
 class HostTier:
     """`slots` experts of those in `store`, LEAST or all; what was used longest ago gives way. `start`, `close`: the store's.
 
-    shapes: of one expert, by parameter. pinned: the memory is registered with CUDA, so that copies run beside computing.
+    shapes: of one expert, by parameter; dtypes: of parameters that are not in `dtype`. pinned: the memory is registered with
+    CUDA, so that copies run beside computing.
     """
 
     def __init__(
-        self, store: ExpertStore, slots: int, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, pinned: bool
-    ) -> None:
+        self, store: ExpertStore, slots: int, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, pinned: bool,
+        dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.store, self.slots = store, slots
-        self.pools = {name: aligned_empty((slots, *shape), dtype) for name, shape in shapes.items()}
+        self.pools = {name: aligned_empty((slots, *shape), dtypes.get(name, dtype)) for name, shape in shapes.items()}
         if pinned:
             self._pin()
         self.slot_of: OrderedDict[tuple[int, int], int] = OrderedDict()  # by (layer, expert), the longest unused first

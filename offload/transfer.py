@@ -37,11 +37,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter of one expert, `shape` in `dtype` as stored: the pieces one after another."""
+    """One parameter of one expert, `shape` in `dtype` as stored: the pieces one after another; none where it is still to be."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 Record = Mapping[str, Part]  # by parameter: gate_up_proj, down_proj, ...

@@ -41,17 +41,22 @@ def expert_modules(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
 
 
 class TraceWriter:
-    """Writes a trace token by token and never holds it: columns go to temporary files, joined into one at the end."""
+    """Writes a trace token by token and never holds it: columns go to temporary files, joined into one at the end.
+
+    token_ids: whether they are written, too.
+    """
 
     COLUMNS = (("expert_ids", "I16", np.int16), ("positions", "I32", np.int32), ("router_weights", "F16", np.float16),
                ("sequence_ids", "I32", np.int32))  # fmt: skip
+    TOKEN_IDS = (("token_ids", "I32", np.int32),)
 
-    def __init__(self, path: Path, metadata: dict[str, str], layers: int, top_k: int) -> None:
+    def __init__(self, path: Path, metadata: dict[str, str], layers: int, top_k: int, token_ids: bool = False) -> None:
         self.path = path
         self.metadata = metadata
         self.shape = (layers, top_k)
         self.tokens = 0
-        self._parts = {name: path.with_name(f".{path.name}.{name}.{os.getpid()}.part") for name, _, _ in self.COLUMNS}
+        self.columns = (*self.COLUMNS, *(self.TOKEN_IDS if token_ids else ()))
+        self._parts = {name: path.with_name(f".{path.name}.{name}.{os.getpid()}.part") for name, _, _ in self.columns}
         self._streams: dict[str, BinaryIO] = {name: part.open("wb") for name, part in self._parts.items()}
 
     def append(
@@ -60,15 +65,17 @@ class TraceWriter:
         router_weights: NDArray[Any],
         sequence_ids: NDArray[Any],
         positions: NDArray[Any],
+        token_ids: NDArray[Any],
     ) -> None:
         """Add tokens: ids and weights `[tokens, layers, top_k]`, the rest `[tokens]`."""
         if expert_ids.shape[1:] != self.shape:
             raise CoterieError(
                 f"expert_ids: found shape {expert_ids.shape}, expected [tokens, {self.shape[0]}, {self.shape[1]}]"
             )
-        values = dict(expert_ids=expert_ids, router_weights=router_weights, sequence_ids=sequence_ids, positions=positions)
+        values = dict(expert_ids=expert_ids, router_weights=router_weights, sequence_ids=sequence_ids, positions=positions,
+                      token_ids=token_ids)  # fmt: skip
         try:
-            for name, _, dtype in self.COLUMNS:
+            for name, _, dtype in self.columns:
                 self._streams[name].write(np.ascontiguousarray(values[name], dtype=dtype).tobytes())
         except OSError as error:
             raise CoterieError(f"{self.path}: cannot be written: {error.strerror}") from error
@@ -97,7 +104,7 @@ class TraceWriter:
     def _join(self) -> None:
         header: dict[str, Any] = {"__metadata__": self.metadata}
         offset = 0
-        for name, code, _ in self.COLUMNS:
+        for name, code, _ in self.columns:
             shape = [self.tokens, *self.shape] if name in ("expert_ids", "router_weights") else [self.tokens]
             length = self._parts[name].stat().st_size
             header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, offset + length]}
@@ -106,7 +113,7 @@ class TraceWriter:
         text += b" " * (-len(text) % 8)
         with atomic_output(self.path) as temporary, temporary.open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
-            for name, _, _ in self.COLUMNS:
+            for name, _, _ in self.columns:
                 with self._parts[name].open("rb") as part:
                     while block := part.read(COPY_BYTES):
                         out.write(block)
@@ -118,8 +125,9 @@ class RoutingSink(Protocol):
     tokens: int
 
     def append(
-        self, expert_ids: NDArray[Any], router_weights: NDArray[Any], sequence_ids: NDArray[Any], positions: NDArray[Any]
-    ) -> None:
+        self, expert_ids: NDArray[Any], router_weights: NDArray[Any], sequence_ids: NDArray[Any], positions: NDArray[Any],
+        token_ids: NDArray[Any],
+    ) -> None:  # fmt: skip
         """Take tokens, as `TraceWriter.append`."""
 
 
@@ -171,14 +179,14 @@ class Recorder:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        rows, length = ids.shape
-        decoding = length == 1 and self._mask is not None and self._mask.shape[1] > 1
+        decoding = ids.shape[1] == 1 and self._mask is not None and self._mask.shape[1] > 1
         if self.full or (self.phase == "decode" and not decoding) or (self.phase == "prefill" and decoding):
             return
-        self._write(rows, length)
+        self._write(ids)
 
-    def _write(self, rows: int, length: int) -> None:
+    def _write(self, ids: torch.Tensor) -> None:
         assert self._mask is not None
+        rows, length = ids.shape
         if len(self.sequences) != rows:
             raise CoterieError(f"sequences: found {len(self.sequences)} ids, expected {rows}, one per row of the batch")
         positions = (self._mask.cumsum(1) - 1)[:, -length:]
@@ -192,7 +200,8 @@ class Recorder:
         weights = torch.stack([w.reshape(rows * length, -1)[chosen].float() for _, w in self._layers], 1).cpu()
         experts = experts.masked_fill((experts < 0) | (experts >= self.num_experts), -1)
         sequence = torch.tensor(self.sequences).repeat_interleave(length)[chosen.cpu()]
-        self.writer.append(experts.numpy(), weights.numpy(), sequence.numpy(), positions.reshape(-1)[chosen].cpu().numpy())
+        read, places = (values.reshape(-1)[chosen].cpu().numpy() for values in (ids, positions))
+        self.writer.append(experts.numpy(), weights.numpy(), sequence.numpy(), places, read)
 
 
 def metadata_for(model: str, num_experts: int, layer_ids: tuple[int, ...], scenario: str, phase: str) -> dict[str, str]:

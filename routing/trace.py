@@ -32,6 +32,7 @@ class RoutingTrace:
     expert_ids: int16 `[tokens, layers, top_k]`, -1 where a slot is unused; order within top_k carries no meaning.
     sequence_ids, positions: int32 `[tokens]`: the sequence a token belongs to and its place in it.
     router_weights: float16 like expert_ids, or None; the largest marks the top-1.
+    token_ids: int32 `[tokens]`, what was read, by the model's vocabulary, or None.
     layer_ids: the decoder layers traced, ascending.
     """
 
@@ -44,6 +45,7 @@ class RoutingTrace:
     scenario: str = ""
     phase: str = "mixed"
     router_weights: NDArray[np.float16] | None = None
+    token_ids: NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         _check_trace(self)
@@ -66,12 +68,14 @@ class RoutingTrace:
     def select(self, tokens: NDArray[Any]) -> RoutingTrace:
         """The same trace with only the tokens that a boolean mask or an index array picks."""
         weights = None if self.router_weights is None else self.router_weights[tokens]
+        read = None if self.token_ids is None else self.token_ids[tokens]
         return replace(
             self,
             expert_ids=self.expert_ids[tokens],
             sequence_ids=self.sequence_ids[tokens],
             positions=self.positions[tokens],
             router_weights=weights,
+            token_ids=read,
         )
 
 
@@ -108,7 +112,8 @@ def _check_trace(t: RoutingTrace) -> None:
     require(ids.dtype == np.int16, "expert_ids", ids.dtype, "int16")
     require(0 < t.num_experts <= 32767, "num_experts", t.num_experts, "1 to 32767")
     _check_layers(t.layer_ids, ids.shape[1])
-    for name, values in (("sequence_ids", t.sequence_ids), ("positions", t.positions)):
+    known = () if t.token_ids is None else (("token_ids", t.token_ids),)
+    for name, values in (("sequence_ids", t.sequence_ids), ("positions", t.positions), *known):
         require(values.shape == ids.shape[:1], name, f"shape {values.shape}", f"[tokens] = {list(ids.shape[:1])}")
         require(values.dtype == np.int32, name, values.dtype, "int32")
         require(int(values.min()) >= 0, name, int(values.min()), "0 or more")
@@ -160,6 +165,8 @@ def save_trace(trace: RoutingTrace, path: Path) -> None:
     }
     if trace.router_weights is not None:
         tensors["router_weights"] = trace.router_weights
+    if trace.token_ids is not None:
+        tensors["token_ids"] = trace.token_ids
     with atomic_output(path) as temporary:
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, metadata=trace_metadata(trace))
 
@@ -237,6 +244,7 @@ def _to_trace(metadata: dict[str, str], tensors: dict[str, NDArray[Any]]) -> Rou
         sequence_ids=_tensor(tensors, "sequence_ids"),
         positions=_tensor(tensors, "positions"),
         router_weights=tensors.get("router_weights"),
+        token_ids=tensors.get("token_ids"),
         model=metadata.get("model", ""),
         num_experts=_integer(metadata, "num_experts"),
         layer_ids=_integers(metadata, "layer_ids"),

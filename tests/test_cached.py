@@ -206,5 +206,5 @@ def test_what_does_not_go_with_experts_on_disk_is_refused(tmp_path: Path, capsys
         coterie.load(folder, slots=2)
     with pytest.raises(InputError, match="--replan: found it with experts on disk, expected all in memory"):
         coterie.load(folder, slots=3).follow("auto", print)
-    assert main(["generate", "coterie-tiny", "--prompt", "x", "--memory", "1GB", "--quantise", "int8"]) == 2
-    assert "--memory: found it with --quantise" in capsys.readouterr().err
+    assert main(["generate", "coterie-tiny", "--prompt", "x", "--memory", "1GB", "--replan", "auto"]) == 2
+    assert "--memory: found it with --replan" in capsys.readouterr().err

@@ -112,7 +112,7 @@ class InGroups:
     def experts(self) -> int:
         return self.source.count
 
-    def look_ahead(self, x: torch.Tensor, top_k: int) -> None:
+    def look_ahead(self, x: torch.Tensor, ids: torch.Tensor) -> None:
         raise AssertionError("not asked here")
 
     def announce(self, places: Sequence[int]) -> None:

@@ -1,0 +1,187 @@
+"""What becomes of an expert in a packed copy: its bytes as the checkpoint has them, or rounded as kernels multiply them.
+
+Both say what an expert's parts are, give its bytes, and can tell a copy of it from that of another by a sample.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from coterie.kernels.formats import GROUP
+from coterie.kernels.rounded import Kept
+from coterie.offload.transfer import Part, Piece, Record
+from coterie.routing.errors import CoterieError, InputError
+
+PART_BYTES = 4 << 20  # read and written at once
+SAMPLE_BYTES = 4096
+
+
+class AsStored:
+    """The checkpoint's own bytes."""
+
+    def record(self, original: Record) -> Record:
+        """The parts of an expert in the copy, in the order of the bytes; where, does not matter."""
+        return original
+
+    def fields(self, original: Record) -> dict[str, str]:
+        """What index and journal say of it."""
+        return {}
+
+    def views(self, original: Record) -> Iterator[memoryview]:
+        """The bytes of the copy of an expert, each view valid until the next. Raises CoterieError, naming the file."""
+        for part in original.values():
+            for piece in part.pieces:
+                yield from parts_of(piece)
+
+    def check_sample(self, original: Record, packed: Record) -> None:
+        """Raises InputError unless 4 KiB in the middle of every piece of an expert are the same in checkpoint and copy."""
+        for name, part in original.items():
+            start = packed[name].pieces[0].offset
+            for piece in part.pieces:
+                length = min(SAMPLE_BYTES, piece.length)
+                middle = (piece.length - length) // 2
+                copy = Piece(packed[name].pieces[0].file, start + middle, length)
+                found = b"".join(map(bytes, parts_of(replace(piece, offset=piece.offset + middle, length=length))))
+                check_same(found, b"".join(map(bytes, parts_of(copy))), piece, piece.offset + middle, copy)
+                start += piece.length
+
+
+AS_STORED = AsStored()
+
+
+@dataclass(frozen=True)
+class Rounding(AsStored):
+    """Weights of `products` in `format`, as `kernels/rounded.py` keeps them, biases as stored.
+
+    transposed: the checkpoint has `[inputs, outputs]`; cpu: multiplied there. Data of all products come first, so that they
+    begin where a block does; scales follow as NAME_scale, then what is not rounded.
+    """
+
+    format: str
+    products: tuple[str, ...]
+    transposed: bool
+    cpu: bool
+
+    def kept(self, shape: tuple[int, ...]) -> Kept:
+        """How weights of this shape, as stored, are kept."""
+        rows, columns = reversed(shape) if self.transposed else shape
+        return Kept(self.format, rows, columns, self.cpu)
+
+    def record(self, original: Record) -> Record:
+        """As `AsStored`."""
+        kept = {name: self.kept(original[name].shape) for name in self.products}
+        data = {name: Part(one.data[1], one.data[0], ()) for name, one in kept.items()}
+        scales = {scale_of(name): Part(torch.float32, one.scale, ()) for name, one in kept.items()}
+        return {**data, **scales, **{name: part for name, part in original.items() if name not in kept}}
+
+    def dtypes(self, original: Record, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """By part, in which it is multiplied or added in a model of `dtype`."""
+        made = {name: part.dtype for name, part in self.record(original).items()}
+        scales = {scale_of(name): self.kept(original[name].shape).scale_dtype(dtype) for name in self.products}
+        return {**made, **{name: dtype for name in original if name not in self.products}, **scales}
+
+    def fields(self, original: Record) -> dict[str, str]:
+        """As `AsStored`."""
+        orders = sorted({self.kept(original[name].shape).order for name in self.products} - {""})
+        return {"quantise": self.format, "order": " ".join(orders)}
+
+    def made(self, plain: Mapping[str, torch.Tensor], original: Record) -> dict[str, torch.Tensor]:
+        """The parts of an expert by name, from its weights as stored. Raises InputError if some are not finite."""
+        made = dict(plain)
+        for name in self.products:
+            weights = plain[name].T if self.transposed else plain[name]
+            try:
+                made[name], made[scale_of(name)] = self.kept(original[name].shape).made(weights)
+            except ValueError as error:
+                where = "".join(f"{piece.file}: byte {piece.offset}: " for piece in original[name].pieces[:1])
+                raise InputError(f"{where}{name} of an expert: {error}; fetch the checkpoint again") from error
+        return {name: made[name].contiguous() for name in self.record(original)}
+
+    def views(self, original: Record) -> Iterator[memoryview]:
+        """As `AsStored`."""
+        for tensor in self.made({name: stored(part) for name, part in original.items()}, original).values():
+            yield tensor.view(-1).view(torch.uint8).numpy().data
+
+    def check_sample(self, original: Record, packed: Record) -> None:
+        """Raises InputError unless 128 rows in the middle of every product, and all biases, are the same rounded again."""
+        AS_STORED.check_sample({name: part for name, part in original.items() if name not in self.products}, packed)
+        for name in self.products:
+            weights, kept = stored(original[name]), self.kept(original[name].shape)
+            first = kept.rows // 2 // GROUP * GROUP
+            some = (weights.T if self.transposed else weights)[first : first + GROUP]
+            data, _ = kept.made(some)
+            row = packed[name].length // kept.rows
+            copy = Piece(packed[name].pieces[0].file, packed[name].pieces[0].offset + first * row, len(some) * row)
+            found = data.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            piece = original[name].pieces[0]
+            check_same(found, b"".join(map(bytes, parts_of(copy))), piece, piece.offset, copy)
+
+
+def scale_of(name: str) -> str:
+    """What the scales of a product's weights are called."""
+    return f"{name}_scale"
+
+
+def stored(part: Part) -> torch.Tensor:
+    """A parameter of an expert, read from its file."""
+    raw, done = np.empty(part.length, dtype=np.uint8), 0
+    for piece in part.pieces:
+        for view in parts_of(piece):
+            raw[done : done + len(view)] = view
+            done += len(view)
+    return torch.from_numpy(raw).view(part.dtype).view(part.shape)
+
+
+def check_fields(path: Path, found: Mapping[str, Any], expected: Mapping[str, str]) -> None:
+    """Raises InputError unless index or journal say what is expected of it. path: their file."""
+    wants = f"--quantise {expected['quantise']}" if "quantise" in expected else "no --quantise"
+    ways = {
+        "quantise": f"give the --quantise that it was packed with, or pack into another folder with {wants}",
+        "order": "the weights lie in an order of another processor; pack on this machine, into another folder",
+    }
+    for field, way in ways.items():
+        is_, wanted = str(found.get(field) or "none")[:60], expected.get(field) or "none"
+        if is_ != wanted:
+            raise InputError(f"{path}: {field}: found {is_}, expected {wanted}: {way}")
+
+
+def check_same(found: bytes, expected: bytes, piece: Piece, offset: int, copy: Piece) -> None:
+    """Raises InputError unless what the checkpoint has at `offset` is what the copy has."""
+    if found != expected:
+        raise InputError(
+            f"{piece.file}: byte {offset}: found {found[:8].hex()}..., expected {expected[:8].hex()}... "
+            f"as at byte {copy.offset} of {copy.file}: the checkpoint is another or has changed since it was packed; "
+            f"remove {copy.file.parent} and pack again"
+        )
+
+
+def parts_of(piece: Piece) -> Iterator[memoryview]:
+    """The bytes in order, at most 4 MiB at a time, each part valid until the next. Raises CoterieError, naming the file."""
+    view, done = memoryview(bytearray(min(piece.length, PART_BYTES))), 0
+    try:
+        descriptor = os.open(piece.file, os.O_RDONLY)
+        try:
+            while done < piece.length:
+                got = os.preadv(descriptor, [view[: piece.length - done]], piece.offset + done)
+                if got == 0:
+                    raise CoterieError(f"{piece.file}: ends at byte {piece.offset + done}, expected {piece.length - done} more")
+                done += got
+                yield view[:got]
+            leave_cache(descriptor, piece.offset, piece.length)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CoterieError(f"{piece.file}: cannot be read: {error.strerror}") from error
+
+
+def leave_cache(descriptor: int, offset: int, length: int) -> None:
+    """Let the system's cache of files forget what is read or written once."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
