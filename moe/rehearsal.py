@@ -67,18 +67,23 @@ def _aside(context: StepContext, traffic: Traffic) -> Iterator[None]:
 
 @torch.inference_mode()
 def _steps(model: Any, context: StepContext, strategy: Strategy, links: Links, rows: int, length: int) -> Rehearsed:
-    """Sequences of `length` tokens, `rows` on every rank."""
+    """Of sequences of `length` tokens, `rows` on every rank: of one token the steps after it, of several their prompt's."""
     group, layers = strategy.group, max(1, len(expert_modules(model)))
     vocabulary = model.config.get_text_config().vocab_size
     drawn = torch.randint(vocabulary, (group.size, rows, length), generator=torch.Generator().manual_seed(rows)).tolist()
+    mine = [[Running(Request(i, tuple(ids), 1), rank) for i, ids in enumerate(own)] for rank, own in enumerate(drawn)]
+    batch = Batch(model, context, None, strategy)
+    if length == 1:
+        batch.prefill(mine)
     found = []
     for _ in range(WARM + STEPS):
-        batch = Batch(model, context, None, strategy)
-        mine = [[Running(Request(i, tuple(ids), 1), rank) for i, ids in enumerate(own)] for rank, own in enumerate(drawn)]
         group.agree([0])
         before, sent = group.traffic.exchanging(), group.traffic.bytes_to.copy()
         started = time.perf_counter()
-        batch.prefill(mine)
+        if length == 1:
+            batch.decode((rows,) * group.size)
+        else:
+            Batch(model, context, None, strategy).prefill(mine)
         took = time.perf_counter() - started
         moved = {rank: count - sent[rank] for rank, count in group.traffic.bytes_to.items()}
         found.append((took, group.traffic.exchanging() - before, _bytes_seconds(strategy, links, moved)))
