@@ -75,7 +75,7 @@ def test_the_counter_counts_what_a_trace_says(trace) -> None:
     watched = ((0, 1), (2, 6), (1, 0))
     counter = UseCounter(watched, trace.layer_ids, range(len(PROMPTS)))
     for part in np.array_split(np.random.default_rng(0).permutation(trace.tokens), 5):
-        counter.append(trace.expert_ids[part], np.zeros(0), trace.sequence_ids[part], trace.positions[part])
+        counter.append(trace.expert_ids[part], np.zeros(0), trace.sequence_ids[part], trace.positions[part], np.zeros(0))
     lengths = np.bincount(trace.sequence_ids)
     assert counter.tokens == trace.tokens
     assert np.array_equal(counter.counts / lengths[:, None], uses(trace, None, watched))
