@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 WARM, STEPS = 1, 3  # steps of each size that are not timed, and that are
+TRIED_TOKENS = 64  # of a prompt that is tried first, to see how many can be afforded
 MOST_TOKENS = 512  # of a rank in one step; a longer prompt's waits are taken to grow on
 MOST_SECONDS = 0.3  # a step; fewer tokens where it would take longer
 EXCHANGES = 2  # of the rehearsed strategy, in a layer
@@ -45,13 +46,24 @@ def rehearse(model: Any, context: StepContext, strategy: Strategy, links: Links,
     """
     with _aside(context, strategy.group.traffic):
         few = _steps(model, context, strategy, links, rows, 1)
-        affordable = int(rows * MOST_SECONDS / max(few.seconds, 1e-9))
-        many = max(rows, min(tokens, MOST_TOKENS, affordable))
-        if many == rows:
-            return Waits(few.wait, 0.0)
-        more = _steps(model, context, strategy, links, 1, many)
-        slope = max(more.wait - few.wait, 0.0) / (many - rows)
+        length = max(2, tokens // rows)  # of a prompt
+        at_once, more = _prompts(model, context, strategy, links, length, min(tokens, TRIED_TOKENS))
+        affordable = int(at_once * MOST_SECONDS / max(more.seconds, 1e-9))
+        many = min(tokens, MOST_TOKENS, affordable)
+        if many > at_once:
+            at_once, more = _prompts(model, context, strategy, links, length, many)
+        if at_once <= rows:
+            return Waits(max(few.wait, more.wait), 0.0)
+        slope = max(more.wait - few.wait, 0.0) / (at_once - rows)
         return Waits(max(few.wait - rows * slope, 0.0), slope)
+
+
+def _prompts(
+    model: Any, context: StepContext, strategy: Strategy, links: Links, length: int, tokens: int
+) -> tuple[int, Rehearsed]:
+    """Prompts of `length` tokens, about `tokens` together; how many it were, and what was seen."""
+    count, length = max(1, tokens // length), max(2, min(length, tokens))
+    return count * length, _steps(model, context, strategy, links, count, length)
 
 
 @contextmanager
