@@ -81,8 +81,10 @@ def made(
     return FusedExperts(*moved, activation, *(None if b is None else b.to(DEVICE) for b in bias))
 
 
-def expected(experts: FusedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Float64, token by token, on the dequantised weights."""
+def expected(
+    experts: FusedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, stored: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """Float64, token by token, on the dequantised weights. stored: what hidden values and outputs are rounded to in between."""
     first, second = (w.dequantised().cpu() for w in (experts.first, experts.second))
     biases = [0.0 if b is None else b.double().cpu() for b in (experts.first_bias, experts.second_bias)]
     x, out = x.double().cpu(), torch.zeros(x.shape, dtype=torch.float64)
@@ -90,12 +92,14 @@ def expected(experts: FusedExperts, x: torch.Tensor, ids: torch.Tensor, weights:
     for t, j in (ids >= 0).nonzero().tolist():
         e = int(ids[t, j]) if experts.table is None else int(experts.table[ids[t, j]])
         one = [b if isinstance(b, float) else b[e] for b in biases]
-        y = second[e] @ experts.activation(first[e] @ x[t] + one[0]) + one[1]
+        hidden = experts.activation(first[e] @ x[t] + one[0]).to(stored).double()
+        y = (second[e] @ hidden + one[1]).to(stored).double()
         out[t] += y * weights[t, j].double().cpu()
     return out
 
 
 def check(experts: FusedExperts, x: torch.Tensor, ids: torch.Tensor, tiles: tuple[Tile, Tile] | None = None) -> None:
+    """Within TOLERANCE of each row, or, where terms cancel in few values, as near as rounding them to bfloat16 lets it."""
     weights = torch.rand(ids.shape)
     x, on, beside = x.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE)
     got = experts(x, on, beside, tiles)
@@ -104,16 +108,16 @@ def check(experts: FusedExperts, x: torch.Tensor, ids: torch.Tensor, tiles: tupl
     norms = right.norm(dim=1)
     error = (got.double().cpu() - right).norm(dim=1)
     assert torch.isfinite(got).all() and not error[norms == 0].any()
-    assert not len(right) or (error / norms.clamp(min=1e-30))[norms > 0].le(TOLERANCE[x.dtype]).all(), (error / norms).max()
+    rounding = (expected(experts, x, ids, weights, x.dtype).to(x.dtype).double() - right).norm(dim=1)  # all else exact
+    allowed = torch.maximum(TOLERANCE[x.dtype] * norms, 1.5 * rounding if x.dtype == torch.bfloat16 else 0 * norms)
+    assert error.le(allowed)[norms > 0].all(), (error / norms).max()
 
 
 def tile(format: str, rows: int, swap: bool, outputs: int = 16) -> Tile:
     return Tile(rows, outputs, GROUP if format in GROUPED else 16, 4, 2, swap, 1 if swap else 2)
 
 
-# The same cases every time: of 16 outputs of 24 hidden values, rounding both to bfloat16 was 5.1e-3 of a row in one case that
-# turned up, with all else computed exactly.
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10**6), routing=st.sampled_from(ROUTINGS), tokens=st.sampled_from([0, 1, 2, 15, 16, 17, 33]),
     slots=st.integers(1, 3), format=st.sampled_from(FORMATS), dtype=st.sampled_from(list(TOLERANCE)),
