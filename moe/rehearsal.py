@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,9 +21,6 @@ from coterie.moe.layer import StepContext
 from coterie.moe.strategy import Strategy
 from coterie.moe.traffic import Traffic
 from coterie.routing.record import expert_modules
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 WARM, STEPS = 1, 3  # steps of each size that are not timed, and that are
 TRIED_TOKENS = 64  # of a prompt that is tried first, to see how many can be afforded
