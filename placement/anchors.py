@@ -24,14 +24,20 @@ from coterie.routing.affinity import patterns
 
 ROUNDS = 200  # at most; without a better placement in STALLED rounds it ends
 STALLED = 6
+FEW_PICKS = 32  # of an expert in a layer: with fewer recorded, what is best for each layer's rows is best for these tokens only
 
 
 def alternate(task: Task) -> Solution:
-    """Starts from a plan for dispatch and one for hops, whichever pays fewer rows as evaluated."""
+    """Starts from a plan for dispatch and one for hops, whichever pays fewer rows as evaluated.
+
+    Of short traces the plan for hops is kept as it is: it pays more for the tokens recorded and less for others.
+    """
     scenarios, weights, topology = task.scenarios, task.weights, task.request.topology
-    halves = [replaced(task, task.deadline.share(share), prove=False) for share in (0.2, 0.35)]
+    few = picks_per_expert(scenarios) < FEW_PICKS
+    solvers, shares = ((solve.hops,), (0.8,)) if few else ((solve.hops, dispatch), (0.3, 0.35))
+    halves = [replaced(task, task.deadline.share(share), prove=False) for share in shares]
     plain = task.slots if task.short_of_memory else -(-scenarios[0].load.shape[1] // task.ranks)
-    starts = [s(replace(half, slots=plain)) for s, half in zip((solve.hops, dispatch), halves, strict=True)]
+    starts = [s(replace(half, slots=plain)) for s, half in zip(solvers, halves, strict=True)]
     begun = [s.holds.argmax(2) for s in starts]
     searching = task.deadline.share(0.8) if task.prove else task.deadline
     made = sum(s.iterations for s in starts)
@@ -41,7 +47,7 @@ def alternate(task: Task) -> Solution:
 
     best = min(begun, key=rows)
     lowest, quiet = rows(best), 0
-    for number in range(ROUNDS):
+    for number in range(0 if few else ROUNDS):
         if searching.passed() or quiet == STALLED:
             break
         problem = anchored(task, copies.held(best, task.ranks))
@@ -64,6 +70,11 @@ def alternate(task: Task) -> Solution:
     if task.prove and not task.copied:
         bound = max(bound, _by_patterns(task, best))
     return Solution(holds, bound, made)
+
+
+def picks_per_expert(scenarios: Sequence[Scenario]) -> float:
+    """How often an expert of a layer was picked in the recordings, on the mean."""
+    return float(sum(s.load.mean() for s in scenarios))
 
 
 def _by_patterns(task: Task, found: Assignment) -> float:

@@ -4,8 +4,9 @@ Given its neighbours, a layer's best placement is a transportation problem (solv
 its experts change the cost independently of each other. So all odd layers, then all even ones, are annealed at once, each
 by E/2 swaps at a time. Several annealed placements are recombined by a Viterbi pass over a pool of layer partitions, the
 ranks of the next layer renamed as is best (exact for the pool); the search then goes on from the best found, at a lower
-temperature. In a large problem that is the one at which an anneal just does not spoil what it starts from. Without limits it
-starts from what `starts.py` finds. Deterministic for a seed and a number of iterations.
+temperature. The first anneals are short, each twice as long as the one before, so that a search that is cut off early has
+something. In a large problem the temperature is the one at which an anneal just does not spoil what it starts from. Without
+limits it starts from what `starts.py` finds. Deterministic for a seed and a number of iterations.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def search(
     best = polish(traffic, first, deadline) if padded.limits else _started(traffic, pool, target, deadline)
     best_cost, kept, made = traffic.cost(best), padded.feasible(best), 0
     members, large, found_at = [best], is_large(padded), 0
+    steps = sweeps(padded.layers, padded.experts, padded.ranks)
     warm = LARGE_WARM if large else WARM
     for made in itertools.count():
         done = kept and (best_cost <= target + 1e-9 or made - found_at > PATIENCE)
@@ -61,7 +63,8 @@ def search(
             break
         fresh = made > 0 and made % FAR == 0 if large else made < STARTS or made % STARTS == 0
         begin = _shuffled(padded, first, rng) if fresh else best
-        trial = polish(traffic, anneal(traffic, begin, rng, HOT if fresh else warm, deadline), deadline)
+        slow = steps if large else max(SWEEPS[0], steps >> max(0, STARTS - made))
+        trial = polish(traffic, anneal(traffic, begin, rng, HOT if fresh else warm, slow, deadline), deadline)
         if large and not fresh:
             warm = max(COLD, warm / STEP) if traffic.cost(trial) > (1 + WORSE) * best_cost else min(HOT, warm * STEP)
         members = [best, trial, *members[1 : POOL - 1]]
@@ -84,11 +87,14 @@ def _started(traffic: Traffic, pool: Pool, target: float, deadline: Deadline) ->
     return polish(traffic, pool.best([start, couples]), deadline)
 
 
-def anneal(traffic: Traffic, begin: Assignment, rng: np.random.Generator, hot: float, deadline: Deadline) -> Assignment:
-    """Simulated annealing from temperature `hot` to COLD by parallel swaps; keeps within the limits that `begin` keeps."""
+def anneal(
+    traffic: Traffic, begin: Assignment, rng: np.random.Generator, hot: float, steps: int, deadline: Deadline
+) -> Assignment:
+    """Simulated annealing from temperature `hot` to COLD in so many sweeps of parallel swaps; keeps within the limits that
+    `begin` keeps.
+    """
     problem, current = traffic.problem, begin.copy()
     unit = traffic.total / max(problem.layers - 1, 1) / problem.experts
-    steps = sweeps(problem.layers, problem.experts, problem.ranks)
     rounds = LARGE_ROUNDS if is_large(problem) else ROUNDS
     for step in range(steps):
         if deadline.passed():

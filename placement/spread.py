@@ -33,6 +33,9 @@ class Child:
     deadline: Deadline
     reported: Callable[..., None] | None = None
     _answer: list[Any] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _ready: bool = False
+    _stopping: bool = False
 
     def start(self) -> Child:
         """Start it; returns itself."""
@@ -55,7 +58,9 @@ class Child:
         try:
             while True:
                 kind, value = pickle.load(stream)
-                if kind == "report" and self.reported is not None:
+                if kind == "ready":
+                    self._signal(ready=True)
+                elif kind == "report" and self.reported is not None:
                     self.reported(*value)
                 elif kind != "report":
                     self._answer.append((kind, value))
@@ -63,9 +68,16 @@ class Child:
             return
 
     def stop(self) -> None:
-        """Ask for what it has: its deadline is now."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
+        """Ask for what it has: its deadline is now. One that is not ready to be asked yet is asked then."""
+        self._signal(stopping=True)
+
+    def _signal(self, ready: bool = False, stopping: bool = False) -> None:
+        """A second signal would end the child without an answer, and so would one that it does not wait for yet."""
+        with self._lock:
+            before = self._ready and self._stopping
+            self._ready, self._stopping = self._ready or ready, self._stopping or stopping
+            if self._ready and self._stopping and not before and self._process.poll() is None:
+                self._process.send_signal(signal.SIGINT)
 
     def result(self) -> Any:
         """What the call returned, waited for until its deadline and a little longer. Raises CoterieError if it failed."""
@@ -104,6 +116,7 @@ def _serve() -> None:
         arguments["report"] = lambda *values: _send(out, "report", values)
     try:
         with interruptible(deadline):
+            _send(out, "ready", None)
             _send(out, "result", getattr(importlib.import_module(module), function)(**arguments, deadline=deadline))
     except Exception as error:  # sent to the parent, which raises it
         _send(out, "error", f"{type(error).__name__}: {error}")

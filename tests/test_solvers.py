@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import permutations, product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from coterie.placement.problem import Limit, Problem, dispatch_problem, hops_pro
 from coterie.placement.recombine import Pool, recombined
 from coterie.placement.rows import TimeScore
 from coterie.placement.scenarios import gathered
+from coterie.placement.spread import Child
 from coterie.placement.task import Task
 from coterie.placement.timing import TIE, LayerTime
 from coterie.placement.topology import Link, Topology
@@ -86,7 +88,7 @@ def test_polish_never_makes_it_worse_and_annealing_keeps_the_limits(seed, capped
         problem = replace(problem, limits=(replace(limit, caps=np.tile(loads.max(1, keepdims=True), (1, 3))),))
     polished = chain.polish(Traffic(problem), begin, Deadline(LATER))
     assert problem.feasible(polished) and problem.cost(polished) <= problem.cost(begin)
-    assert problem.feasible(chain.anneal(Traffic(problem), begin, rng, chain.HOT, Deadline(0.05)))
+    assert problem.feasible(chain.anneal(Traffic(problem), begin, rng, chain.HOT, 1500, Deadline(0.05)))
 
 
 @settings(max_examples=15, deadline=None)
@@ -181,7 +183,7 @@ def test_a_chain_too_large_for_anneals_from_scratch_is_searched_the_same_way_aga
 def test_the_temperature_of_a_large_chain_follows_what_anneals_make_of_it(spoils, direction, monkeypatch) -> None:
     heard: list[float] = []
 
-    def anneal(traffic: Traffic, begin: np.ndarray, rng: np.random.Generator, hot: float, deadline: Deadline) -> np.ndarray:
+    def anneal(traffic: Traffic, begin: np.ndarray, rng: Any, hot: float, steps: int, deadline: Deadline) -> np.ndarray:
         heard.append(hot)
         return anywhere(problem, rng) if spoils else begin.copy()
 
@@ -397,3 +399,13 @@ def test_ranks_that_exchange_most_share_a_node() -> None:
     group = np.array([0, 1, 2, 0, 1, 2, 2, 0, 1])
     flow = np.where(group[:, None] == group[None], 5.0, 1.0)
     assert [len(set(group[part])) for part in nodes.node_order(flow, 3).reshape(3, 3)] == [1, 1, 1]
+
+
+@pytest.mark.processes
+def test_a_child_told_to_stop_before_it_listens_answers_all_the_same() -> None:
+    problem = random_chain(np.random.default_rng(3), 6, 12, 3)
+    child = Child("coterie.placement.chain:search", {"problem": problem, "seed": 0, "iterations": None}, Deadline(60)).start()
+    child.stop()
+    child.stop()
+    found, made = child.result()
+    assert problem.feasible(found) and made <= 1
