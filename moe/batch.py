@@ -149,7 +149,8 @@ class Batch:
     ) -> tuple[torch.Tensor, Any]:  # fmt: skip
         """Logits `[rows, vocabulary]` of each row's last position, and the cache with this step in it."""
         length = ids.shape[1]
-        self.context.live = (live[:, None] & mask[:, -length:].bool()).reshape(-1)
+        runs = (live[:, None] & mask[:, -length:].bool()).reshape(-1)
+        self.context.live = None if bool(runs.all()) else runs.nonzero()[:, 0]  # once a step: a GPU is waited for
         self.context.tokens = tokens
         if self.recorder is not None:
             self.recorder.sequences, self.recorder.live = [s.request.index for s in sequences] or [0], live

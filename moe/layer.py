@@ -30,9 +30,10 @@ MOST_ROWS = 128  # of a product that must round alike in any batch (moe/invarian
 class StepContext:
     """What the experts interface does not show of the tokens in the current call.
 
-    live: bool `[tokens]` or None: tokens that are padding or belong to finished sequences are not dispatched and get a
-    zero output. tokens: how many each rank dispatches, or None: they are asked in every layer. strategy: how. Set by the
-    generation loop before each call. routed: `[tokens, H]` or None: what the experts answer, where it is known already.
+    live: int64, places of tokens, or None for all: the others are padding or belong to finished sequences, are not
+    dispatched and get a zero output. tokens: how many each rank dispatches, or None: they are asked in every layer.
+    strategy: how. Set by the generation loop before each call. routed: `[tokens, H]` or None: what the experts answer, where
+    it is known already.
     loads: int64 `[layers, E]`, how often each expert was picked here, or None: not counted. least_rows: of a product.
     told: is to be told before each call what the live tokens are, each with those before it, the newest first; or None.
     """
@@ -151,7 +152,7 @@ def experts_forward(
     ids = top_k_index.masked_fill(top_k_index >= len(layer.map.destination), -1)
     if layer.context.live is None:
         return _run(layer, experts, hidden_states, ids, top_k_weights)
-    rows = layer.context.live.nonzero()[:, 0]
+    rows = layer.context.live
     out = torch.zeros_like(hidden_states)
     out[rows] = _run(layer, experts, hidden_states[rows], ids[rows], top_k_weights[rows])
     return out

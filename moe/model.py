@@ -21,6 +21,7 @@ from coterie.moe.generate import Generator, OnToken, Sampling
 from coterie.moe.home_ranks import HomeRanks, find_home_ranks
 from coterie.moe.invariant import BLOCK_ROWS, make_invariant
 from coterie.moe.layer import attach
+from coterie.moe.norms import speed_up_norms
 from coterie.moe.one_row import speed_up_one_row
 from coterie.moe.placement_map import layer_maps
 from coterie.moe.prepare import Share, check_slots, prepare
@@ -286,6 +287,7 @@ def assembled(
         made.context.least_rows = BLOCK_ROWS
     else:
         speed_up_one_row(read)
+        speed_up_norms(read)
     return made
 
 
