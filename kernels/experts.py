@@ -12,6 +12,7 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -247,21 +248,24 @@ def grouped_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor,
     tokens, slots = ids.shape
     if tokens == 1 and experts.least_rows == 1:
         return _one_token(experts, x, ids[0], weights[0])
-    flat = ids.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat + 1, minlength=experts.count + 1).tolist()
-    filled = ids >= 0
-    width = max(1, int(filled.sum(1).max())) if tokens else 1
-    slot_of = (torch.arange(tokens, device=x.device)[:, None] * width + filled.cumsum(1) - 1).reshape(-1)
+    known = ids.cpu().numpy()
+    flat, filled = known.reshape(-1), known >= 0
+    order = np.argsort(flat, kind="stable")
+    counts = np.bincount(flat + 1, minlength=experts.count + 1).tolist()
+    nth = filled.cumsum(1)
+    width = max(1, int(nth[:, -1].max(initial=0)))
+    slot_of = (np.arange(tokens)[:, None] * width + nth - 1).reshape(-1)
     make = torch.empty if counts[0] == 0 else torch.zeros
     parts = make(tokens * width, x.shape[1], dtype=torch.float32, device=x.device)
+    factors = weights.reshape(-1, 1).float()
     used = [expert for expert, rows in enumerate(counts[1:]) if rows]
     starts = list(accumulate(counts))  # by expert, since the first of `counts` is of empty slots
     for group in experts.arrivals(used):
         for chunk in _chunks([(used[position], place) for position, place in group], counts[1:]):
-            pairs = torch.cat([order[starts[expert] : starts[expert] + counts[1 + expert]] for expert, _ in chunk])
-            y = experts.run_many([(place, counts[1 + expert]) for expert, place in chunk], x[pairs // slots])
-            parts[slot_of[pairs]] = y.to(torch.float32, copy=True).mul_(weights.reshape(-1)[pairs, None].float())
+            picks = np.concatenate([order[starts[expert] : starts[expert] + counts[1 + expert]] for expert, _ in chunk])
+            rows, pairs, places = (torch.from_numpy(of).to(x.device) for of in (picks // slots, picks, slot_of[picks]))
+            y = experts.run_many([(place, counts[1 + expert]) for expert, place in chunk], x[rows])
+            parts[places] = y.to(torch.float32, copy=True).mul_(factors[pairs])
     return parts.view(tokens, width, x.shape[1]).sum(1).to(x.dtype)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -40,12 +41,23 @@ def plan_dispatch(
 
 def looked_up(ids: torch.Tensor, destination: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(rank, position there) of each slot, int64 `[T, K]`, -1 for unused slots."""
+    if ids.device.type == "cpu":
+        slots = ids.numpy()
+        found = (np.where(slots >= 0, table.numpy()[slots], -1) for table in (destination, position))
+        return torch.from_numpy(next(found)), torch.from_numpy(next(found))
     used, known = ids >= 0, ids.clamp(min=0).long()
     return torch.where(used, destination[known], -1), torch.where(used, position[known], -1)
 
 
 def plan_rows(target: torch.Tensor, where: torch.Tensor, weights: torch.Tensor, ranks: int) -> DispatchPlan:
     """target: the rank of each slot, int64 `[T, K]`, -1 for none; where: what that rank is told of it; weights `[T, K]`."""
+    if target.device.type == "cpu":
+        return _planned_on_cpu(target, where, weights, ranks)
+    return planned(target, where, weights, ranks)
+
+
+def planned(target: torch.Tensor, where: torch.Tensor, weights: torch.Tensor, ranks: int) -> DispatchPlan:
+    """`plan_rows` on any device."""
     needed = needed_ranks(target, ranks)
     rank_of_row, token_of_row = needed.T.nonzero(as_tuple=True)
     mine = target[token_of_row] == rank_of_row[:, None]
@@ -58,6 +70,28 @@ def plan_rows(target: torch.Tensor, where: torch.Tensor, weights: torch.Tensor, 
         weights=torch.where(mine, weights[token_of_row].float(), 0.0),
         place=token_of_row * width + nth[token_of_row, rank_of_row],
         tokens=len(target),
+        width=width,
+    )
+
+
+def _planned_on_cpu(target: torch.Tensor, where: torch.Tensor, weights: torch.Tensor, ranks: int) -> DispatchPlan:
+    """As `planned`, in numpy, whose calls take a third of the time of torch's: steps that decode are made of small ones."""
+    slots, tokens = target.numpy(), np.arange(len(target))
+    marked = np.zeros((len(slots), ranks + 1), dtype=bool)
+    marked[tokens[:, None], slots] = True  # -1 falls into the column that is cut off
+    needed = marked[:, :ranks]
+    rank_of_row, token_of_row = needed.T.nonzero()
+    mine = slots[token_of_row] == rank_of_row[:, None]
+    nth = needed.cumsum(1)
+    width = max(1, int(nth[:, -1].max(initial=0)))
+    given = weights.float().numpy()[token_of_row]
+    return DispatchPlan(
+        token_of_row=torch.from_numpy(token_of_row),
+        counts=tuple(needed.sum(0).tolist()),
+        ids=torch.from_numpy(np.where(mine, where.numpy()[token_of_row], -1)),
+        weights=torch.from_numpy(np.where(mine, given, np.float32(0))),
+        place=torch.from_numpy(token_of_row * width + nth[token_of_row, rank_of_row] - 1),
+        tokens=len(slots),
         width=width,
     )
 
@@ -120,17 +154,17 @@ def unpack_rows(message: torch.Tensor, slots: int, dtype: torch.dtype) -> tuple[
 
 def as_bytes(rows: torch.Tensor) -> torch.Tensor:
     """uint8 `[rows, bytes of a row]`, the same memory where it is contiguous: what every backend takes."""
-    if not len(rows):
+    if not rows.shape[0]:
         return torch.empty((0, rows.shape[1] * rows.element_size()), dtype=torch.uint8, device=rows.device)
-    return rows.contiguous().view(-1).view(torch.uint8).view(len(rows), -1)
+    return rows.contiguous().view(-1).view(torch.uint8).view(rows.shape[0], -1)
 
 
 def from_bytes(message: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`as_bytes` undone: rows `[rows, width]` of `dtype`."""
     width = message.shape[1] // dtype.itemsize
-    if not len(message):
+    if not message.shape[0]:
         return torch.empty((0, width), dtype=dtype, device=message.device)
-    return message.contiguous().view(-1).view(dtype).view(len(message), width)
+    return message.contiguous().view(-1).view(dtype).view(message.shape[0], width)
 
 
 def row_bytes(hidden: int, slots: int, dtype: torch.dtype) -> int:

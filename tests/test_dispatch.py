@@ -14,10 +14,12 @@ from coterie.moe.choose import check_group, make_strategy
 from coterie.moe.collectives import Group
 from coterie.moe.dispatch import (
     combine_rows,
+    looked_up,
     merge_sources,
     pack_rows,
     plan_dispatch,
     plan_rows,
+    planned,
     row_bytes,
     split_sources,
     unpack_rows,
@@ -79,6 +81,22 @@ def test_ranks_together_compute_what_one_rank_would(seed, ranks, experts, top_k,
         got = combine_rows(plans[r], torch.cat(returned[r]))
         expected = reference_experts(weights, x[r], *routing[r])
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), ranks=st.integers(1, 6), tokens=st.integers(0, 12), top_k=st.integers(1, 4))
+def test_a_cpu_plans_what_any_device_would(seed, ranks, tokens, top_k) -> None:
+    rng = np.random.default_rng(seed)
+    ids, weights = random_routing(rng, tokens, 8, top_k)
+    layer = layer_maps(random_plan(rng, 8, ranks, True), 0)[0]
+    target, where = looked_up(ids, layer.destination, layer.position)
+    known = ids.clamp(min=0)
+    assert torch.equal(target, torch.where(ids >= 0, layer.destination[known], -1))
+    assert torch.equal(where, torch.where(ids >= 0, layer.position[known], -1))
+    one, other = (vars(plan(target, where, weights.bfloat16(), ranks)) for plan in (plan_rows, planned))
+    for name, value in other.items():
+        same = torch.equal(one[name], value) if isinstance(value, torch.Tensor) else one[name] == value
+        assert same and type(one[name]) is type(value) and getattr(one[name], "dtype", 0) == getattr(value, "dtype", 0), name
 
 
 @settings(max_examples=60, deadline=None)
