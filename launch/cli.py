@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ from coterie.placement.plan import OBJECTIVES
 from coterie.routing.errors import CoterieError, InputError
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 MODEL_HELP = "a transformers checkpoint folder, a Hugging Face hub id, or coterie-tiny, the model inside"
 TOPOLOGY_HELP = "NODESxRANKS_PER_NODE (2x4: two nodes of four), a preset's name, or a JSON file"
 
@@ -35,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with redirect_stdout(sys.stderr) if options.json else nullcontext():  # some libraries print when they are imported
             result = command(options)
         if options.json and result is not None and launched_rank() == 0:
-            print(json.dumps(result), flush=True)
+            print(json.dumps(result))
+        sys.stdout.flush()  # at exit Python would end with a code of its own where this fails
         return DONE
     except CoterieError as error:
         if debug:
@@ -48,11 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(str(error) or "interrupted; no output was written")
         return FAILED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return FAILED
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:  # files are told by name
+            _drop_output()
+            complain(f"standard output: cannot be written: {error.strerror}")
+            return FAILED
         first = (str(error).strip().splitlines() or [""])[0]
         complain(f"{type(error).__name__}: {first[:300]}\n(this is a defect of coterie: --debug shows where it is)")
         return FAILED
@@ -61,6 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> NoReturn:
     """The program: runs one command and ends the process."""
     leave(main())
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _without_launcher(arguments: list[str]) -> list[str]:
@@ -75,7 +86,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Raise instead of printing the usage."""
-        raise InputError(f"{message} (coterie {self.prog.removeprefix('coterie ')} --help tells what is expected)")
+        raise InputError(f"{message} ({self.prog} --help tells what is expected)")
 
 
 def build_parser() -> Parser:

@@ -113,11 +113,11 @@ def show(options: argparse.Namespace) -> dict[str, Any]:
     if len(plans) > 1 or len(traces) > 1:
         raise InputError(f"show: found {len(plans)} plans and {len(traces)} traces, expected at most one of each")
     recorded = traces[0] if traces else None
+    if recorded is None and plans:
+        recorded = _planned_trace(plans[0].inputs)
     if isinstance(recorded, LoadStatistics) and len(recorded.scenarios) > 1:
         say(f"{len(recorded.scenarios)} scenarios: drawing their sum")
         recorded = recorded.summed()
-    if recorded is None and plans:
-        recorded = _planned_trace(plans[0].inputs)
     write_report(options.out, plans[0] if plans else None, recorded)
     say(f"{options.out}: open it in a browser")
     return {"report": str(options.out)}
@@ -144,6 +144,8 @@ def _planned_trace(inputs: tuple[dict[str, str], ...]) -> RoutingTrace | LoadSta
     for entry in inputs:
         path = Path(entry.get("file", ""))
         if path.is_file() and sha256(path) == entry.get("sha256"):
+            if len(inputs) > 1:
+                say(f"the plan was made from {len(inputs)} recordings: drawing it on {path}")
             return read_routing(path)
     say("the trace that the plan was made from is not there (any more): drawing the plan alone; give the trace to draw both")
     return None

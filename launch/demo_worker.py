@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
         for _ in range(REPEATS):
             for name, model in models.items():
                 outputs, figures = model.generate(prompts, NEW_TOKENS)
-                speed[name].append(figures.tokens_per_second)
+                speed[name].append(figures.new_tokens / figures.seconds)
                 texts.append([list(o.token_ids) for o in outputs])
         difference = max(_logit_difference(model, reference, group) for model in models.values())
         if group.rank == 0:

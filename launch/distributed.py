@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from coterie.moe.watch import Watch
 
 TIMEOUT_SECONDS = 60.0
+MOST_SECONDS = 1e6  # that a rank may be silent: twelve days; more overflows on the way to the system
 MEETING_SECONDS = 1800.0  # loading may take one rank this much longer than another
 TRANSPORTS = ("nccl", "mpi", "tcp", "gloo")
 FAILED = 1
@@ -83,8 +84,8 @@ def job(timeout: float = TIMEOUT_SECONDS, transport: str | None = None) -> Itera
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that is gone is told in our words, not in stack traces
     from coterie.moe.collectives import Group
 
-    if not timeout >= 1:
-        raise InputError(f"--timeout: found {timeout:g}, expected 1 second or more")
+    if not 1 <= timeout <= MOST_SECONDS:
+        raise InputError(f"--timeout: found {timeout:g}, expected 1 to {MOST_SECONDS:g} seconds")
     launch = find_launch(os.environ)
     if launch.size == 1:
         if transport is not None:

@@ -45,6 +45,7 @@ class Asked:
     requests: list[Request]
     sampling: Sampling
     batch_invariant: bool
+    replan: PlacementPlan | str | None = None
 
     def rows(self, kept: Journal | Held) -> Iterator[dict[str, Any]]:
         """Finished prompts in order, as `--out` and `--json` show them."""
@@ -79,10 +80,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
         too_large = check_memory(asked, options, group).too_large
         model = _load(asked, group)
         model.dispatcher.without = too_large
-        if options.replan is not None:
-            model.follow(
-                together(group, lambda: _new_plan(options.replan, model)), say if group.rank == 0 else lambda text: None
-            )
+        if asked.replan is not None:
+            model.follow(asked.replan, say if group.rank == 0 else lambda text: None)
         if options.trace_events is not None:
             timeline.begin(group, model.cache)
         result = _run(model, asked, options, resuming)
@@ -91,10 +90,14 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
         return result
 
 
-def _new_plan(wish: str, model: Model) -> PlacementPlan | str:
+def _new_plan(wish: str | None, share: Share, ranks: int) -> PlacementPlan | str | None:
     """What --replan asks for: `auto`, or a plan of this model for as many ranks."""
-    if model.group.size == 1:
+    if wish is None:
+        return None
+    if ranks == 1:
         raise InputError(f"--replan: found {wish!r} on one process, expected several (torchrun, mpirun)")
+    if share.quantise is not None:
+        raise InputError("--replan: found it with --quantise, expected one of them")
     if wish == "auto":
         return wish
     if not Path(wish).is_file():
@@ -102,7 +105,7 @@ def _new_plan(wish: str, model: Model) -> PlacementPlan | str:
     from coterie.moe.relocate import transfers
 
     plan = read_plan(Path(wish))
-    transfers(model.plan, plan)  # raises where the plans do not go together
+    transfers(share.plan, plan)  # raises where the plans do not go together
     return plan
 
 
@@ -120,7 +123,7 @@ def _write_timeline(model: Model, path: Path) -> None:
 def settle(options: argparse.Namespace, group: Group) -> Asked:
     """Read and check all but the weights. Does not communicate."""
     from coterie.moe.generate import Sampling
-    from coterie.moe.model import asked_strategy
+    from coterie.moe.model import asked_strategy, check_invariant
     from coterie.moe.prepare import prepare
     from coterie.moe.text import Prompt, Text
 
@@ -144,10 +147,15 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
         if options.plan is None or "the plan" not in str(error):
             raise
         raise type(error)(f"{options.plan}: {error}") from error
-    text = Text(share.shape)
-    return Asked(
-        share, strategy, text, prompts, text.requests(prompts, options.max_new_tokens), sampling, options.batch_invariant
-    )
+    check_invariant(options.batch_invariant, strategy, options.quantise)
+    replan, text = _new_plan(options.replan, share, to_come.size), Text(share.shape)
+    try:
+        requests = text.requests(prompts, options.max_new_tokens)
+    except InputError as error:
+        if not options.prompts:
+            raise
+        raise InputError(f"{options.prompts}: {error}") from error
+    return Asked(share, strategy, text, prompts, requests, sampling, options.batch_invariant, replan)
 
 
 def _group_to_come(plan: PlacementPlan | None, group: Group, dry_run: bool) -> Group:
@@ -275,6 +283,9 @@ def _finish(
     if model.choice is not None:
         say(model.choice.describe())
     s = statistics
+    if s.strategy is None or s.tokens_per_second is None:
+        say("every prompt was finished before")
+        return result
     say(
         f"{s.new_tokens} tokens in {s.seconds:.2f} s ({s.tokens_per_second:.1f} tokens/s), {s.strategy} on {s.ranks} rank(s), "
         f"{s.bytes_read / 1e6:.1f} MB read, {s.rows_sent} rows sent"

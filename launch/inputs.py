@@ -17,8 +17,9 @@ OWN = ("out", "json", "debug")  # arguments in which ranks may differ
 def found_here(options: argparse.Namespace) -> dict[str, str]:
     """Digests of what `generate` was given, by what the user calls it."""
     found = {f"{options.model}: the checkpoint": checkpoint_digest(options.model)}
-    for path in (options.plan, options.prompts):
-        if path is not None:
+    replan = None if options.replan in (None, "auto") else Path(options.replan)
+    for path in (options.plan, options.prompts, replan):
+        if path is not None and path.is_file():
             found[str(path)] = sha256(path)[:16]
     arguments = {name: str(value) for name, value in vars(options).items() if name not in OWN}
     found["the arguments"] = _short(json.dumps(arguments, sort_keys=True).encode())

@@ -63,6 +63,8 @@ class Dispatcher:
             self._measure(model, context, rows, prompt_tokens)
         assert self._traits is not None and self.links is not None
         without = self.without if self.shape.config.model_type in FAMILIES else self.without | {"coherent"}
+        if context.least_rows > 1:  # batch-invariant: coherent does not keep blocks of rows
+            without |= {"coherent"}
         steps = sum(r.max_new_tokens for r in requests) / len(requests)
         return decide(self._traits, self.links, self.group, prompt_tokens, rows, steps, without)
 

@@ -40,15 +40,16 @@ from coterie.routing.record import Recorder, TraceWriter, expert_modules, metada
 class Statistics:
     """Of one `generate` call over all ranks, finding home ranks included.
 
-    bytes_read: from the checkpoint; rows_sent: between ranks; peak_memory_bytes: of the rank that used most (resident set, or
-    CUDA's reserved memory); hit_rate: of the expert cache, None without one.
+    tokens_per_second, strategy: None if nothing ran. rows_sent: between ranks; bytes_read: from the checkpoint, by this call,
+    those before it and loading; peak_memory_bytes: of the rank that used most (resident set, or CUDA's reserved memory);
+    hit_rate: of the expert cache since it was made, None without one: experts that the host computes were not found.
     """
 
     prompt_tokens: int
     new_tokens: int
     seconds: float
-    tokens_per_second: float
-    strategy: str
+    tokens_per_second: float | None
+    strategy: str | None
     ranks: int
     bytes_read: int
     rows_sent: int
@@ -225,21 +226,21 @@ class Model:
     def statistics(self, prompt_tokens: int, new_tokens: int, seconds: float, rows: int) -> Statistics:
         """Figures of a run. seconds, rows: of this rank; every rank must ask."""
         cache = self.cache
-        asked = (0, 0) if cache is None else (cache.statistics.requests, cache.statistics.transfers)
+        asked = (0, 0) if cache is None else (cache.statistics.requests, cache.statistics.transfers + cache.statistics.on_host)
         gathered = self.group.gather((self.checkpoint.counter.bytes, rows, peak_memory(self.device), seconds, *asked))
-        requests, transfers = (sum(g[i] for g in gathered) for i in (4, 5))
+        requests, missed = (sum(g[i] for g in gathered) for i in (4, 5))
         longest = max(g[3] for g in gathered)
         return Statistics(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             seconds=longest,
-            tokens_per_second=new_tokens / longest if longest else 0.0,
-            strategy="" if self.choice is None else self.choice.name,
+            tokens_per_second=new_tokens / longest if longest else None,
+            strategy=None if self.choice is None else self.choice.name,
             ranks=self.group.size,
             bytes_read=sum(g[0] for g in gathered),
             rows_sent=sum(g[1] for g in gathered),
             peak_memory_bytes=max(g[2] for g in gathered),
-            hit_rate=1 - transfers / requests if requests else None,
+            hit_rate=1 - missed / requests if requests else None,
         )
 
 
@@ -276,19 +277,24 @@ def assembled(
     share: Share, read: Any, strategy: str | None, group: Group, text: Text | None = None, batch_invariant: bool = False
 ) -> Model:
     """The model from what `share.read` returned on this rank. strategy: as `asked_strategy` says. Every rank must call it."""
+    check_invariant(batch_invariant, strategy, share.quantise)
     group.ranks_per_node = share.plan.topology.ranks_per_node  # the plan says what its nodes are
     made = Model(share.shape, read, share.checkpoint, share.plan, group, strategy, text)
     if batch_invariant:
-        if strategy == "coherent":
-            raise InputError("--batch-invariant: found it with --strategy coherent, expected another strategy")
-        if share.quantise is not None:
-            raise InputError("--batch-invariant: found it with --quantise, expected one of them")
         make_invariant(read)
         made.context.least_rows = BLOCK_ROWS
     else:
         speed_up_one_row(read)
         speed_up_norms(read)
     return made
+
+
+def check_invariant(wished: bool, strategy: str | None, quantise: str | None) -> None:
+    """Raises InputError for what cannot run batch-invariant. strategy: asked for, or the plan's."""
+    if wished and strategy == "coherent":
+        raise InputError("--batch-invariant: found strategy coherent, asked for or the plan's, expected --strategy all_to_all")
+    if wished and quantise is not None:
+        raise InputError("--batch-invariant: found it with --quantise, expected one of them")
 
 
 def _maps_on(plan: PlacementPlan, rank: int, device: torch.device) -> list[Any]:

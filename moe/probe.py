@@ -8,6 +8,7 @@ import os
 import socket
 import statistics
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from coterie.moe.choose import Links
 from coterie.moe.collectives import Group
 from coterie.placement.topology import Link
+from coterie.routing.errors import CoterieError
 from coterie.routing.files import write_text
 
 SMALL, LARGE = 64, 1 << 24  # bytes to each other rank
@@ -35,8 +37,12 @@ def measure(group: Group, remember: bool = True) -> Links:
     if known is None:
         known = _measured(group)
         if remember and group.rank == 0:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(known))
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_text(file, json.dumps(known))
+            except (OSError, CoterieError) as error:
+                told = f"{file}: the measured links cannot be kept ({error}); the next job measures them again"
+                warnings.warn(told, RuntimeWarning, stacklevel=2)
     return Links(Link(*known["within"]), Link(*known["between"]))
 
 

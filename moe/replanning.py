@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,6 @@ from coterie.moe.layer import StepContext
 from coterie.moe.relocate import Relocation
 from coterie.placement.cost import evaluate_load
 from coterie.placement.plan import PlacementPlan, read_plan, save_plan
-from coterie.routing.errors import CoterieError
 from coterie.routing.trace import LoadStatistics, read_routing, save_load
 
 INTERVAL = 64  # steps between looks at the load
@@ -122,7 +122,7 @@ class AutoReplan:
         self._folder = tempfile.TemporaryDirectory(prefix="coterie-replan-")
         folder = Path(self._folder.name)
         save_load(statistics, folder / "load.safetensors")
-        save_plan(self.plan, folder / "old.json")
+        save_plan(replace(self.plan, homes=None), folder / "old.json")  # a plan is not changed under its homes
         shape = f"{self.plan.topology.nodes}x{self.plan.topology.ranks_per_node}"
         moves = max(1, int(MOVES_SHARE * self.plan.num_experts * len(self.plan.layer_ids)))
         command = [sys.executable, "-m", "coterie", "plan", str(folder / "load.safetensors"), "--topology", shape,
@@ -147,10 +147,12 @@ class AutoReplan:
         _, complaint = self._planner.communicate()
         failed, self._planner = self._planner.returncode, None
         if failed:
-            raise CoterieError(f"--replan auto: the planner failed: {complaint.strip()[-300:]}")
+            self.say(f"load: the planner failed, the plan is kept: {complaint.strip()[-300:]}")
+            self._folder.cleanup()
+            return None
         statistics = read_routing(folder / "load.safetensors")
         assert isinstance(statistics, LoadStatistics)
-        new = read_plan(folder / "new.json")
+        new = replace(read_plan(folder / "new.json"), homes=self.plan.homes)  # a tenth of the experts moves: they still fit
         loads = [evaluate_load(p, statistics, 0).load for p in (self.plan, new)]
         better = loads[1] < BETTER * loads[0]
         kept = "" if better else "; kept as it is"
@@ -164,6 +166,7 @@ class AutoReplan:
         if self._planner is not None:
             self._planner.kill()
             self._planner.communicate()
+            self._planner = None
         if self._folder is not None:
             self._folder.cleanup()
 

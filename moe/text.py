@@ -54,9 +54,10 @@ class Text:
             raise InputError(f"{self.folder}: has no tokenizer, expected prompts with token_ids")
         ids = prompt.token_ids if prompt.token_ids is not None else self.tokenizer(prompt.text or "")["input_ids"]
         if not len(ids):
-            raise InputError("prompt: found no token, expected at least one")
-        if min(ids) < 0 or max(ids) >= self.vocabulary:
-            raise InputError(f"prompt: found token id {max(ids)}, expected 0 to {self.vocabulary - 1}")
+            raise InputError("token_ids: found none, expected at least one")
+        wrong = next((i for i in ids if not 0 <= i < self.vocabulary), None)
+        if wrong is not None:
+            raise InputError(f"token_ids: found {wrong}, expected 0 to {self.vocabulary - 1}")
         return tuple(int(i) for i in ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -68,7 +69,17 @@ class Text:
         if not prompts:
             raise InputError("prompts: found none, expected at least one")
         limits = [max_new_tokens if p.max_new_tokens is None else p.max_new_tokens for p in prompts]
-        return [Request(i, self.encode(p), n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
+        return [Request(i, self._of(i, p), n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
+
+    def _of(self, number: int, prompt: Prompt) -> tuple[int, ...]:
+        """`encode`, with the prompt named in errors."""
+        try:
+            return self.encode(prompt)
+        except InputError as error:
+            if prompt.token_ids is None and self.tokenizer is None:
+                raise  # it is not this prompt's fault
+            name = f"{number} (counted from 0)" if prompt.id is None else repr(prompt.id)
+            raise InputError(f"prompt {name}: {error}") from error
 
     def output(self, prompt: Prompt, request: Request, token_ids: Sequence[int], finish_reason: str) -> Output:
         """What a finished request is told as."""

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,8 +49,9 @@ class Child:
         )  # fmt: skip
         call = (self.function, self.arguments, self.deadline, self.reported is not None)
         assert self._process.stdin is not None and self._process.stdout is not None
-        pickle.dump(call, self._process.stdin)
-        self._process.stdin.close()
+        with suppress(OSError):  # it has ended already: `result` says so
+            pickle.dump(call, self._process.stdin)
+            self._process.stdin.flush()
         self._reader = threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True)
         self._reader.start()
         return self
@@ -89,6 +91,9 @@ class Child:
         if self._process.poll() is None and not self._answer:
             self._process.kill()
         self._process.wait()
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
         if not self._answer:
             raise CoterieError(f"{self.function}: a worker ended without an answer (exit code {self._process.returncode})")
         kind, value = self._answer[0]
@@ -107,8 +112,15 @@ def _send(stream: BinaryIO, kind: str, value: Any) -> None:
     stream.flush()
 
 
+def _end_with_parent() -> None:
+    """Nothing more comes on standard input; it is closed when nobody wants the answer any more, however the parent ended."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
+
+
 def _serve() -> None:
     name, arguments, deadline, reports = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a solver prints is not an answer
     module, function = name.split(":")

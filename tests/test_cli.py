@@ -244,6 +244,16 @@ def test_wrong_arguments_are_one_line_with_exit_code_2(tmp_path: Path, trace_fil
     assert "cannot be read" in fails(capsys, "generate", "coterie-tiny", "--prompts", tmp_path / "none")
     assert "--max-new-tokens: found 0" in fails(capsys, "generate", "coterie-tiny", "--prompt", "x", "--max-new-tokens", "0")
     assert "--batch-size: found 0" in fails(capsys, "generate", "coterie-tiny", "--prompt", "x", "--batch-size", "0")
+    for wish in ("auto", tmp_path / "none"):
+        assert "on one process, expected several" in fails(
+            capsys, "generate", "coterie-tiny", "--prompt", "x", "--replan", wish
+        )
+    rounded = ("--batch-invariant", "--quantise", "int8")
+    assert "--batch-invariant: found it with --quantise" in fails(capsys, "generate", "coterie-tiny", "--prompt", "x", *rounded)
+    assert "--timeout: found inf" in fails(capsys, "generate", "coterie-tiny", "--prompt", "x", "--timeout", "inf")
+    prompts.write_text('{"prompt": "x"}\n{"token_ids": [999999], "id": "b"}')
+    message = fails(capsys, "generate", "coterie-tiny", "--prompts", prompts)
+    assert f"{prompts}: prompt 'b': token_ids: found 999999, expected 0 to" in message
     message = fails(capsys, "generate", "coterie-tiny", "--prompt", "x", "--plan", plan_file)
     assert f"{plan_file}: ranks: the plan is for 2, found 1 processes; start 2, or plan for 1" in message
     assert not out.exists()
@@ -277,6 +287,42 @@ def interrupted(arguments: list[str], after: float) -> tuple[int, str, str]:
     process.send_signal(signal.SIGINT)
     printed, err = process.communicate(timeout=60)
     return process.returncode, printed, err
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_that_cannot_be_written_is_said(trace_file: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "plan.json")
+    command = [sys.executable, "-m", "coterie", "plan", str(trace_file), "--topology", "1x2", "--time-limit", "1", "--out", out]
+    for more in ([], ["--json"]):
+        with Path("/dev/full").open("w") as full:
+            ended = subprocess.run([*command, *more], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+        told = "coterie: standard output: cannot be written" in ended.stderr
+        assert (ended.returncode, told, "defect" in ended.stderr) == (1, True, False), ended.stderr
+
+
+@pytest.mark.processes
+def test_a_planner_that_is_killed_takes_its_workers_along(tmp_path: Path) -> None:
+    save_trace(make_trace(tokens=2000, layers=6, experts=16, top_k=2), tmp_path / "t")
+    arguments = ["plan", str(tmp_path / "t"), "--topology", "1x4", "--objective", "dispatch", "--out", str(tmp_path / "p")]
+    command = [sys.executable, "-m", "coterie", *arguments, "--time-limit", "200", "--workers", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    workers: list[str] = []
+    deadline = time.monotonic() + 60
+    while not workers and time.monotonic() < deadline:
+        time.sleep(0.2)
+        workers = children_of(process.pid)
+    time.sleep(3)
+    process.kill()
+    process.wait()
+    while any(Path("/proc", worker).exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert workers and not any(Path("/proc", worker).exists() for worker in workers)
+
+
+def children_of(pid: int) -> list[str]:
+    """Of the process's main thread."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 @pytest.mark.processes

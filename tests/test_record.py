@@ -121,7 +121,7 @@ def test_an_interrupted_recording_leaves_nothing_behind(folder: Path, tmp_path: 
         (dict(max_tokens=0), "--max-tokens: found 0, expected 1 or more"),
         (dict(prompts=[]), "prompts: found none"),
         (dict(prompts=["text"]), "has no tokenizer, expected prompts with token_ids"),
-        (dict(prompts=[coterie.Prompt(token_ids=(97,))]), "prompt: found token id 97, expected 0 to 96"),
+        (dict(prompts=[coterie.Prompt(token_ids=(97,))]), r"prompt 0 .*: token_ids: found 97, expected 0 to 96"),
         (dict(out=Path("/nowhere/t")), "/nowhere/t: the folder /nowhere does not exist"),
     ],
 )

@@ -10,9 +10,10 @@ from thread_ranks import load, on_ranks
 from tiny_models import make_model
 
 from coterie.moe.batch import Request
-from coterie.moe.choose import Links, Traits, Waits, predict
+from coterie.moe.choose import Choice, Links, Traits, Waits, predict
 from coterie.moe.collectives import Group
 from coterie.moe.families import ModelShape
+from coterie.moe.probe import measure
 from coterie.moe.rehearsal import rehearse
 from coterie.placement.topology import Link
 
@@ -59,3 +60,30 @@ def test_a_choice_counts_no_rows_and_no_use_of_the_rehearsal(tmp_path: Path) -> 
 
     for rows, least in on_ranks(2, chosen):
         assert rows == 0 and least > 0
+
+
+def test_a_batch_invariant_run_does_not_choose_what_refuses_it(tmp_path: Path, monkeypatch) -> None:
+    make_model("mixtral", tmp_path)
+    heard: list[frozenset[str]] = []
+
+    def decided(traits, links, group, prompt_tokens, rows, steps, without):
+        heard.append(without)
+        return Choice("all_to_all", "all_to_all", {}, {})
+
+    monkeypatch.setattr("coterie.moe.dispatcher.decide", decided)
+    for invariant in (False, True):
+
+        def chosen(group: Group, invariant: bool = invariant) -> None:
+            model = load(tmp_path, dtype="float32", group=group, batch_invariant=invariant)
+            model.dispatcher.choice([Request(0, (1, 2, 3), 4)], 2, model.transformers, model.context)
+
+        on_ranks(2, chosen)
+    assert ["coherent" in without for without in heard] == [False, False, True, True]
+
+
+def test_links_that_cannot_be_kept_end_nothing(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="the measured links cannot be kept"):
+        found = on_ranks(2, measure)
+    assert found[0] == found[1] and found[0].within.bytes_per_second > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from coterie.moe.batch import Request
 from coterie.moe.collectives import Group
 from coterie.moe.dispatcher import Dispatcher
 from coterie.moe.generate import Generator, Sampling
+from coterie.moe.layer import StepContext
 from coterie.moe.relocate import chunks, packed, transfers
 from coterie.moe.replanning import AutoReplan, TakeOver
-from coterie.placement.plan import PlacementPlan
+from coterie.placement.homes import HomeClass, Homes
+from coterie.placement.plan import PlacementPlan, slots_from_assignment
 from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
+from coterie.routing.trace import LoadStatistics
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,8 +106,6 @@ class Waiting(AutoReplan):
 
 def test_a_drifted_load_is_planned_for_and_taken_over(tmp_path: Path) -> None:
     """Rank 0 holds all of layer 0's experts but one; a look at the load later it does not."""
-    from coterie.placement.plan import slots_from_assignment
-
     folder = make_model("olmoe", tmp_path / "m")
     shape = coterie.load(folder, dtype="float32").shape
     assignment = np.tile(np.arange(8) % 2, (len(shape.layer_ids), 1))
@@ -123,6 +125,39 @@ def test_a_drifted_load_is_planned_for_and_taken_over(tmp_path: Path) -> None:
     assert [texts[i] for i in range(2)] == expected_texts(folder, prompts, 60)[0]
     assert any("the busiest rank has" in line for line in said)
     assert len(taken) >= 2 and len(results[0][1][0]) < 7
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_plan_with_homes_is_planned_anew_and_a_planner_that_fails_ends_nothing(fails: bool, monkeypatch) -> None:
+    classes = tuple(HomeClass(rank, 0.0, (1.0,)) for rank in range(2))
+    slots = slots_from_assignment(np.array([[0] * 7 + [1], [0, 1] * 4]), 2, 8)
+    plan = PlacementPlan(slots, 8, (0, 1), coterie.Topology(1, 2), "m", homes=Homes(classes, ((0, 1),)))
+    said: list[str] = []
+    replan = AutoReplan(torch.nn.Linear(1, 1), Group(), StepContext(), plan, said.append, lambda taken: None)
+    if fails:
+        monkeypatch.setattr(sys, "executable", "false")
+    replan._begin(LoadStatistics(np.full((1, 2, 8), 10, dtype=np.int64), "m", (0, 1), ("measured",)))
+    assert replan._planner is not None
+    replan._planner.wait()
+    assert replan.notice() == 1
+    found = replan._found()
+    assert replan.notice() == 0
+    replan.close()
+    if fails:
+        assert found is None and "the planner failed, the plan is kept" in said[-1]
+    else:
+        assert found is not None and found.homes == plan.homes and "would bring it from" in said[-1]
+
+
+def test_a_run_that_ends_while_a_plan_is_made_leaves_nothing_for_the_next(monkeypatch) -> None:
+    slots = slots_from_assignment(np.array([[0] * 7 + [1]]), 2, 8)
+    plan = PlacementPlan(slots, 8, (0,), coterie.Topology(1, 2), "m")
+    replan = AutoReplan(torch.nn.Linear(1, 1), Group(), StepContext(), plan, lambda text: None, lambda taken: None)
+    replan._begin(LoadStatistics(np.full((1, 1, 8), 10, dtype=np.int64), "m", (0,), ("measured",)))
+    replan.close()
+    assert replan.notice() == 0
+    replan.close()
 
 
 def test_plans_of_other_models_are_refused() -> None:
