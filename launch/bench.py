@@ -64,6 +64,9 @@ class Row:
 def bench(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and print; rows appear as they are measured."""
     started = time.perf_counter()
+    if options.traces is not None and not options.traces.is_dir():
+        raise InputError(f"--traces: found {options.traces}, expected a folder of recorded traces")
+    options.traces = options.traces or Path("../shared/traces")
     if options.what not in BENCHES:
         raise InputError(f"bench: found {options.what!r}, expected {' or '.join(BENCHES)}")
     for name, takers in TAKES.items():

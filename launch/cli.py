@@ -21,6 +21,7 @@ from coterie.placement.plan import OBJECTIVES
 from coterie.routing.errors import CoterieError, InputError
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
+NO_WAY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 MODEL_HELP = "a transformers checkpoint folder, a Hugging Face hub id, or coterie-tiny, the model inside"
 TOPOLOGY_HELP = "NODESxRANKS_PER_NODE (2x4: two nodes of four), a preset's name, or a JSON file"
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in NO_WAY and error.filename is not None:
+            complain(f"{error.filename}: cannot be used: {error.strerror}")
+            return WRONG_INPUT
         if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:  # files are told by name
             _drop_output()
             complain(f"standard output: cannot be written: {error.strerror}")
@@ -139,7 +143,9 @@ def _trace(verbs: Any) -> None:
     p.add_argument("--phase", choices=("prefill", "decode", "mixed"), help="what to record (default: whatever is run)")
     p.add_argument("--scenario", default="", help="a name for the traffic, kept in the trace")
     p.add_argument(
-        "--token-ids", action="store_true", help="write them, too, for cache-sim to foretell by; whoever has them has the text"
+        "--token-ids",
+        action="store_true",
+        help="store token ids, too, from which cache-sim predicts: the trace then holds the text",
     )
     _running(p)
 
@@ -327,7 +333,10 @@ def _bench(verbs: Any) -> None:
     )
     p.add_argument("--quick", action="store_true", help="a part of the cases, in under three minutes")
     p.add_argument(
-        "--traces", type=Path, default=Path("../shared/traces"), metavar="DIR", help="recorded traces (default: %(default)s)"
+        "--traces",
+        type=Path,
+        metavar="DIR",
+        help="recorded traces (default: ../shared/traces; missing ones are not measured)",
     )
     p.add_argument("--only", default="", metavar="NAME", help="plan, cluster: cases whose name contains NAME; kernels: models")
     p.add_argument("--tune", type=Path, metavar="F", help="kernels: make a table of the fastest tiles on this GPU")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from coterie.launch.tables import table
 from coterie.placement.plan import read_plan
 from coterie.routing.errors import InputError, positive
-from coterie.routing.files import check_writable
+from coterie.routing.files import check_writable, looks_like_json
 from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing, save_load, save_trace
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def trace(options: argparse.Namespace) -> dict[str, Any]:
     from coterie.launch.prompts import read_prompts
     from coterie.launch.quiet import quiet_transformers
 
-    check_writable(options.out)
+    check_writable(options.out, options.prompts)
     prompts = read_prompts(options.prompts)
     quiet_transformers()
     from coterie.moe.model import load
@@ -50,7 +50,7 @@ def import_(options: argparse.Namespace) -> dict[str, Any]:
     """Bring in a recording made elsewhere."""
     from coterie.routing.imports import ImportOptions, import_routing
 
-    check_writable(options.out)
+    check_writable(options.out, options.file)
     if options.num_experts is not None:
         positive("--num-experts", options.num_experts)
     settings = ImportOptions(options.model, options.num_experts, options.scenario, options.phase)
@@ -103,7 +103,7 @@ def show(options: argparse.Namespace) -> dict[str, Any]:
     from coterie.launch.show import write_report
     from coterie.launch.show_timeline import write_traffic_report
 
-    check_writable(options.out)
+    check_writable(options.out, *options.files)
     if len(options.files) == 1 and (sums := _traffic(options.files[0])) is not None:
         write_traffic_report(options.out, sums, options.files[0].name)
         say(f"{options.out}: open it in a browser")
@@ -130,11 +130,10 @@ def _traffic(path: Path) -> Sums | None:
 
 
 def _is_plan(path: Path) -> bool:
-    """By the first byte: plans are JSON objects, traces begin with the length of a header."""
+    """Plans are JSON."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    with path.open("rb") as file:
-        return file.read(64).lstrip()[:1] == b"{"
+    return looks_like_json(path)
 
 
 def _planned_trace(inputs: tuple[dict[str, str], ...]) -> RoutingTrace | LoadStatistics | None:

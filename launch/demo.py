@@ -27,6 +27,7 @@ from coterie.routing.errors import CoterieError, InputError
 from coterie.routing.files import write_text
 from coterie.routing.trace import RoutingTrace, read_trace
 
+EXPERTS = 16  # of coterie-tiny, in a layer
 NEW_TOKENS = 48
 OFFLOAD_SHARE = 0.25  # of all experts: those that are in memory at once when the rest stays on disk
 LOGIT_TOLERANCE = 1e-4  # relative to the largest logit, in float32
@@ -41,8 +42,8 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
     from coterie.launch.quiet import quiet_transformers
 
     started = time.perf_counter()
-    if options.ranks < 2:
-        raise InputError(f"--ranks: found {options.ranks}, expected 2 or more")
+    if not 2 <= options.ranks <= EXPERTS:
+        raise InputError(f"--ranks: found {options.ranks}, expected 2 to {EXPERTS}, as many as coterie-tiny has experts")
     check_plotting()
     folder = _folder(options.out)
     files = {name: folder / name for name in ("trace.safetensors", "heldout.safetensors", "plan.json", "report.html")}

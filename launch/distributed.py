@@ -119,6 +119,8 @@ def _in_words(error: BaseException) -> BaseException:
     """The error as the user reads it, marked as this rank's own unless all ranks agreed on it."""
     if isinstance(error, Exception) and _out_of_memory(error):
         error = CoterieError(f"out of memory ({first_line(error)}); start more ranks, or choose a smaller --batch-size")
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        error = CoterieError("its standard output was closed")
     if isinstance(error, CoterieError) and error.alone is None:
         error.alone = True
     return error

@@ -16,10 +16,10 @@ from coterie.routing.files import atomic_output, check_writable
 
 def export(options: argparse.Namespace) -> dict[str, Any]:
     """Write a plan in another engine's format; it takes its name only once it has been read back and found right."""
-    check_writable(options.out)
+    check_writable(options.out, options.plan)
     engine = EXPORTS[options.to]
     ending = options.out.name.endswith(engine.suffix)
-    require(ending, f"{options.out}", "that name", f"one that ends in {engine.suffix}, by which {options.to} knows a file")
+    require(ending, "--out", f"{options.out}", f"a name that ends in {engine.suffix}, as {options.to} wants it")
     if options.num_layers is not None:
         positive("--num-layers", options.num_layers)
     plan = read_plan(options.plan)

@@ -132,11 +132,11 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
     if options.resume and options.out is None:
         raise InputError("--resume: found no --out, expected the one of the stopped run")
     if options.packed is not None and options.memory is None:
-        raise InputError(f"--packed: found {str(options.packed)!r} without --memory, expected both: it is read only with it")
+        raise InputError(f"--packed: found {str(options.packed)!r} without --memory, expected --memory SIZE beside it")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     for path in (options.out, options.trace_events):
         if path is not None and group.rank == 0 and not options.dry_run:
-            check_writable(path)
+            check_writable(path, options.prompts, options.plan)
     prompts = read_prompts(options.prompts) if options.prompts else [Prompt(text=options.prompt)]
     plan = None if options.plan is None else read_plan(options.plan)
     to_come = _group_to_come(plan, group, options.dry_run)

@@ -34,7 +34,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any] | None:
     from coterie.placement.planner import plan as make_plan
 
     if launched_rank() == 0:
-        check_writable(options.out)
+        check_writable(options.out, *options.traces)  # `--from` may be replaced by what follows it
     request = _request(options)
     routings = [read_routing(path) for path in options.traces]
     with _shown(request) as progress:

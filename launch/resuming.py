@@ -81,7 +81,7 @@ class Resuming:
         out, count = self.options.out, 0
         for count, row in enumerate(self._rows(), 1):
             if count > len(self.asked.requests) or not self._fits(row, count - 1):
-                raise InputError(f"{out}: line {count}: found {str(row)[:60]}, expected an output of prompt {count}; {REPLACE}")
+                raise InputError(f"{out}: line {count}: is no output of prompt {count} with these settings; {REPLACE}")
         if count < len(self.asked.requests):
             raise InputError(f"{out}: found {count} outputs, expected {len(self.asked.requests)}, one a prompt; {REPLACE}")
 

@@ -237,7 +237,7 @@ class Choice:
     def describe(self) -> str:
         """For people: the choice and the predicted times."""
         if not self.decode_seconds:
-            return f"strategy: {self.name}, as asked"
+            return "strategy: local (one process)" if self.name == "local" else f"strategy: {self.name}, as asked"
         phases = (("prefill", self.prefill, self.prefill_seconds), ("decode", self.decode, self.decode_seconds))
         told = (
             f"{phase} {chosen} ({', '.join(f'{n} {s * 1e3:.2g}' for n, s in sorted(times.items(), key=lambda i: i[1]))} ms)"

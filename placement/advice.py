@@ -98,16 +98,19 @@ def _by_gain(
     before, after = minimised(base, judged, request), minimised(made, judged, request)
     seen = 1 - after / before if before > 0 else 0.0
     notes = []
-    if (seen if gain is None else gain) < WORTH:
+    if made.ranks == 1:
+        return ["on one rank nothing travels: a plan has nothing to save"]
+    if request.method != "contiguous" and (seen if gain is None else gain) < WORTH:
         unseen = "" if gain is None else f", {gain:.1%} on text it did not see"
-        notes.append(f"this plan will not pay: it lowers {name} by {seen:.1%} here{unseen}; {_why(made, judged)}")
+        why = _why(made, judged, request.method)
+        notes.append(f"this plan will not pay: it lowers {name} by {seen:.1%} here{unseen}; {why}")
     tokens = sum(s.trace.tokens for s in judged if s.trace is not None)
     if gain is not None and tokens < SMALL_SAMPLE:
         notes.append(f"{tokens} tokens are few to plan from: expect less than predicted, and record more")
     return notes
 
 
-def _why(made: PlacementPlan, judged: Sequence[Scenario]) -> str:
+def _why(made: PlacementPlan, judged: Sequence[Scenario], method: str) -> str:
     experts, ranks = made.num_experts, made.ranks
     if experts / ranks < 3:
         return (
@@ -115,6 +118,8 @@ def _why(made: PlacementPlan, judged: Sequence[Scenario]) -> str:
         )
     if judged[0].trace is None:
         return "the load is even enough as it is"
+    if method != "auto":
+        return "--method auto may find a better one"
     return "routing is too flat: which experts follow or accompany each other is close to chance"
 
 

@@ -31,8 +31,14 @@ def atomic_output(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: Path) -> None:
-    """Raises InputError now if `path` cannot be written later: before hours of work, not after."""
+def check_writable(path: Path, *read: Path | str | None) -> None:
+    """Raises InputError now if `path` cannot be written later: before hours of work, not after.
+
+    read: what is read to make it; names that are no files of this machine are passed over.
+    """
+    for other in read:
+        if other is not None and path.exists() and Path(other).exists() and path.samefile(other):
+            raise InputError(f"--out: found {path}, which is also read; give another name")
     if path.is_symlink():
         path = path.resolve()
     folder = path.parent
@@ -62,8 +68,21 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is no text (a trace?), expected JSON") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not valid JSON: {str(error)[:200]}") from error
+
+
+def looks_like_json(path: Path) -> bool:
+    """By its first bytes, of an object; safetensors begin with the length of a header that is one."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40
+    return not safetensors and head.lstrip()[:1] == b"{"
 
 
 def sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from coterie.routing.errors import InputError, require
-from coterie.routing.files import atomic_output
+from coterie.routing.files import atomic_output, looks_like_json
 
 TRACE_FORMAT = "coterie.trace.v1"
 LOAD_FORMAT = "coterie.load.v1"
@@ -223,7 +223,9 @@ def read_trace(path: Path) -> RoutingTrace:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
+    if looks_like_json(path):
+        raise InputError(f"{path}: is JSON (a plan?), expected a trace or load statistics (safetensors)")
     try:
         with safe_open(path, framework="np") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

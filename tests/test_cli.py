@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -229,6 +230,22 @@ def test_wrong_arguments_are_one_line_with_exit_code_2(tmp_path: Path, trace_fil
     assert "the folder" in fails(capsys, "plan", trace_file, "--topology", "1x2", "--out", "/no/where/p.json")
     assert "is a folder" in fails(capsys, "plan", trace_file, "--topology", "1x2", "--out", tmp_path)
     assert "cannot be read" in fails(capsys, "evaluate", tmp_path / "none.json", trace_file)
+    assert "is a folder, expected a file" in fails(capsys, "plan", tmp_path, "--topology", "1x2", "--out", out)
+    assert f"{plan_file}: is JSON (a plan?)" in fails(capsys, "cache-sim", plan_file, "--slots", "0.5")
+    assert f"{trace_file}: is no text (a trace?)" in fails(capsys, "evaluate", trace_file, plan_file)
+    before = trace_file.read_bytes(), plan_file.read_bytes()
+    for verb, *rest in (
+        ("plan", trace_file, "--topology", "1x2", "--out", trace_file),
+        ("show", trace_file, "--out", trace_file),
+        ("export", plan_file, "--to", "vllm", "--out", plan_file),
+        ("import", trace_file, "--out", trace_file),
+        ("trace", "coterie-tiny", "--prompts", plan_file, "--out", plan_file),
+        ("generate", "coterie-tiny", "--prompts", plan_file, "--out", plan_file),
+    ):
+        assert "which is also read; give another name" in fails(capsys, verb, *rest)
+    assert (trace_file.read_bytes(), plan_file.read_bytes()) == before
+    assert "--traces: found" in fails(capsys, "bench", "plan", "--traces", tmp_path / "none")
+    assert "--ranks: found 32, expected 2 to 16" in fails(capsys, "demo", "--ranks", "32", "--out", tmp_path / "demo")
     prompts = tmp_path / "p.txt"
     for text, message in (
         ("", "found no prompt"),
@@ -275,6 +292,23 @@ def test_an_unexpected_failure_is_called_a_defect_and_debug_shows_it(
     assert code == 1 and "ZeroDivisionError" in err and "--debug" in err and "Traceback" not in err
     with pytest.raises(ZeroDivisionError):
         main([str(a) for a in (*arguments, "--debug")])
+
+
+def test_what_may_not_be_read_is_wrong_input_and_no_defect(trace_file: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    def refused(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("coterie.launch.planning.read_routing", refused)
+    message = fails(capsys, "plan", trace_file, "--topology", "1x2", "--out", tmp_path / "p")
+    assert f"{trace_file}: cannot be used: Permission denied" in message
+
+
+def test_a_plan_without_planning_is_not_called_useless(trace_file: Path, tmp_path: Path, capsys) -> None:
+    arguments = ("plan", trace_file, "--out", tmp_path / "p", "--time-limit", "1")
+    alone = run_json(capsys, *arguments, "--topology", "1x1")["predicted"]["notes"]
+    assert alone == ["on one rank nothing travels: a plan has nothing to save"]
+    notes = run_json(capsys, *arguments, "--topology", "1x2", "--method", "contiguous")["predicted"]["notes"]
+    assert not any("will not pay" in note for note in notes)
 
 
 def interrupted(arguments: list[str], after: float) -> tuple[int, str, str]:

@@ -253,7 +253,7 @@ def test_homes_are_said_to_be_lost(tmp_path: Path, plan_file: Path, capsys, monk
 
 def test_wrong_arguments_name_what_is_allowed_and_write_nothing(tmp_path: Path, plan_file: Path, capsys) -> None:
     for arguments, message in (
-        (("--to", "sglang", "--out", tmp_path / "o.txt"), "found that name, expected one that ends in .json"),
+        (("--to", "sglang", "--out", tmp_path / "o.txt"), "expected a name that ends in .json, as sglang wants it"),
         (("--to", "sglang", "--out", tmp_path / "o.json", "--num-layers", "2"), f"{plan_file}: --num-layers: found 2"),
         (("--to", "vllm", "--out", tmp_path / "o.json", "--num-layers", "0"), "--num-layers: found 0, expected 1 or more"),
         (("--to", "mlx", "--out", tmp_path / "o.json"), "invalid choice: 'mlx'"),

@@ -228,7 +228,9 @@ def test_an_experts_weights_of_another_dtype_are_refused(folder: Path, tmp_path:
 
 def test_packed_needs_memory(folder: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(folder), "--prompt", "x", "--packed", str(packed)]) == 2
-    assert "--packed: found" in (said := capsys.readouterr().err) and "without --memory, expected both" in said
+    assert (
+        "--packed: found" in (said := capsys.readouterr().err) and "without --memory, expected --memory SIZE beside it" in said
+    )
     with pytest.raises(InputError, match="packed: found it without slots, expected slots with it"):
         coterie.load(folder, packed=packed)
 
