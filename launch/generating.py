@@ -152,9 +152,7 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
     try:
         requests = text.requests(prompts, options.max_new_tokens)
     except InputError as error:
-        if not options.prompts:
-            raise
-        raise InputError(f"{options.prompts}: {error}") from error
+        raise InputError(f"{options.prompts or '--prompt'}: {error}") from error
     return Asked(share, strategy, text, prompts, requests, sampling, options.batch_invariant, replan)
 
 
@@ -274,6 +272,7 @@ def _finish(
     if options.out is not None:
         with atomic_output(options.out) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in asked.rows(kept))
+        say(f"{options.out}: {len(asked.requests)} outputs")
     elif options.prompts and not options.json:
         for row in asked.rows(kept):
             print(f"[{row['id']}] {row['prompt']}{row['text']}\n")

@@ -54,7 +54,7 @@ class Text:
             raise InputError(f"{self.folder}: has no tokenizer, expected prompts with token_ids")
         ids = prompt.token_ids if prompt.token_ids is not None else self.tokenizer(prompt.text or "")["input_ids"]
         if not len(ids):
-            raise InputError("token_ids: found none, expected at least one")
+            raise InputError("found no token, expected at least one")
         wrong = next((i for i in ids if not 0 <= i < self.vocabulary), None)
         if wrong is not None:
             raise InputError(f"token_ids: found {wrong}, expected 0 to {self.vocabulary - 1}")

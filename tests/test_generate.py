@@ -117,7 +117,7 @@ def test_transformers_own_generate_works_on_a_model_coterie_loaded(model: coteri
 
 @pytest.mark.parametrize("prompt", [coterie.Prompt(text=""), coterie.Prompt(token_ids=())])
 def test_an_empty_prompt_is_an_error(prompt: coterie.Prompt) -> None:
-    with pytest.raises(InputError, match=r"prompt 0 .*: token_ids: found none"):
+    with pytest.raises(InputError, match=r"prompt 0 .*: found no token"):
         coterie.load("coterie-tiny").generate([prompt], 2)
 
 
