@@ -110,7 +110,7 @@ def test_truncated_empty_and_missing_files_are_named(trace_file: Path, tmp_path:
             read_trace(trace_file)
     with pytest.raises(InputError, match="no such file"):
         read_trace(tmp_path / "nothing")
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="is a folder, expected a file"):
         read_trace(tmp_path)
 
 
