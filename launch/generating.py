@@ -131,6 +131,8 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
     positive("--batch-size", options.batch_size)
     if options.resume and options.out is None:
         raise InputError("--resume: found no --out, expected the one of the stopped run")
+    if options.memory is not None and options.replan is not None:
+        raise InputError("--memory: found it with --replan, expected one of them: what moves between ranks is in memory")
     if options.packed is not None and options.memory is None:
         raise InputError(f"--packed: found {str(options.packed)!r} without --memory, expected --memory SIZE beside it")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)

@@ -90,8 +90,6 @@ def _budget(asked: Asked, options: argparse.Namespace, group: Group) -> int | No
     """Bytes of a process; None where all experts are to be loaded."""
     share = asked.share
     if options.memory is not None:
-        if options.replan:
-            raise InputError("--memory: found it with --replan, expected one of them: what moves between ranks is in memory")
         return parse_bytes(options.memory)
     free = free_bytes(share.device)
     if share.quantise or options.replan or free is None or share.plan.ranks > 1:
