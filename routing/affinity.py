@@ -157,10 +157,15 @@ def _packed(ids: NDArray[np.int16], low: int, bits: int) -> NDArray[np.uint64]:
                 columns[i], columns[i + 1] = np.minimum(one, other), np.maximum(one, other)
         key = np.zeros(len(columns[0]), dtype=np.uint64)
         for column in columns:
-            key <<= np.uint64(bits)
-            key |= (column - np.int16(low)).astype(np.uint64)
+            _append(key, column, low, bits)
         keys[tokens] = key
     return keys
+
+
+def _append(key: NDArray[np.uint64], column: NDArray[np.int16], low: int, bits: int) -> None:
+    """The column's ids, less `low`, behind what the keys hold, in place."""
+    key <<= np.uint64(bits)
+    key |= (column - np.int16(low)).astype(np.uint64)
 
 
 def _unpacked(keys: NDArray[np.uint64], low: int, bits: int, top_k: int) -> NDArray[np.int16]:
@@ -182,8 +187,7 @@ def _equal_rows(rows: NDArray[np.int16], low: int, bits: int) -> tuple[NDArray[n
             starts = _first_of_equal(key[order])
             key[order] = np.repeat(np.arange(len(starts), dtype=np.uint64), np.diff(starts, append=len(rows)))
             free = 64 - len(starts).bit_length()
-        key <<= np.uint64(bits)
-        key |= (column - np.int16(low)).astype(np.uint64)
+        _append(key, column, low, bits)
         free -= bits
     order = np.argsort(key)
     return order, _first_of_equal(key[order])

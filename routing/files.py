@@ -38,7 +38,7 @@ def check_writable(path: Path, *read: Path | str | None) -> None:
     """
     for other in read:
         if other is not None and path.exists() and Path(other).exists() and path.samefile(other):
-            raise InputError(f"--out: found {path}, which is also read; give another name")
+            raise InputError(f"{path}: would be written over an input, which is also read; give another name")
     if path.is_symlink():
         path = path.resolve()
     folder = path.parent

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, make_model
+from tiny_models import FAMILIES, assert_same_steps, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -24,12 +24,7 @@ def test_every_step_of_every_family_has_the_bits_of_its_own_norms(family: str, d
     changed = [name for name, module in fast.named_modules() if "forward" in vars(module)]
     rounds_last = (family, dtype) == ("gpt_oss", torch.bfloat16)  # after it has weighed: stays as it is
     assert bool(changed) == (not rounds_last and any(type(m).__name__.endswith("RMSNorm") for m in fast.modules()))
-    caches, ids = [None, None], torch.tensor([[5, 17, 33, 60]])
-    with torch.inference_mode():
-        for step in (ids, ids[:, :1], ids[:, 1:2], ids[:, 2:]):
-            outs = [m(step, past_key_values=c, use_cache=True) for m, c in zip((plain, fast), caches, strict=True)]
-            caches = [out.past_key_values for out in outs]
-            assert torch.equal(outs[0].logits, outs[1].logits)
+    assert_same_steps(plain, fast)
     plain_norms_again(fast)
     assert not any("forward" in vars(module) for module in fast.modules())
 

@@ -52,3 +52,13 @@ def make_model(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path
                 parameter.normal_(0, 0.1)
     model.save_pretrained(folder)
     return folder
+
+
+def assert_same_steps(plain: Any, fast: Any) -> None:
+    """A prompt, two single tokens and two at once give logits with the same bits."""
+    caches, ids = [None, None], torch.tensor([[5, 17, 33, 60]])
+    with torch.inference_mode():
+        for step in (ids, ids[:, :1], ids[:, 1:2], ids[:, 2:]):
+            outs = [m(step, past_key_values=c, use_cache=True) for m, c in zip((plain, fast), caches, strict=True)]
+            caches = [out.past_key_values for out in outs]
+            assert torch.equal(outs[0].logits, outs[1].logits)
