@@ -321,7 +321,7 @@ def _meet(group: Group) -> None:
 def same_on_all(group: Group, found: Mapping[str, str]) -> None:
     """Raises InputError, naming the rank, unless all ranks found the same of each thing: `{what: digest}`."""
     said = group.gather((socket.gethostname(), dict(found)))
-    for what in found:
+    for what in {what: None for _, others in said for what in others}:  # what one rank alone found is for all to raise
         for rank, (host, others) in enumerate(said):
             if others.get(what) != said[0][1].get(what):
                 raise InputError(

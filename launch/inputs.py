@@ -17,10 +17,10 @@ OWN = ("out", "json", "debug")  # arguments in which ranks may differ
 def found_here(options: argparse.Namespace) -> dict[str, str]:
     """Digests of what `generate` was given, by what the user calls it."""
     found = {f"{options.model}: the checkpoint": checkpoint_digest(options.model)}
-    replan = None if options.replan in (None, "auto") else Path(options.replan)
-    for path in (options.plan, options.prompts, replan):
-        if path is not None and path.is_file():
-            found[str(path)] = sha256(path)[:16]
+    given = [path for path in (options.plan, options.prompts) if path is not None]
+    if options.replan not in (None, "auto") and Path(options.replan).is_file():  # else refused later, with what it may be
+        given.append(Path(options.replan))
+    found |= {str(path): sha256(path)[:16] for path in given}
     arguments = {name: str(value) for name, value in vars(options).items() if name not in OWN}
     found["the arguments"] = _short(json.dumps(arguments, sort_keys=True).encode())
     return found

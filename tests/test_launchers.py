@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT / "bench"))
 from faults import Job, environment, free_port, launcher, wait_for
 
 import coterie
+from coterie.launch.distributed import same_on_all
+from coterie.routing.errors import InputError
 
 pytestmark = pytest.mark.processes
 PROMPTS = ["The river", "A token", "def main(", "On the", "x = 1"]
@@ -258,6 +260,23 @@ def test_prompts_missing_on_one_rank_are_named(tmp_path: Path) -> None:
     (folders[0] / "p.txt").write_text("x")
     said = both_refuse(folders, "coterie-tiny", "--prompts", "p.txt")
     assert said == "coterie: rank 1: p.txt: cannot be read: No such file or directory"
+
+
+class Said:
+    """A group whose ranks have said these things."""
+
+    def __init__(self, *found: dict[str, str]) -> None:
+        self.found = found
+
+    def gather(self, value: Any) -> list[Any]:
+        return [(f"host{rank}", found) for rank, found in enumerate(self.found)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_rank_alone_found_ends_every_rank(rank: int) -> None:
+    group = Said({"model": "1", "new.json": "2", "the arguments": "3"}, {"model": "1", "the arguments": "4"})
+    with pytest.raises(InputError, match=r"new.json: differs between ranks: rank 1 \(host host1\) found None"):
+        same_on_all(group, group.found[rank])  # type: ignore[arg-type]
 
 
 def test_every_launcher_is_there_in_ci() -> None:
