@@ -232,13 +232,22 @@ def _speed_rows(name: str, case: Case, rate: float, bars: Bars, cell: dict[str, 
 
 
 def _predicted_rows(name: str, case: Case, cell: dict[str, Any]) -> Iterator[Row]:
-    """What the chooser predicts of a layer's communication, beside what the ranks spent in collectives."""
+    """What the chooser predicts of whole steps and of a layer's communication, beside what was measured of them."""
     found = cell["sides"].get(CHOSEN, {})
+    for phase, tokens in (("prefill", case.prefill), ("decode", case.decode)):
+        if promised := found.get("promised", {}).get(phase):
+            speed = _speed(cell, CHOSEN, phase, tokens * case.sequences)
+            assert speed is not None
+            over = speed / promised
+            yield Row(name, f"{phase}: tokens/s, measured over predicted", "x", over)
+            yield Row(name, f"{phase}: the predicted tokens/s, off by a factor of", "x", max(over, 1 / over), OFF)
     for phase, seconds in found.get("predicted", {}).items():
         measured = found["communication"][phase]
         over = measured / seconds
         yield Row(name, f"{phase}: communication of a layer, measured over predicted", "x", over)
-        yield Row(name, f"{phase}: the prediction, off by a factor of", "x", max(over, 1 / over) if over else None, OFF)
+        yield Row(
+            name, f"{phase}: the predicted communication, off by a factor of", "x", max(over, 1 / over) if over else None, OFF
+        )
 
 
 def _limits(phase: str, rate: float, bars: Bars) -> dict[str, float]:

@@ -52,10 +52,11 @@ Logits = dict[int, torch.Tensor]  # by sequence, `[vocabulary]`; those that this
 
 
 class Loaded(Protocol):
-    """A side in this process. strategy, predicted: ours, as chosen, and its predicted seconds per layer by phase."""
+    """A side in this process. strategy: ours, as chosen; by phase, predicted seconds per layer, and promised tokens/s."""
 
     strategy: str | None
     predicted: dict[str, float]
+    promised: dict[str, float]
     model: Any
 
     def communication(self) -> float:
@@ -121,6 +122,7 @@ class Ours:
         self.made, self.replay, self.asked = made, replay, side.strategy
         self.strategy: str | None = None
         self.predicted: dict[str, float] = {}
+        self.promised: dict[str, float] = {}
         self.model = made.transformers
         replay.attach(made.transformers)
 
@@ -138,6 +140,7 @@ class Ours:
         self.strategy = choice.name
         times = {"prefill": (choice.prefill_seconds, choice.prefill), "decode": (choice.decode_seconds, choice.decode)}
         self.predicted = {phase: seconds[name] for phase, (seconds, name) in times.items() if seconds}
+        self.promised = choice.tokens_per_second
         self.executor = made.dispatcher.executor(made.transformers, made.context, choice, None)
         shared = choice.shared
         assigned = [[Running(r, 0 if shared else rank) for r in requests if shared or homes[r.index] == rank]
@@ -175,6 +178,7 @@ class Peer:
         self.strategy: str | None = None
         self.model, self.replay, self.group = model.eval(), replay, group
         self.predicted: dict[str, float] = {}
+        self.promised: dict[str, float] = {}
 
     def communication(self) -> float:
         """Not known."""

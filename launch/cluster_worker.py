@@ -100,6 +100,7 @@ class Worker:
             found[name]["difference"] = float((values - first).abs().max() / first.abs().max())
             found[name]["strategy"] = self.loaded[name].strategy
             found[name]["predicted"] = self.loaded[name].predicted
+            found[name]["promised"] = self.loaded[name].promised
             found[name]["communication"] = self._communication(self.loaded[name], turns[name])
         return {"sides": found, "skipped": self.skipped}
 

@@ -2,15 +2,15 @@
 
 Predicted is what differs between strategies: the seconds that one layer of one step spends on communication, after the
 linear model of Hockney (1994), seconds = latency + bytes / bandwidth, for each collective; and, for `replicated`, the dense
-part of the layer that every rank then computes for all tokens. What ranks wait for each other beyond that was rehearsed and is
-the same for all strategies: it is in the seconds that are told, and decides nothing.
+part of the layer that every rank then computes for all tokens. What ranks wait for each other beyond that is found by trying
+steps of the model (moe/rehearsal.py): for the first strategy, and for those that are predicted to be about as fast as the best.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coterie.moe.collectives import Group
 from coterie.moe.families import ModelShape
@@ -36,11 +36,14 @@ MADE: dict[str, Callable[[Group], Strategy]] = {
     "overlapped": Overlapped, "coherent": Coherent,
 }  # fmt: skip
 STRATEGIES = ("local", *MADE)
+EQUAL = 1.03  # times the least seconds of a layer: of strategies so near the simplest is chosen
+CLOSE = 1.25  # and so near they are tried before one is chosen
+TRIED = ("hierarchical", "overlapped", "all_gather")  # beside all_to_all; the others are run by other executors
 
 
 @dataclass(frozen=True)
-class Waits:
-    """Seconds of a layer in which a rank waits for others to come: `fixed`, and more by a rank's tokens (moe/rehearsal.py)."""
+class Pace:
+    """Seconds of a layer, some fixed and more (or less) for each of a rank's tokens, as rehearsed (moe/rehearsal.py)."""
 
     fixed: float = 0.0
     per_token: float = 0.0
@@ -48,6 +51,35 @@ class Waits:
     def seconds(self, tokens: int) -> float:
         """With that many tokens on every rank."""
         return self.fixed + self.per_token * tokens
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What steps of the model took, by layer with experts, of which there are `layers`.
+
+    computing: all but exchanges; waits: of strategies that were tried, what exchanges took beyond what the links account for.
+    """
+
+    computing: Pace
+    waits: Mapping[str, Pace]
+    layers: int
+
+    def communication(self, name: str, predicted: Mapping[str, float], tokens: int) -> float:
+        """Seconds of a layer, from what the links alone promise. One that was not tried waits as the first one that was.
+
+        Where that did better than the links promise, others are taken to do better by the same share.
+        """
+        if name in self.waits:
+            return max(predicted[name] + self.waits[name].seconds(tokens), 0.0)
+        first, pace = next(iter(self.waits.items()))
+        wait = pace.seconds(tokens)
+        if wait >= 0 or not predicted.get(first):
+            return predicted[name] + max(wait, 0.0)
+        return predicted[name] * max(1 + wait / predicted[first], 0.0)
+
+    def tokens_per_second(self, ranks: int, tokens: int, communication: float) -> float:
+        """Of all ranks, in steps with `tokens` on each; communication: seconds of a layer."""
+        return ranks * tokens / (self.layers * (self.computing.seconds(tokens) + communication))
 
 
 @dataclass(frozen=True)
@@ -68,7 +100,7 @@ class Traits:
 
     row_bytes, back_bytes: of a dispatched row and of a returned one. ranks, nodes: remote ones that host its experts, on
     average. moves: rows of the coherent strategy, both exchanges; kv_bytes: of one token's keys and values in one layer.
-    dense_seconds: of one token's dense part of a layer; expert_seconds: of its experts. waits: of ranks for each other.
+    dense_seconds: of one token's dense part of a layer; expert_seconds: of its experts.
     """
 
     row_bytes: float
@@ -80,7 +112,6 @@ class Traits:
     kv_bytes: float = 0.0
     dense_seconds: float = 0.0
     expert_seconds: float = 0.0
-    waits: Waits = Waits()
 
 
 def predict(
@@ -91,13 +122,7 @@ def predict(
 
     free_bytes, counts_inside: as `Group` has them.
     """
-    times = _Times(links, ranks, ranks_per_node, tokens, free_bytes, counts_inside)
-    return traits.waits.seconds(tokens) + _added(name, traits, times)
-
-
-def _added(name: str, traits: Traits, t: _Times) -> float:
-    """What is sent, and computed more."""
-    ranks, tokens = t.ranks, t.tokens
+    t = _Times(links, ranks, ranks_per_node, tokens, free_bytes, counts_inside)
     out, back, m = traits.row_bytes, traits.back_bytes, traits.ranks
     between = t.between_share(m)
     if name == "all_to_all":
@@ -217,12 +242,16 @@ def traits_of(shape: ModelShape, plan: PlacementPlan, value_bytes: int, seconds_
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for each phase, and the predicted seconds per layer of every candidate; empty if not predicted."""
+    """What was chosen for each phase, and the predicted seconds per layer of every candidate; empty if not predicted.
+
+    tokens_per_second: of all ranks, predicted of the chosen strategies by phase; empty if nothing was rehearsed.
+    """
 
     prefill: str
     decode: str
     prefill_seconds: dict[str, float]
     decode_seconds: dict[str, float]
+    tokens_per_second: dict[str, float] = field(default_factory=dict)
 
     @property
     def shared(self) -> bool:
@@ -243,39 +272,57 @@ class Choice:
             f"{phase} {chosen} ({', '.join(f'{n} {s * 1e3:.2g}' for n, s in sorted(times.items(), key=lambda i: i[1]))} ms)"
             for phase, chosen, times in phases
         )
-        return f"strategy: {'; '.join(told)} predicted per layer"
+        speeds = " and ".join(f"{speed:,.0f} ({phase})" for phase, speed in self.tokens_per_second.items())
+        return f"strategy: {'; '.join(told)} predicted per layer{f'; tokens/s: {speeds}' if speeds else ''}"
 
 
 def decide(
     traits: Traits, links: Links, group: Group, prefill_tokens: int, decode_tokens: int, decode_steps: float = 1.0,
-    without: Collection[str] = (),
+    without: Collection[str] = (), trial: Trial | None = None,
 ) -> Choice:  # fmt: skip
     """The fastest strategies by prediction. tokens: of one rank in one step; without: strategies that cannot run here.
 
-    decode_steps: for each prefill.
+    decode_steps: for each prefill. trial: None where nothing was tried.
     """
 
     def times(names: Iterable[str], tokens: int) -> dict[str, float]:
         args = (traits, links, group.size, group.ranks_per_node, tokens, group.free_bytes, group.counts_inside)
-        return {name: predict(name, *args) for name in names}
+        promised = {name: predict(name, *args) for name in names}
+        return {name: trial.communication(name, promised, tokens) for name in names} if trial else promised
 
     layers = ["hierarchical"] if 1 < group.nodes < group.size else []
     names = [n for n in ("all_to_all", *layers, "all_gather", "replicated") if n not in without]
     before = times([*names, *({"overlapped"} - set(without))], prefill_tokens)
     after = times([*names, *({"coherent"} - set(without))], decode_tokens)
-    first, then = choose(before), choose(after)
+    rest = [trial.computing.seconds(tokens) if trial else 0.0 for tokens in (prefill_tokens, decode_tokens)]
+    first, then = choose(before, rest[0]), choose(after, rest[1])
     if "replicated" in (first, then):  # it is another layout of the batch: both phases or none
         both = before["replicated"] + decode_steps * after["replicated"]
-        rest = [{n: s for n, s in t.items() if n != "replicated"} for t in (before, after)]
-        first, then = choose(rest[0]), choose(rest[1])
+        apart = [{n: s for n, s in t.items() if n != "replicated"} for t in (before, after)]
+        first, then = choose(apart[0], rest[0]), choose(apart[1], rest[1])
         if both < before[first] + decode_steps * after[then]:
             first = then = "replicated"
-    return Choice(first, then, before, after)
+    phases = {"prefill": (prefill_tokens, before[first]), "decode": (decode_tokens, after[then])}
+    speeds = {phase: trial.tokens_per_second(group.size, *found) for phase, found in phases.items()} if trial else {}
+    return Choice(first, then, before, after, speeds)
 
 
-def choose(candidates: Mapping[str, float]) -> str:
-    """The fastest by its predicted seconds; of equals the first."""
-    return min(candidates, key=lambda name: candidates[name])
+def choose(candidates: Mapping[str, float], rest: float = 0.0) -> str:
+    """The fastest by predicted seconds, or one before it that is as good as equal; rest: what all need besides."""
+    least = rest + min(candidates.values())
+    return next(name for name, seconds in candidates.items() if rest + seconds <= EQUAL * least)
+
+
+def untried(choice: Choice, trial: Trial, prefill_tokens: int, decode_tokens: int) -> list[str]:
+    """Strategies that are to be tried before this choice is final: in a phase, those predicted to be about as fast."""
+    found: dict[str, None] = {}
+    for chosen, times, tokens in (
+        (choice.prefill, choice.prefill_seconds, prefill_tokens),
+        (choice.decode, choice.decode_seconds, decode_tokens),
+    ):
+        bound = CLOSE * (trial.computing.seconds(tokens) + times[chosen])
+        found |= {name: None for name, s in times.items() if trial.computing.seconds(tokens) + s <= bound}
+    return [name for name in found if name in TRIED and name not in trial.waits]
 
 
 def check_group(name: str | None, group: Group) -> None:

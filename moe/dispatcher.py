@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coterie.moe.batch import Batch, Request, SharedBatch
-from coterie.moe.choose import Choice, Links, Traits, check_group, decide, make_strategy, traits_of
+from coterie.moe.choose import Choice, Links, Traits, Trial, check_group, decide, make_strategy, traits_of, untried
 from coterie.moe.coherent import FAMILIES, CoherentBatch, check_family
 from coterie.moe.collectives import Group
 from coterie.moe.families import ModelShape
@@ -17,6 +16,9 @@ from coterie.moe.queue import PREFILL_TOKENS
 from coterie.moe.strategy import Strategy
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.record import Recorder
+
+if TYPE_CHECKING:
+    from coterie.moe.rehearsal import Rehearsal
 
 
 def check_strategy(asked: str | None, group: Group, shape: ModelShape) -> None:
@@ -43,6 +45,8 @@ class Dispatcher:
         self.without: frozenset[str] = frozenset()
         self._made: dict[str, Strategy] = {}
         self._traits: Traits | None = None
+        self._rehearsal: Rehearsal | None = None
+        self._trial: Trial | None = None
 
     def strategy(self, name: str | None) -> Strategy:
         """The strategy object of that name; None: the one for calls outside `generate`."""
@@ -61,26 +65,37 @@ class Dispatcher:
         prompt_tokens = max(1, min(PREFILL_TOKENS, int(mean * rows)))
         if self.links is None:
             self._measure(model, context, rows, prompt_tokens)
-        assert self._traits is not None and self.links is not None
         without = self.without if self.shape.config.model_type in FAMILIES else self.without | {"coherent"}
         if context.least_rows > 1:  # batch-invariant: coherent does not keep blocks of rows
             without |= {"coherent"}
         steps = sum(r.max_new_tokens for r in requests) / len(requests)
-        return decide(self._traits, self.links, self.group, prompt_tokens, rows, steps, without)
+        return self._decided(prompt_tokens, rows, steps, without)
+
+    def _decided(self, prompt_tokens: int, rows: int, steps: float, without: frozenset[str]) -> Choice:
+        """As predicted, once all that promise about as much as the best were tried, too."""
+        assert self._traits is not None and self.links is not None
+        sizes = prompt_tokens, rows
+        choice = decide(self._traits, self.links, self.group, *sizes, steps, without, self._trial)
+        while self._trial is not None and (names := untried(choice, self._trial, *sizes)):
+            assert self._rehearsal is not None
+            for name in names:
+                self._trial = self._rehearsal.more(self.strategy(name), self._trial)
+            choice = decide(self._traits, self.links, self.group, *sizes, steps, without, self._trial)
+        return choice
 
     def _measure(self, model: Any, context: StepContext, rows: int, prompt_tokens: int) -> None:
         from coterie.moe.probe import dense_seconds_per_weight, free_bytes, measure
-        from coterie.moe.rehearsal import rehearse
+        from coterie.moe.rehearsal import Rehearsal
 
         self.links = links = measure(self.group, self.remember)
         self.group.free_bytes = free_bytes(links, self.group)
         weight = next(model.parameters())
         seconds = dense_seconds_per_weight(weight.device, weight.dtype, self.group)
-        traits = traits_of(self.shape, self.plan, weight.element_size(), seconds)
+        self._traits = traits_of(self.shape, self.plan, weight.element_size(), seconds)
         on_disk = any(self.group.gather(any(hasattr(module, "coterie_cache") for module in model.modules())))
         if not on_disk:  # a rehearsal would fill the cache with experts that nobody asked for
-            traits = replace(traits, waits=rehearse(model, context, self.strategy("all_to_all"), links, rows, prompt_tokens))
-        self._traits = traits
+            self._rehearsal = Rehearsal(model, context, self._traits, links, rows, prompt_tokens)
+            self._trial = self._rehearsal.first(self.strategy("all_to_all"))
 
     def executor(self, model: Any, context: StepContext, choice: Choice, recorder: Recorder | None) -> Executor:
         """What runs the model by this choice."""

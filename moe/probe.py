@@ -60,16 +60,17 @@ def dense_seconds_per_weight(device: torch.device, dtype: torch.dtype, group: Gr
     weight, x = torch.ones(1024, 1024, dtype=dtype, device=device), torch.ones(32, 1024, dtype=dtype, device=device)
     times = []
     for _ in range(REPEATS):
-        _wait(device)
+        finish(device)
         started = time.perf_counter()
         F.linear(x, weight)
-        _wait(device)
+        finish(device)
         times.append(time.perf_counter() - started)
     slowest = max(ns for (ns,) in group.agree([int(statistics.median(times) * 1e9)]))
     return slowest / 1e9 / weight.numel() / len(x)
 
 
-def _wait(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
+    """Wait for all that a GPU was given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

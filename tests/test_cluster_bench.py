@@ -244,9 +244,10 @@ def a_case() -> cluster_cases.Case:
 
 
 def test_rows_hold_each_figure_to_its_bar_and_say_why_one_is_missing() -> None:
-    sides = {name: found(1.0, 2e6) for name in (*bench_cluster.OURS[3:], bench_cluster.CHOSEN, bench_cluster.CHOSEN_GLOO)} | {
-        bench_cluster.EP: found(2.0, 8e6)
-    }
+    promised = {"promised": {"prefill": 10.0, "decode": 4.0}, "predicted": {}, "communication": {}}
+    sides = {
+        name: found(1.0, 2e6) | promised for name in (*bench_cluster.OURS[3:], bench_cluster.CHOSEN, bench_cluster.CHOSEN_GLOO)
+    } | {bench_cluster.EP: found(2.0, 8e6)}
     cell = {"sides": sides, "skipped": {bench_cluster.HOMED: "not built yet", bench_cluster.LAYER: "not installed"}}
     layout = bench_cluster.Layout(2, 2, (1e8,), ())
     rows = list(bench_cluster.case_rows(a_case(), layout, bench_cluster.Bars(0.28, 2.8), {1e8: cell}))
@@ -256,6 +257,8 @@ def test_rows_hold_each_figure_to_its_bar_and_say_why_one_is_missing() -> None:
     assert by_metric[f"decode: chosen over {bench_cluster.EP}"].met
     chosen = by_metric["prefill: chosen (all_to_all)"]
     assert (chosen.value, chosen.ratio, chosen.met) == (8.0, 2.0, True)  # 4 sequences of 2 tokens in a second
+    off = [by_metric[f"{phase}: the predicted tokens/s, off by a factor of"] for phase in ("prefill", "decode")]
+    assert [(row.value, row.bar, row.met) for row in off] == [(1.25, 1.25, True), (1.0, 1.25, True)]  # 8 and 4 in a second
     missing = by_metric[f"sent between nodes, prefill: {bench_cluster.HOMED} over {bench_cluster.EP}"]
     assert (missing.value, missing.bar, missing.met) == (None, 0.28, None)
     assert "not built yet" in missing.why
