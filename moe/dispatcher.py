@@ -78,8 +78,7 @@ class Dispatcher:
         choice = decide(self._traits, self.links, self.group, *sizes, steps, without, self._trial)
         while self._trial is not None and (names := untried(choice, self._trial, *sizes)):
             assert self._rehearsal is not None
-            for name in names:
-                self._trial = self._rehearsal.more(self.strategy(name), self._trial)
+            self._trial = self._rehearsal.compared([self.strategy(name) for name in names], self._trial)
             choice = decide(self._traits, self.links, self.group, *sizes, steps, without, self._trial)
         return choice
 
@@ -94,8 +93,9 @@ class Dispatcher:
         self._traits = traits_of(self.shape, self.plan, weight.element_size(), seconds)
         on_disk = any(self.group.gather(any(hasattr(module, "coterie_cache") for module in model.modules())))
         if not on_disk:  # a rehearsal would fill the cache with experts that nobody asked for
-            self._rehearsal = Rehearsal(model, context, self._traits, links, rows, prompt_tokens)
-            self._trial = self._rehearsal.first(self.strategy("all_to_all"))
+            first = self.strategy("all_to_all")
+            self._rehearsal = Rehearsal(model, context, first, self._traits, links, rows, prompt_tokens)
+            self._trial = self._rehearsal.begin()
 
     def executor(self, model: Any, context: StepContext, choice: Choice, recorder: Recorder | None) -> Executor:
         """What runs the model by this choice."""

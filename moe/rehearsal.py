@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from coterie.moe.batch import Batch, Request, Running
 from coterie.moe.choose import Links, Pace, Traits, Trial, predict
-from coterie.moe.collectives import Group
 from coterie.moe.layer import StepContext
 from coterie.moe.probe import finish
 from coterie.moe.strategy import Strategy
@@ -28,6 +28,7 @@ WARM, STEPS, DECODE_STEPS = 1, 3, 5  # steps that are not timed, and that are: o
 TRIED_TOKENS = 64  # of a prompt that is tried first, to see how many can be afforded
 MOST_TOKENS = 512  # of a rank in one step; a longer prompt's times are taken to grow on
 MOST_SECONDS = 0.3  # a step; fewer tokens where it would take longer
+Run = Callable[[], object]  # a step
 
 
 @dataclass(frozen=True)
@@ -44,79 +45,100 @@ class Step:
 class Rehearsal:
     """Steps with `rows` (a decode step) up to `tokens` (a prompt's) tokens on every rank, by strategies that `Batch` can run.
 
-    Nothing of them is counted, and nothing of the model changes. Every rank must do the same, and finds the same.
+    first: `AllToAll`, which all others are compared with. Nothing of the steps is counted, and nothing of the model changes.
+    Every rank must do the same, and finds the same.
     """
 
     model: Any
     context: StepContext
+    first: Strategy
     traits: Traits
     links: Links
     rows: int
     tokens: int
 
     def __post_init__(self) -> None:
+        self.group = self.first.group
         self.layers = max(1, len(expert_modules(self.model)))
         self.length = max(2, self.tokens // self.rows)  # of a prompt
 
-    def first(self, strategy: Strategy) -> Trial:
-        """Of `AllToAll`, which all others are compared with."""
-        more = self._prompts(strategy, min(self.tokens, TRIED_TOKENS))
-        affordable = min(self.tokens, MOST_TOKENS, int(more.tokens * MOST_SECONDS / max(more.seconds, 1e-9)))
-        if affordable > more.tokens:
-            more = self._prompts(strategy, affordable)
-        self.tried = more.tokens
-        few = self._decoding(strategy)
-        ranks = more.rows / (2 * strategy.group.size * more.tokens * self.layers)
+    @torch.inference_mode()
+    def begin(self) -> Trial:
+        """Of the first strategy."""
+        with _aside(self.context, self.group.traffic):
+            more = self._step(*self._prompts(self.first, min(self.tokens, TRIED_TOKENS)), STEPS)
+            affordable = min(self.tokens, MOST_TOKENS, int(more.tokens * MOST_SECONDS / max(more.seconds, 1e-9)))
+            if affordable > more.tokens:
+                more = self._step(*self._prompts(self.first, affordable), STEPS)
+            self.tried = more.tokens
+            few = self._step(*self._decoding(self.first), DECODE_STEPS)
+        ranks = more.rows / (2 * self.group.size * more.tokens * self.layers)
         self.seen = replace(self.traits, ranks=ranks, nodes=self.traits.nodes * ranks / max(self.traits.ranks, 1e-9))
-        computing = _through((few.tokens, more.tokens), [(s.seconds - s.exchanging) / self.layers for s in (few, more)])
-        return Trial(computing, {strategy.name: self._waits(strategy, computing, few, more)}, self.layers)
-
-    def more(self, strategy: Strategy, trial: Trial) -> Trial:
-        """With one strategy more; all in which its steps take longer or shorter than the first one's counts as waiting."""
-        waits = self._waits(strategy, trial.computing, self._decoding(strategy), self._prompts(strategy, self.tried))
-        return replace(trial, waits={**trial.waits, strategy.name: waits})
-
-    def _waits(self, strategy: Strategy, computing: Pace, few: Step, more: Step) -> Pace:
-        """What these steps took beyond computing and what the links account for; less than nothing where they do better."""
-        group = strategy.group
-        known = (self.seen, self.links, group.size, group.ranks_per_node)
-        accounted = [predict(strategy.name, *known, s.tokens, group.free_bytes, group.counts_inside) for s in (few, more)]
+        at = few.tokens, more.tokens
+        computing = _through(at, [(s.seconds - s.exchanging) / self.layers for s in (few, more)])
         spent = [s.seconds / self.layers - computing.seconds(s.tokens) for s in (few, more)]
-        return _through((few.tokens, more.tokens), [s - a for s, a in zip(spent, accounted, strict=True)])
-
-    def _prompts(self, strategy: Strategy, tokens: int) -> Step:
-        """Prompts of the length, about `tokens` together."""
-        mine = self._drawn(strategy.group.size, max(1, tokens // self.length), max(2, min(self.length, tokens)))
-        count = sum(len(sequence.request.token_ids) for sequence in mine[0])
-        return self._steps(strategy, lambda: Batch(self.model, self.context, None, strategy).prefill(mine), count, STEPS)
+        wait = _through(at, [s - self._accounted(self.first, tokens) for s, tokens in zip(spent, at, strict=True)])
+        return Trial(computing, {self.first.name: wait}, self.layers)
 
     @torch.inference_mode()
-    def _decoding(self, strategy: Strategy) -> Step:
-        """One token more of `rows` sequences, behind as long a prompt as was tried."""
-        mine = self._drawn(strategy.group.size, self.rows, max(1, min(self.length, self.tried // self.rows)))
-        with _aside(self.context, strategy.group.traffic):
-            batch = Batch(self.model, self.context, None, strategy)
-            batch.prefill(mine)
-            return self._steps(strategy, lambda: batch.decode((self.rows,) * len(mine)), self.rows, DECODE_STEPS)
+    def compared(self, strategies: Sequence[Strategy], trial: Trial) -> Trial:
+        """With more strategies; all in which their steps take longer or shorter than the first one's counts as waiting."""
+        sides = [self.first, *strategies]
+        with _aside(self.context, self.group.traffic):
+            few = self._in_turns([self._decoding(side)[0] for side in sides], DECODE_STEPS)
+            more = self._in_turns([self._prompts(side, self.tried)[0] for side in sides], STEPS)
+        at, waits = (self.rows, self.tried), dict(trial.waits)
+        for strategy, *longer in zip(strategies, few, more, strict=True):
+            waits[strategy.name] = _through(at, [
+                waits[self.first.name].seconds(tokens) + seconds / self.layers
+                + self._accounted(self.first, tokens) - self._accounted(strategy, tokens)
+                for tokens, seconds in zip(at, longer, strict=True)
+            ])  # fmt: skip
+        return replace(trial, waits=waits)
 
-    def _drawn(self, ranks: int, rows: int, length: int) -> list[list[Running]]:
+    def _accounted(self, strategy: Strategy, tokens: int) -> float:
+        """Seconds of a layer that the links account for."""
+        group = self.group
+        known = (self.seen, self.links, group.size, group.ranks_per_node)
+        return predict(strategy.name, *known, tokens, group.free_bytes, group.counts_inside)
+
+    def _prompts(self, strategy: Strategy, tokens: int) -> tuple[Run, int]:
+        """Prompts of the length, about `tokens` together; how many it are."""
+        mine = self._drawn(max(1, tokens // self.length), max(2, min(self.length, tokens)))
+        count = sum(len(sequence.request.token_ids) for sequence in mine[0])
+        return lambda: Batch(self.model, self.context, None, strategy).prefill(mine), count
+
+    def _decoding(self, strategy: Strategy) -> tuple[Run, int]:
+        """One token more of `rows` sequences, behind as long a prompt as was tried."""
+        mine = self._drawn(self.rows, max(1, min(self.length, self.tried // self.rows)))
+        batch = Batch(self.model, self.context, None, strategy)
+        batch.prefill(mine)
+        return lambda: batch.decode((self.rows,) * len(mine)), self.rows
+
+    def _drawn(self, rows: int, length: int) -> list[list[Running]]:
         """Sequences of every rank."""
-        vocabulary = self.model.config.get_text_config().vocab_size
-        drawn = torch.randint(vocabulary, (ranks, rows, length), generator=torch.Generator().manual_seed(rows)).tolist()
+        vocabulary, draw = self.model.config.get_text_config().vocab_size, torch.Generator().manual_seed(rows)
+        drawn = torch.randint(vocabulary, (self.group.size, rows, length), generator=draw).tolist()
         return [[Running(Request(i, tuple(ids), 1), rank) for i, ids in enumerate(own)] for rank, own in enumerate(drawn)]
 
-    @torch.inference_mode()
-    def _steps(self, strategy: Strategy, run: Callable[[], object], tokens: int, steps: int) -> Step:
-        """`run` is a step with that many tokens on every rank."""
-        group = strategy.group
-        with _aside(self.context, group.traffic):
-            found = [self._step(group, run) for _ in range(WARM + steps)]
-            took, waited, sent = (statistics.median(values) for values in zip(*found[WARM:], strict=True))
-            said = group.agree([int(took * 1e9), int(waited * 1e9), int(sent)])
+    def _step(self, run: Run, tokens: int, steps: int) -> Step:
+        """The median of that many steps."""
+        found = [self._timed(run) for _ in range(WARM + steps)]
+        took, waited, sent = (statistics.median(values) for values in zip(*found[WARM:], strict=True))
+        said = self.group.agree([int(took * 1e9), int(waited * 1e9), int(sent)])
         return Step(tokens, max(s[0] for s in said) / 1e9, min(s[1] for s in said) / 1e9, sum(s[2] for s in said))
 
-    def _step(self, group: Group, run: Callable[[], object]) -> tuple[float, float, int]:
+    def _in_turns(self, runs: Sequence[Run], steps: int) -> list[float]:
+        """By how many seconds all but the first run's steps take longer than its own: taking turns, for machines drift."""
+        found = [[self._timed(run)[0] for run in runs] for _ in range(WARM + steps)]
+        said = self.group.agree([int(seconds * 1e9) for turn in found[WARM:] for seconds in turn])
+        slowest = np.array(said).max(0).reshape(steps, len(runs)) / 1e9
+        longer: list[float] = np.median(slowest[:, 1:] - slowest[:, :1], axis=0).tolist()
+        return longer
+
+    def _timed(self, run: Run) -> tuple[float, float, int]:
         """Seconds of one step, those in exchanges, and rows sent."""
+        group = self.group
         finish(group.device)
         group.agree([0])
         before, sent = group.traffic.exchanging(), group.traffic.rows

@@ -73,9 +73,9 @@ def rehearsed(folder: Path, group: Group) -> tuple[Trial, bool]:
     traffic.rows, traffic.step = 7, 3
     before = {name: getattr(traffic, name) for name in ("rows", "bytes", "overhead", "step", "layer")}
     context = dict(vars(model.context))
-    rehearsal = Rehearsal(model.transformers, model.context, PLAIN, LINKS, 2, 9)
-    found = rehearsal.first(model.dispatcher.strategy("all_to_all"))
-    found = rehearsal.more(model.dispatcher.strategy("overlapped"), found)
+    strategy = model.dispatcher.strategy
+    rehearsal = Rehearsal(model.transformers, model.context, strategy("all_to_all"), PLAIN, LINKS, 2, 9)
+    found = rehearsal.compared([strategy("overlapped"), strategy("all_gather")], rehearsal.begin())
     unchanged = all(getattr(traffic, name) == value for name, value in before.items())
     same = all(vars(model.context)[name] is value for name, value in context.items())
     return found, unchanged and same and not model.context.loads.any() and not traffic.seconds
@@ -86,7 +86,7 @@ def test_a_rehearsal_is_the_same_on_all_ranks_and_leaves_no_mark(tmp_path: Path)
     found = on_ranks(3, lambda group: rehearsed(tmp_path, group))
     trials = [trial for trial, _ in found]
     assert all(clean for _, clean in found)
-    assert trials.count(trials[0]) == 3 and set(trials[0].waits) == {"all_to_all", "overlapped"}
+    assert trials.count(trials[0]) == 3 and set(trials[0].waits) == {"all_to_all", "overlapped", "all_gather"}
     assert trials[0].computing.seconds(8) > 0 and trials[0].layers == 3
 
 
@@ -97,12 +97,10 @@ def test_what_was_rehearsed_is_predicted_as_it_went(tmp_path: Path, monkeypatch)
 
     def speeds(group: Group) -> list[float]:
         model = load(tmp_path, dtype="float32", group=group)
-        rehearsal = Rehearsal(model.transformers, model.context, PLAIN, LINKS, 2, 8)
-        monkeypatch.setattr(
-            Rehearsal, "_step", lambda self, group, run: (run(), (lengths[self.context.strategy.name], 0.01, 64))[1]
-        )
-        trial = rehearsal.first(model.dispatcher.strategy("all_to_all"))
-        trial = rehearsal.more(model.dispatcher.strategy("overlapped"), trial)
+        strategy = model.dispatcher.strategy
+        rehearsal = Rehearsal(model.transformers, model.context, strategy("all_to_all"), PLAIN, LINKS, 2, 8)
+        monkeypatch.setattr(Rehearsal, "_timed", lambda self, run: (run(), (lengths[self.context.strategy.name], 0.01, 64))[1])
+        trial = rehearsal.compared([strategy("overlapped")], rehearsal.begin())
         known = rehearsal.seen, LINKS, group.size, group.ranks_per_node, 8, group.free_bytes, group.counts_inside
         return [trial.tokens_per_second(2, 8, predict(n, *known) + trial.waits[n].seconds(8)) for n in lengths]
 
