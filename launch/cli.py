@@ -164,7 +164,7 @@ def _import(verbs: Any) -> None:
         "--num-experts", type=int, metavar="E", help="experts a layer (default: the file's, or the largest id seen + 1)"
     )
     p.add_argument("--scenario", default="", help="a name for the traffic")
-    p.add_argument("--phase", choices=("prefill", "decode", "mixed"), default="mixed", help="default: %(default)s")
+    p.add_argument("--phase", choices=("prefill", "decode", "mixed"), help="of single tokens (default: mixed)")
     p.set_defaults(function="import_")
 
 

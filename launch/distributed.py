@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from coterie.launch.launched import Launch, find_launch
 from coterie.routing.errors import CoterieError, InputError, RankLostError, first_line
@@ -318,7 +318,16 @@ def _meet(group: Group) -> None:
         group.transport.watch.meet(MEETING_SECONDS)
 
 
-def same_on_all(group: Group, found: Mapping[str, str]) -> None:
+class Gathers(Protocol):
+    """Processes that tell each other things: `moe.collectives.Group`, `placement.spread.World`."""
+
+    @property
+    def gather(self) -> Callable[[Any], list[Any]]:
+        """Every process's value, in their order."""
+        ...
+
+
+def same_on_all(group: Gathers, found: Mapping[str, str]) -> None:
     """Raises InputError, naming the rank, unless all ranks found the same of each thing: `{what: digest}`."""
     said = group.gather((socket.gethostname(), dict(found)))
     for what in {what: None for _, others in said for what in others}:  # what one rank alone found is for all to raise

@@ -135,10 +135,12 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
         raise InputError("--memory: found it with --replan, expected one of them: what moves between ranks is in memory")
     if options.packed is not None and options.memory is None:
         raise InputError(f"--packed: found {str(options.packed)!r} without --memory, expected --memory SIZE beside it")
+    if options.out is not None and options.trace_events is not None and options.out.resolve() == options.trace_events.resolve():
+        raise InputError(f"--trace-events: found {str(options.trace_events)!r}, expected another file than --out")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     for path in (options.out, options.trace_events):
         if path is not None and group.rank == 0 and not options.dry_run:
-            check_writable(path, options.prompts, options.plan)
+            check_writable(path, options.prompts, options.plan, options.replan)
     prompts = read_prompts(options.prompts) if options.prompts else [Prompt(text=options.prompt)]
     plan = None if options.plan is None else read_plan(options.plan)
     to_come = _group_to_come(plan, group, options.dry_run)

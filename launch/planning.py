@@ -7,24 +7,25 @@ import os
 import time
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from coterie.launch.commands import comparison, say
-from coterie.launch.distributed import launched_rank, launched_size
+from coterie.launch.distributed import launched_rank, launched_size, same_on_all
 from coterie.launch.launched import find_launch
 from coterie.placement.plan import read_plan, save_plan
 from coterie.placement.topology import parse_topology
 from coterie.routing.errors import InputError, positive
-from coterie.routing.files import check_writable
+from coterie.routing.files import check_writable, sha256
 from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from coterie.placement.plan import PlacementPlan
     from coterie.placement.planner import PlanRequest
     from coterie.placement.task import Progress
 
+T = TypeVar("T")
 MOST_WORKERS = 8
 PREDICTING = 0.1  # of the time limit: a quick plan of half the sequences, judged on the others
 
@@ -33,16 +34,61 @@ def plan(options: argparse.Namespace) -> dict[str, Any] | None:
     """Place the experts of a traced model. Under mpirun every process searches and the first one writes."""
     from coterie.placement.planner import plan as make_plan
 
-    if launched_rank() == 0:
-        check_writable(options.out, *options.traces)  # `--from` may be replaced by what follows it
-    request = _request(options)
-    routings = [read_routing(path) for path in options.traces]
+    request, routings = _agreed(lambda: _read(options), options)
+    for note in _without_effect(request, len(routings)):
+        say(f"note: {note}")
     with _shown(request) as progress:
         first = replace(request, time_limit=(1 - PREDICTING) * request.time_limit)
         made = make_plan(routings, first, options.traces, progress)
     if launched_rank() != 0:
         return None
     save_plan(made, options.out)
+    try:
+        return _told(made, routings, request, options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {options.out} is written") from None
+
+
+def _read(options: argparse.Namespace) -> tuple[PlanRequest, list[RoutingTrace | LoadStatistics]]:
+    if launched_rank() == 0:  # `--from` may be replaced by what follows it
+        check_writable(options.out, *options.traces, options.topology)
+    return _request(options), [read_routing(path) for path in options.traces]
+
+
+def _agreed(work: Callable[[], T], options: argparse.Namespace) -> T:
+    """What `work` returns on every process; under mpirun all fail with the first one that does, or if they read other files."""
+    if launched_size() == 1:
+        return work()
+    from coterie.placement.spread import world
+
+    here, result, failure = world(), None, None
+    try:
+        result = work()
+    except InputError as error:
+        failure = str(error)
+    failures = here.gather(failure)
+    for rank, message in enumerate(failures):
+        if message is not None:
+            where = f"rank {rank}: " if None in failures else ""
+            raise InputError(where + message).known(alone=False)
+    files = [*options.traces, *filter(None, [options.previous])]
+    same_on_all(here, {str(path): sha256(path)[:16] for path in files})
+    return result  # type: ignore[return-value]
+
+
+def _without_effect(request: PlanRequest, recordings: int) -> Iterator[str]:
+    """What other methods than our own do not know."""
+    if request.method != "auto" and launched_rank() == 0:
+        if request.robust == "worst" and recordings > 1:
+            yield f"--method {request.method} plans for the mean of the recordings, whatever --robust says"
+        if request.iterations is not None:
+            yield f"--method {request.method} has no iterations: --iterations has no effect"
+
+
+def _told(
+    made: PlacementPlan, routings: list[RoutingTrace | LoadStatistics], request: PlanRequest, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Of a plan that is written: what it does, and what to expect of it."""
     if not options.json:
         print(_comparisons(made, routings))
     o = made.objective
@@ -60,12 +106,14 @@ def plan(options: argparse.Namespace) -> dict[str, Any] | None:
 def _predicted(made: PlacementPlan, routings: list[RoutingTrace | LoadStatistics], request: PlanRequest) -> dict[str, Any]:
     """What to expect of the plan, said and returned; nothing under mpirun, whose other processes have left."""
     from coterie.placement.advice import predict
+    from coterie.placement.prices import minimised_name
 
     if launched_size() > 1:
         return {}
     prediction = predict(made, routings, request, PREDICTING / 2 * request.time_limit)
     if prediction.unseen_gain is not None:
-        say(f"predicted on text it did not see: {made.objective.name} {prediction.unseen_gain:.1%} below contiguous placement")
+        name = minimised_name(request)
+        say(f"predicted on text it did not see: {name} {prediction.unseen_gain:.1%} below contiguous placement")
     for note in prediction.notes:
         say(f"note: {note}")
     return {"predicted": {"unseen_gain": prediction.unseen_gain, "notes": list(prediction.notes)}}

@@ -13,7 +13,7 @@ import numpy as np
 
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.planner import PlanRequest, baseline_plan, plan
-from coterie.placement.prices import minimised
+from coterie.placement.prices import minimised, minimised_name
 from coterie.placement.scenarios import DEFINITIONS, Scenario, gathered, summarised
 from coterie.routing.errors import InputError
 from coterie.routing.trace import LoadStatistics, RoutingTrace
@@ -25,8 +25,9 @@ CROWDED = 1.3  # busiest over mean beyond which what is saved on the links is li
 
 @dataclass(frozen=True)
 class Prediction:
-    """unseen_gain: share of the objective that the plan saves against contiguous placement on text it was not made from, None
-    where there is no second half to judge on; notes: what to know before using the plan, one sentence each.
+    """unseen_gain: share of what is minimised (`prices.minimised`) that the plan saves against contiguous placement on text it
+    was not made from, None where there is no second half to judge on; notes: what to know before using the plan, one sentence
+    each.
     """
 
     unseen_gain: float | None
@@ -94,7 +95,7 @@ def _by_strategy(request: PlanRequest) -> list[str]:
 def _by_gain(
     made: PlacementPlan, base: PlacementPlan, judged: Sequence[Scenario], request: PlanRequest, gain: float | None
 ) -> list[str]:
-    name = request.objective_name
+    name = minimised_name(request)
     before, after = minimised(base, judged, request), minimised(made, judged, request)
     seen = 1 - after / before if before > 0 else 0.0
     notes = []

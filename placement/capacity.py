@@ -24,10 +24,7 @@ def memory_limit(topology: Topology, layers: int, experts: int, slots: int) -> L
     A rank's memory is shared out over the layers in proportion to their bytes, whole experts at a time, what is left over in
     one layer going to the next. Raises InputError if all experts together do not fit, saying by how many bytes.
     """
-    if isinstance(topology.expert_bytes, tuple) and len(topology.expert_bytes) != layers:
-        found = f"{len(topology.expert_bytes)} entries"
-        raise InputError(f"topology: expert_bytes: found {found}, expected {layers}, one per traced layer, or one number")
-    size = np.broadcast_to(np.asarray(topology.expert_bytes, dtype=np.float64), (layers,))
+    size = topology.bytes_of_experts(layers)
     memory = np.broadcast_to(np.asarray(topology.memory_bytes, dtype=np.float64), (topology.ranks,))
     if not size.all() or (size.sum() * slots <= memory).all():
         return None

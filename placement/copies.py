@@ -21,8 +21,9 @@ from coterie.routing.affinity import Patterns
 Array = NDArray[np.float64]
 Holds = NDArray[np.bool_]  # [L, E, ranks]
 Slots = NDArray[np.int64]
-Cost = Callable[[int, Array, Array, Array], float]
-"""Layer, rows per token from rank to rank `[ranks, ranks]` and into other nodes `[ranks, nodes]`, pairs by rank -> cost."""
+Cost = Callable[[int, Array, Array, Array, Array], float]
+"""Layer, rows per token from rank to rank `[ranks, ranks]` and into other nodes `[ranks, nodes]`, pairs and touched experts by
+rank -> cost."""
 
 TRIED = 6  # candidates of each kind that are judged by the whole layer before one is taken
 
@@ -81,19 +82,25 @@ def for_rows(
     for layer, parts in enumerate(zip(*scenarios, strict=True)):
         members = np.concatenate([p.experts for p in parts]).astype(np.float32)
         rows = np.concatenate([p.weight * w / p.tokens for p, w in zip(parts, weights, strict=True)])
-        _fill_layer(_Traffic(members, rows, topology), filled[layer], open_slots[layer], partial(cost, layer))
+        touched = np.sum([w * (p.weight @ p.experts > 0) for p, w in zip(parts, weights, strict=True)], axis=0)
+        _fill_layer(_Traffic(members, rows, topology, touched), filled[layer], open_slots[layer], partial(cost, layer))
     return filled
 
 
 class _Traffic:
-    """One layer's patterns. members: float32 `[patterns, E]`; weight: float64 `[patterns]`, share of the tokens."""
+    """One layer's patterns. members: float32 `[patterns, E]`; weight: float64 `[patterns]`, share of the tokens.
 
-    def __init__(self, members: NDArray[np.float32], weight: Array, topology: Topology) -> None:
+    touched: `[E]`, the share of the scenarios in which an expert is used at all; None: there is one.
+    """
+
+    def __init__(self, members: NDArray[np.float32], weight: Array, topology: Topology, touched: Array | None = None) -> None:
         self.members, self.weight, self.topology = members, weight, topology
         self.load = weight @ members
+        self.touched = (self.load > 0).astype(np.float64) if touched is None else touched
 
-    def of(self, holds: NDArray[np.bool_]) -> tuple[Array, Array, Array]:
-        """Rows per token from home to rank `[ranks, ranks]` and into other nodes `[ranks, nodes]`, and pairs by rank `[ranks]`.
+    def of(self, holds: NDArray[np.bool_]) -> tuple[Array, Array, Array, Array]:
+        """Rows per token from home to rank `[ranks, ranks]` and into other nodes `[ranks, nodes]`; by rank `[ranks]` pairs, and
+        experts that are touched there.
 
         holds: bool `[E, ranks]`.
         """
@@ -110,11 +117,13 @@ class _Traffic:
             entered[home, home // per_node] = 0.0
             pairs += np.bincount(table[home], weights=self.load, minlength=ranks) / ranks
         np.fill_diagonal(sent, 0.0)
-        return sent, entered, pairs
+        used = np.zeros((ranks, len(holds)), dtype=bool)
+        used[table, np.arange(len(holds))] = True
+        return sent, entered, pairs, used @ self.touched
 
 
 def _fill_layer(
-    traffic: _Traffic, holds: NDArray[np.bool_], slots: Slots, cost: Callable[[Array, Array, Array], float]
+    traffic: _Traffic, holds: NDArray[np.bool_], slots: Slots, cost: Callable[[Array, Array, Array, Array], float]
 ) -> None:
     room = slots - holds.sum(0)
     now = cost(*traffic.of(holds))
@@ -139,7 +148,7 @@ def _candidates(traffic: _Traffic, holds: NDArray[np.bool_], room: NDArray[np.in
     gain[holds] = -1.0
     flat = np.argsort(-gain, axis=None, kind="stable")[:TRIED]
     found = [divmod(int(i), holds.shape[1]) for i in flat if gain.flat[i] > 0]
-    *_, pairs = traffic.of(holds)
+    _, _, pairs, _ = traffic.of(holds)
     heavy = np.argsort(-np.where(holds[:, pairs.argmax()], traffic.load / holds.sum(1), -1.0), kind="stable")[:TRIED]
     light = min(np.flatnonzero(room), key=lambda rank: pairs[rank])
     return found + [(int(e), int(light)) for e in heavy if not holds[e, light]]

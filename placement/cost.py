@@ -279,10 +279,7 @@ def expert_seconds(t: Topology, phase: str, layers: int) -> tuple[float, NDArray
 
     Prefill is timed by what is computed, decode by the weights that are read, a mixed trace by the slower of the two.
     """
-    if isinstance(t.expert_bytes, tuple) and len(t.expert_bytes) != layers:
-        found = f"{len(t.expert_bytes)} entries"
-        raise InputError(f"topology: expert_bytes: found {found}, expected {layers}, one per traced layer, or one number")
-    read = np.broadcast_to(np.asarray(t.expert_bytes, dtype=np.float64), (layers,)) / t.memory_bytes_per_second
+    read = t.bytes_of_experts(layers) / t.memory_bytes_per_second
     if phase == "prefill":
         read = np.zeros(layers)
     known = phase == "decode" and bool((read > 0).all())

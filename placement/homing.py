@@ -73,7 +73,7 @@ def alternate(task: Task, start: Solution, tokens: int | None = TOKENS) -> Solut
             company = _told(task, copies.held(begin, task.ranks), teller)
             best, made = _turns(task, company, best, teller, made, searching)
     bound = start.lower_bound
-    if task.request.objective_name == "dispatch":
+    if bound is not None and task.request.objective_name == "dispatch":  # None: of a plan that a default load cap is beyond
         bound = homes_bound(task, best.holds, task.deadline)
     return replace(start, holds=best.holds, lower_bound=bound, iterations=made, homes=best.homes)
 

@@ -15,19 +15,45 @@ DEFAULT_MAX_LOAD = 1.1
 MARGIN = 1 / 3  # of what contiguous placement is above even: other text is loaded a little differently
 
 
-def load_limits(loads: Sequence[NDArray[np.float64]], ranks: int, slots: int, max_load: float | None) -> tuple[Limit, ...]:
+def load_limits(
+    loads: Sequence[NDArray[np.float64]], ranks: int, slots: int, max_load: float | None, memory: Limit | None = None
+) -> tuple[Limit, ...]:
     """One limit for each scenario's load `[L, E]`, the same for every rank (`load_caps`).
 
-    Without `max_load` caps give way where `start` cannot keep all of them at once.
+    Without `max_load` caps give way where `start` cannot keep all of them, and the ranks' memory, at once.
     """
-    layers, experts = loads[0].shape
     caps = np.stack([load_caps(load, ranks, slots, max_load) for load in loads])
-    while True:
-        limits = tuple(Limit(load, np.tile(cap[:, None], (1, ranks))) for load, cap in zip(loads, caps, strict=True))
-        problem = Problem(layers, experts, ranks, slots, 1.0, limits).padded()
-        if max_load is not None or problem.feasible(found := start(problem)):
-            return limits
-        caps = np.maximum(caps, [carried(limit, found, ranks).max(1) for limit in problem.limits])
+    if max_load is not None:
+        return _evenly(loads, caps, ranks)
+    while np.isfinite(caps).all():
+        problem = _problem(_evenly(loads, caps, ranks), memory, ranks, slots)
+        found = start(problem)
+        if problem.feasible(found):
+            return _evenly(loads, caps, ranks)
+        carry = np.stack([carried(limit, found, ranks).max(1) for limit in problem.limits[: len(loads)]])
+        if (carry <= caps * (1 + 1e-9)).all():  # it is memory that is not kept: as uneven as what keeps it, or any
+            caps = _within_memory(loads, caps, memory, ranks, slots)
+        else:
+            caps = np.maximum(caps, carry)
+    return ()
+
+
+def _evenly(loads: Sequence[NDArray[np.float64]], caps: NDArray[np.float64], ranks: int) -> tuple[Limit, ...]:
+    return tuple(Limit(load, np.tile(cap[:, None], (1, ranks))) for load, cap in zip(loads, caps, strict=True))
+
+
+def _problem(limits: tuple[Limit, ...], memory: Limit | None, ranks: int, slots: int) -> Problem:
+    layers, experts = limits[0].weights.shape
+    return Problem(layers, experts, ranks, slots, 1.0, limits if memory is None else (*limits, memory)).padded()
+
+
+def _within_memory(
+    loads: Sequence[NDArray[np.float64]], caps: NDArray[np.float64], memory: Limit | None, ranks: int, slots: int
+) -> NDArray[np.float64]:
+    """Caps `[scenarios, L]` that a placement within memory keeps; none at all if that is not found even so."""
+    found = start(_problem(tuple(Limit(load, np.full((len(load), ranks), np.inf)) for load in loads), memory, ranks, slots))
+    wider = np.maximum(caps, [carried(Limit(load, np.empty(0)), found[:, : load.shape[1]], ranks).max(1) for load in loads])
+    return np.full_like(caps, np.inf) if (wider <= caps * (1 + 1e-9)).all() else wider
 
 
 def load_caps(load: NDArray[np.float64], ranks: int, slots: int, max_load: float | None) -> NDArray[np.float64]:

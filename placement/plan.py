@@ -204,9 +204,9 @@ def _from_json(value: Any) -> PlacementPlan:
         strategy=_text(value, "strategy"),
         objective=_objective(value.get("objective")),
         seconds=_number(value.get("seconds", 0.0), "seconds"),
-        seed=int(_number(value.get("seed", 0), "seed")),
-        iterations=int(_number(value.get("iterations", 0), "iterations")),
-        workers=int(_number(value.get("workers", 1), "workers")),
+        seed=_whole(value.get("seed", 0), "seed"),
+        iterations=_whole(value.get("iterations", 0), "iterations"),
+        workers=_whole(value.get("workers", 1), "workers"),
         inputs=tuple(_inputs(value.get("inputs", []))),
         homes=homes_from_json(value.get("homes")),
     )
@@ -236,6 +236,11 @@ def _number(found: Any, name: str) -> float:
     ok = isinstance(found, int | float) and not isinstance(found, bool) and abs(found) < 1e18
     require(ok, name, repr(found)[:40], "a finite number")
     return float(found)
+
+
+def _whole(found: Any, name: str) -> int:
+    require(type(found) is int and 0 <= found < 1 << 63, name, repr(found)[:40], "an integer of 0 or more, below 2^63")
+    return int(found)
 
 
 def _integers(found: Any, name: str) -> list[int]:

@@ -92,7 +92,7 @@ class PlanRequest:
             ("--max-load", self.max_load, self.max_load is None or 1 <= self.max_load < float("inf"), "at least 1"),
             ("--time-limit", self.time_limit, 0 < self.time_limit < float("inf"), "more than 0 seconds"),
             ("--iterations", self.iterations, self.iterations is None or self.iterations >= 0, "0 or more"),
-            ("--seed", self.seed, self.seed >= 0, "0 or more"),
+            ("--seed", self.seed, 0 <= self.seed < 1 << 63, "0 or more, below 2^63"),
             ("--workers", self.workers, self.workers >= 1, "1 or more"),
             ("--exact", self.exact, not self.exact or own, "--method auto beside it"),
             ("--exact", self.exact, not self.exact or self.objective_name in EXACT, f"--objective {' or '.join(EXACT)}"),
@@ -223,20 +223,20 @@ def _agreed(solution: Solution, here: World) -> Solution:
 
 def _worst(task: Task) -> Solution:
     """Minimise the worst scenario: mixtures that weigh it up, each planned for the mean; any mixture's bound is a bound."""
-    best, least, bound, made = None, np.inf, None, 0
+    best, least, bound, made = None, np.inf, 0.0, 0
     weights = np.array(task.weights)
     for turn in range(WORST_ROUNDS):
         share = task.deadline.share(1 / (WORST_ROUNDS - turn))
         found = _agreed(_solver(task.request)(replace(task, weights=tuple(weights), deadline=share)), task.world)
         values = np.array([replace(task, scenarios=(s,)).minimised(found.holds) for s in task.scenarios])
         made += found.iterations
-        bound = found.lower_bound if bound is None else max(bound, found.lower_bound or 0.0)
+        bound = max(bound, found.lower_bound or 0.0)
         if values.max() < least:
             best, least = found, float(values.max())
         weights = weights * np.exp(TILT * (values / values.max() - 1)) if values.max() > 0 else weights
         weights /= weights.sum()
     assert best is not None
-    return Solution(best.holds, bound, made)
+    return Solution(best.holds, None if best.lower_bound is None else bound, made)  # None: it is beyond a default load cap
 
 
 def _peer(scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int, deadline: Deadline) -> Solution:
@@ -272,13 +272,13 @@ def _check_memory(holds: NDArray[np.bool_], request: PlanRequest, slots: int) ->
 
 def _limits(scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int) -> tuple[Limit, ...]:
     """The load cap, on the mixture or (robust to the worst) on every scenario, and memory."""
+    layers, experts = scenarios[0].load.shape
+    memory = memory_limit(request.topology, layers, experts, slots)
     limits: tuple[Limit, ...] = ()
     ranks, objective = request.topology.ranks, request.objective_name
     if objective != "load" and (request.max_load is not None or _capped_by_default(scenarios, request)):
         loads = [_mixed_load(scenarios)] if request.robust == "mean" else [s.load for s in scenarios]
-        limits = load_limits(loads, ranks, slots, request.max_load)
-    layers, experts = scenarios[0].load.shape
-    memory = memory_limit(request.topology, layers, experts, slots)
+        limits = load_limits(loads, ranks, slots, request.max_load, memory)
     return limits if memory is None else (*limits, memory)
 
 
@@ -366,7 +366,7 @@ def _slots(layers: int, experts: int, request: PlanRequest) -> int:
 def _default_slots(experts: int, topology: Topology, layers: int) -> int:
     """Just enough for all experts; where a rank's memory is too small for its share, what the largest rank has room for."""
     enough = -(-experts // topology.ranks)
-    size = np.broadcast_to(np.asarray(topology.expert_bytes, dtype=np.float64), (layers,)).sum()
+    size = topology.bytes_of_experts(layers).sum()
     memory = np.broadcast_to(np.asarray(topology.memory_bytes, dtype=np.float64), (topology.ranks,))
     if size == 0 or (memory >= enough * size).all():
         return enough

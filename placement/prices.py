@@ -85,6 +85,11 @@ def prices_of(request: PlanRequest) -> Prices:
     return Prices(request.topology, link_price(request.topology), request.strategy == "hierarchical")
 
 
+def minimised_name(request: PlanRequest) -> str:
+    """What `minimised` counts, in words."""
+    return request.objective_name + (" at the links' prices" if prices_of(request).matter else "")
+
+
 def minimised(plan: PlacementPlan, scenarios: Sequence[Scenario], request: PlanRequest) -> float:
     """What the search minimises, over the scenarios: the objective as `evaluate` prints it, or rows at their links' prices."""
     prices = prices_of(request)

@@ -43,7 +43,9 @@ def dispatch(task: Task) -> Solution:
     if known is not None:
         best = _named(task, known, best)
     holds = copies.held(best, task.ranks)
-    return Solution(_with_copies(task, holds) if task.copied else holds, whole(target, bound) * target.scale, made)
+    if task.copied:
+        holds = within_caps(task, holds, _with_copies(task, holds))
+    return Solution(holds, whole(target, bound) * target.scale, made)
 
 
 def _proven(task: Task, problem: Problem, known: Problem, best: Assignment) -> tuple[Assignment, float]:
@@ -77,7 +79,7 @@ def _on_nodes(task: Task, deadline: Deadline) -> tuple[Assignment, int]:
 def _with_copies(task: Task, holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
     allowed, prices = _allowed_share(task), task.prices
 
-    def paid(layer: int, sent: Array, entered: Array, pairs: Array) -> float:
+    def paid(layer: int, sent: Array, entered: Array, pairs: Array, touched: Array) -> float:
         rows = float((sent * prices.by_rank).sum() + (entered * prices.by_node).sum())
         return _rows_within(rows, pairs, float(allowed[layer]))
 
@@ -205,7 +207,8 @@ def time(task: Task) -> Solution:
             holds,
             task.open_slots,
             task.request.topology,
-            lambda layer, sent, entered, pairs: score.time.of_copies(layer, sent, pairs),
+            lambda layer, sent, entered, pairs, touched: score.time.of_copies(layer, sent, pairs, touched),
         )
-        holds = within_caps(task, copies.held(best, task.ranks), holds)
+        plain = copies.held(best, task.ranks)
+        holds = min(plain, within_caps(task, plain, holds), key=task.evaluated)
     return Solution(holds, bounds.time_bound(task.request.topology, task.scenarios, task.slots), first + second)

@@ -5,6 +5,8 @@ Each takes a `Task` and returns a `Solution`; `planner.plan` evaluates what come
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 
 from coterie.placement import balance, bounds, chain, copies, exact, ilp
@@ -26,7 +28,7 @@ from coterie.placement.task import (
     iterations_for,
     whole,
 )
-from coterie.routing.errors import InputError
+from coterie.routing.errors import CoterieError, InputError
 
 SEARCH_SHARE, EXACT_SHARE = 0.45, 0.6  # of the time that is left; the rest is for the proof, if it has no core of its own
 PLAIN = 20  # descents of a placement without copies that one with copies is compared with
@@ -82,7 +84,7 @@ class _Proof:
         if self.child is not None:
             if problem.cost(best) <= bound + 1e-9 or program:  # a small problem's bound has settled by now
                 self.child.stop()
-            bound = max(bound, self.child.result())
+            bound = max(bound, self._of_child(self.child))
         elif problem.cost(best) > bound + 1e-9 and self.wanted:
             hear = lambda b: task.progress(problem.cost(best) * problem.scale, b * problem.scale, 0)  # noqa: E731
             bound = max(bound, bounds.chain_bound(problem, task.deadline.share(0.4 if program else 1.0), hear))
@@ -92,6 +94,14 @@ class _Proof:
         bound = max(task.world.gather(bound))
         best = min(task.world.gather(best), key=by_cost(problem))
         return best, min(whole(problem, bound), problem.cost(best))
+
+    def _of_child(self, child: Child) -> float:
+        """Its bound, in counts; of a proof that is lost the last one heard."""
+        try:
+            return float(child.result())
+        except CoterieError as error:
+            warnings.warn(f"the proof was lost ({error}): the plan is kept, with a weaker bound", RuntimeWarning, stacklevel=2)
+            return 0.0 if self.bound is None else self.bound / self.problem.scale
 
 
 def load(task: Task) -> Solution:

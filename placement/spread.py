@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from coterie.placement.deadline import Deadline, interruptible
-from coterie.routing.errors import CoterieError
+from coterie.routing.errors import CoterieError, InputError, first_line
 
 GRACE = 20.0  # seconds that a child may take beyond its deadline: one step of its search
 
@@ -144,12 +144,21 @@ class World:
 
 
 def world() -> World:
-    """The processes of an mpirun, or this one alone."""
-    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1"))) < 2:
+    """The processes of an mpirun, or this one alone. Raises InputError where they cannot be reached."""
+    size = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1")))
+    if size < 2:
         return World()
-    from mpi4py import MPI
-
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise InputError(f"mpirun: mpi4py cannot be used ({first_line(error)}): pip install 'coterie[mpi]'") from error
     communicator = MPI.COMM_WORLD
+    if communicator.size != size:
+        library = MPI.Get_library_version().split(",")[0].strip()
+        raise InputError(
+            f"mpirun: started {size} processes, but mpi4py ({library}) sees {communicator.size}: "
+            "expected mpi4py and the launcher to be of the same MPI"
+        )
     return World(communicator.rank, communicator.size, communicator.allgather)
 
 

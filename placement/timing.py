@@ -45,8 +45,8 @@ class LayerTime:
         mean = per_home.mean(1) * near * t.row_bytes / t.within.bytes_per_second  # settles what the slowest leaves open
         return np.asarray(2 * (latency(t) + slowest) + load.max(1) + TIE * mean)
 
-    def of_copies(self, layer: int, sent: Array, pairs: Array) -> float:
-        """The same for a layer with copies: sent `[ranks, ranks]` rows per token, pairs `[ranks]` per token."""
-        touched = np.zeros((1, len(pairs)))
-        seconds = layer_seconds(sent[None] * self.tokens, pairs[None] * self.tokens, touched, self.phase, self.t)
+    def of_copies(self, layer: int, sent: Array, pairs: Array, touched: Array) -> float:
+        """The same of copies: sent `[ranks, ranks]` rows and pairs `[ranks]` per token, touched `[ranks]` experts."""
+        topology = self.t.of_layer(layer)
+        seconds = layer_seconds(sent[None] * self.tokens, pairs[None] * self.tokens, touched[None], self.phase, topology)
         return float(seconds[0])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from coterie.routing.errors import InputError
 from coterie.routing.files import read_json
@@ -70,6 +73,18 @@ class Topology:
     def ranks(self) -> int:
         """Ranks over all nodes."""
         return self.nodes * self.ranks_per_node
+
+    def bytes_of_experts(self, layers: int) -> NDArray[np.float64]:
+        """Of one expert of each layer, `[layers]`. Raises InputError where a list has another number of entries."""
+        if isinstance(self.expert_bytes, tuple) and len(self.expert_bytes) != layers:
+            found = f"{len(self.expert_bytes)} entries"
+            raise InputError(f"topology: expert_bytes: found {found}, expected {layers}, one per traced layer, or one number")
+        return np.broadcast_to(np.asarray(self.expert_bytes, dtype=np.float64), (layers,))
+
+    def of_layer(self, layer: int) -> Topology:
+        """The same for one layer alone."""
+        sizes = self.expert_bytes
+        return replace(self, expert_bytes=sizes[layer]) if isinstance(sizes, tuple) else self
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads back."""

@@ -263,9 +263,7 @@ def _time(s: Search) -> NDArray[np.bool_]:
 
 def _evaluated(task: Task, number: int, holds: Holds) -> tuple[float, float]:
     """Rows per token and seconds of one layer by the dispatcher's own rules, of the mixture; holds: bool `[E, ranks]`."""
-    topology = task.request.topology
-    if isinstance(topology.expert_bytes, tuple):
-        topology = replace(topology, expert_bytes=topology.expert_bytes[number])
+    topology = task.request.topology.of_layer(number)
     table, rows, seconds = _destinations(holds, topology), 0.0, 0.0
     for scenario, weight in zip(task.scenarios, task.weights, strict=True):
         trace = scenario.trace

@@ -7,7 +7,9 @@ SGLang's expert-distribution recorder (`.pt`): `records` (modes per_token, per_p
 
 from __future__ import annotations
 
+import lzma
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +23,20 @@ from coterie.routing.files import read_json
 from coterie.routing.trace import LoadStatistics, RoutingTrace
 
 MAX_EXPERTS = 32767
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What the foreign file does not say. num_experts: None takes the file's, or the largest id seen plus one."""
+    """What the foreign file does not say. num_experts: None takes the file's, or the largest id seen plus one.
+
+    phase: None is mixed; counts have none.
+    """
 
     model: str = ""
     num_experts: int | None = None
     scenario: str = ""
-    phase: str = "mixed"
+    phase: str | None = None
 
 
 def import_routing(path: Path, options: ImportOptions) -> RoutingTrace | LoadStatistics:
@@ -57,7 +63,7 @@ def _read_npz(path: Path, options: ImportOptions) -> RoutingTrace:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays: dict[str, NDArray[Any]] = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, MemoryError, *DAMAGED) as error:
         raise InputError(f"is not a readable npz file ({str(error)[:80]})") from error
     name = next((n for n in ("expert_ids", "topk_ids") if n in arrays), None)
     if name is None:
@@ -67,9 +73,9 @@ def _read_npz(path: Path, options: ImportOptions) -> RoutingTrace:
     sequence = _integers(arrays.get("sequence_ids", np.zeros(tokens, np.int64)), "sequence_ids", 1)
     positions = _integers(arrays.get("positions", np.arange(tokens)), "positions", 1)
     stated = _stated_experts(arrays)
-    layer_ids = arrays.get("layer_ids", np.arange(ids.shape[1]))
+    layer_ids = _integers(arrays.get("layer_ids", np.arange(ids.shape[1])), "layer_ids", 1)
     weights = arrays.get("router_weights")
-    return _trace(ids, sequence, positions, options, stated, tuple(int(i) for i in np.ravel(layer_ids)), weights)
+    return _trace(ids, sequence, positions, options, stated, tuple(int(i) for i in layer_ids), weights)
 
 
 def _stated_experts(arrays: dict[str, NDArray[Any]]) -> int | None:
@@ -107,7 +113,7 @@ def _trace(
         num_experts=experts,
         layer_ids=layer_ids,
         scenario=options.scenario,
-        phase=options.phase,
+        phase=options.phase or "mixed",
         router_weights=None if weights is None else weights.astype(np.float16),
     )
 
@@ -127,6 +133,8 @@ def _read_counts(path: Path, options: ImportOptions) -> LoadStatistics:
 
 
 def _load(counts: NDArray[np.float64], options: ImportOptions) -> LoadStatistics:
+    if options.phase is not None:
+        raise InputError(f"--phase: found {options.phase} for counts, expected none: they have no phase")
     if counts.ndim == 2:
         counts = counts[None]
     if counts.ndim != 3 or not counts.size:
@@ -180,8 +188,12 @@ def _sglang_records(found: dict[str, Any], options: ImportOptions) -> RoutingTra
             )
         if to_logical is not None:
             table = np.asarray(to_logical).astype(np.int64)
-            logical = table[np.arange(len(ids))[:, None, None], np.clip(ids, 0, table.shape[1] - 1)]
-            ids = np.where(ids < 0, -1, logical)
+            if ids.max(initial=-1) >= table.shape[1]:
+                raise InputError(
+                    f"records: topk_ids_of_layer: found {ids.max()}, expected less than {table.shape[1]}, the slots of "
+                    "last_physical_to_logical_map: the map is of another run, or shared experts are recorded as routed ones"
+                )
+            ids = np.where(ids < 0, -1, table[np.arange(len(ids))[:, None, None], ids.clip(min=0)])
         rows = np.arange(len(positions)) if lengths is None else np.repeat(np.arange(len(lengths)), lengths) + opened
         opened += 0 if lengths is None else len(lengths)
         ids_parts.append(ids.transpose(1, 0, 2))
@@ -194,4 +206,5 @@ def _sglang_records(found: dict[str, Any], options: ImportOptions) -> RoutingTra
     slots = np.flatnonzero((ids >= 0).any((0, 1)))
     ids = ids[:, routed][:, :, : int(slots.max()) + 1 if slots.size else 0]
     layer_ids = tuple(int(i) for i in routed)
-    return _trace(ids, np.concatenate(sequence_parts), np.concatenate(position_parts), options, None, layer_ids)
+    stated = None if to_logical is None else int(np.asarray(to_logical).max()) + 1
+    return _trace(ids, np.concatenate(sequence_parts), np.concatenate(position_parts), options, stated, layer_ids)

@@ -176,11 +176,16 @@ def test_import_brings_in_npz_json_and_sglang_dumps(tmp_path: Path, capsys) -> N
     prefill = dict(positions=[0, 1, 2, 0, 1], extend_seq_lens=[3, 2], input_ids=[1] * 5, topk_ids_of_layer=physical)
     decode = dict(positions=[3, 2], extend_seq_lens=None, input_ids=[1] * 2, topk_ids_of_layer=physical[:, :2])
     torch.save({"records": [prefill, decode], "last_physical_to_logical_map": table}, tmp_path / "c.pt")
-    run_json(capsys, "import", tmp_path / "c.pt", "--out", tmp_path / "c", "--num-experts", "4")
+    run_json(capsys, "import", tmp_path / "c.pt", "--out", tmp_path / "c")
+    assert coterie.read_trace(tmp_path / "c").num_experts == 4  # as the map has, though nobody picked some of them
     trace = coterie.read_trace(tmp_path / "c")
     assert trace.expert_ids.shape == (7, 2, 2) and trace.layer_ids == (1, 2)
     assert trace.sequence_ids.tolist() == [0, 0, 0, 1, 1, 0, 1] and trace.positions.tolist() == [0, 1, 2, 0, 1, 3, 2]
     assert trace.expert_ids[:4, 0].tolist() == [[0, 3], [0, 2], [0, 1], [0, 3]]
+
+    torch.save({"records": [prefill], "last_physical_to_logical_map": table[:, :5]}, tmp_path / "e.pt")
+    told = fails(capsys, "import", tmp_path / "e.pt", "--out", tmp_path / "e")
+    assert "topk_ids_of_layer: found 5, expected less than 5, the slots of last_physical_to_logical_map" in told
 
     torch.save({"rank": 0, "logical_count": torch.ones(4, 3, 5, dtype=torch.int64)}, tmp_path / "d.pt")
     run_json(capsys, "import", tmp_path / "d.pt", "--out", tmp_path / "d")
@@ -205,6 +210,22 @@ def test_import_names_what_is_wrong(tmp_path: Path, capsys, name: str, content: 
     assert not (tmp_path / "out").exists()
 
 
+def test_import_of_a_damaged_archive(tmp_path: Path, capsys) -> None:
+    """One byte of compressed data after another."""
+    np.savez_compressed(tmp_path / "whole.npz", topk_ids=np.random.default_rng(0).integers(0, 4, (500, 2, 1)))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    for at in range(40, len(whole), max(1, len(whole) // 12)):
+        (tmp_path / "a.npz").write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        code, _, err = run(capsys, "import", tmp_path / "a.npz", "--out", tmp_path / "out")
+        assert code in (0, 2) and "defect" not in err, (at, err)
+
+
+def test_counts_have_no_phase(tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.json").write_text('{"logical_count": [[1, 2]]}')
+    told = fails(capsys, "import", tmp_path / "a.json", "--out", tmp_path / "out", "--phase", "decode")
+    assert "--phase: found decode for counts, expected none" in told
+
+
 def test_import_of_arrays_that_are_no_routing(tmp_path: Path, capsys) -> None:
     for arrays, message in (
         ({"x": np.zeros(3)}, "found arrays ['x'], expected expert_ids or topk_ids"),
@@ -213,6 +234,10 @@ def test_import_of_arrays_that_are_no_routing(tmp_path: Path, capsys) -> None:
         ({"topk_ids": np.full((2, 2, 1), 9)}, "expert_ids: found 9, expected less than num_experts = 4"),
         ({"topk_ids": np.zeros((2, 2, 2), int)}, "an expert picked twice"),
         ({"topk_ids": np.zeros((0, 2, 2), int)}, "expected at least one token"),
+        (
+            {"topk_ids": np.zeros((2, 2, 1), int), "layer_ids": np.array([0.5, 1.5])},
+            "layer_ids: found float64 with 1 dimensions",
+        ),
     ):
         np.savez(tmp_path / "a.npz", **arrays)
         assert message in fails(capsys, "import", tmp_path / "a.npz", "--out", tmp_path / "out", "--num-experts", "4")
@@ -394,6 +419,24 @@ def test_processes_of_mpirun_plan_together(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["objective"]["value"] == read_plan(tmp_path / "p").objective.value
+
+
+@pytest.mark.processes
+def test_a_process_of_mpirun_that_cannot_read_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py")
+    if (mpirun := shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")) is None:
+        pytest.skip("mpirun is not installed")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    save_trace(make_trace(tokens=100, layers=2, experts=4, top_k=2), tmp_path / "a" / "t")
+    line = [sys.executable, "-m", "coterie", "plan", "t", "--topology", "1x2", "--out", str(tmp_path / "p")]
+    apart = [":", *(part for name in ("b",) for part in ["-n", "1", "--wdir", str(tmp_path / name), *line])]
+    command = [mpirun, "--map-by", ":OVERSUBSCRIBE", "-n", "1", "--wdir", str(tmp_path / "a"), *line, *apart]
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env={**environment, "PYTHONPATH": str(ROOT)}, timeout=120)
+    said = [text for text in done.stderr.splitlines() if text.startswith("coterie: ")]
+    assert said == ["coterie: rank 1: t: no such file"], done.stderr
+    assert done.returncode == 2 and not (tmp_path / "p").exists()
 
 
 def test_several_traces_are_scenarios(trace_file: Path, tmp_path: Path, capsys) -> None:

@@ -28,6 +28,18 @@ from coterie.placement.topology import Topology
 from coterie.routing.errors import InputError
 from coterie.routing.trace import LoadStatistics, RoutingTrace
 
+
+def test_homes_for_an_old_plan_beyond_the_default_cap_state_no_bound() -> None:
+    """A bound under a cap that the plan does not keep would be no bound on it."""
+    trace = make_trace(tokens=400, layers=1, experts=8)
+    hot = np.random.default_rng(0).random(400) < 0.8
+    ids = np.where(hot[:, None, None], np.array([0, 1]), trace.expert_ids).astype(np.int16)
+    trace = replace(trace, expert_ids=ids, router_weights=None)
+    old = baseline_plan("contiguous", trace, Topology(1, 4), "all_to_all")
+    made = plan(trace, PlanRequest(Topology(1, 4), previous=old, max_moves=0, homes=True, time_limit=3, iterations=1))
+    assert made.homes is not None and made.objective.lower_bound is None
+
+
 HOMES = Homes(
     (HomeClass(0, 0.75, (0.5, -0.25)), HomeClass(1, 1.0, (-1.0, 0.125)), HomeClass(2, 0.5, (0.0, 0.0))),
     ((3, 1), (4, 5)),

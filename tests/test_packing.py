@@ -229,7 +229,7 @@ def test_copies_never_add_rows_where_homes_are_equally_likely(seed, topology, to
     ranks, slots = topology.ranks, -(-6 // topology.ranks) + 1
     trace = every_home(make_trace(tokens=40, layers=2, experts=6, top_k=top_k, seed=seed), ranks)
     before = copies.held(base_of(seed, 2, 6, ranks), ranks)
-    cost = lambda layer, sent, entered, pairs: float(sent.sum())  # noqa: E731
+    cost = lambda layer, sent, entered, pairs, touched: float(sent.sum())  # noqa: E731
     filled = copies.for_rows([measure(trace).patterns], [1.0], before, slots, topology, cost)
     check_copies(before, filled, slots)
     now, then = (evaluate(plan_of(h, trace, topology, slots), trace) for h in (filled, before))
@@ -267,7 +267,7 @@ def test_copies_keep_to_the_room_of_every_rank() -> None:
     room = np.array([[3, 4], [4, 3]])
     trace = make_trace(tokens=60, layers=2, experts=6, top_k=1)
     before, found = copies.held(base_of(0, 2, 6, 2), 2), measure(trace)
-    rows = lambda layer, sent, entered, pairs: float(sent.sum())  # noqa: E731
+    rows = lambda layer, sent, entered, pairs, touched: float(sent.sum())  # noqa: E731
     for filled in (
         copies.for_hops(found.transitions, before, room),
         copies.for_rows([found.patterns], [1.0], before, room, Topology(1, 2), rows),
@@ -280,6 +280,6 @@ def test_the_hottest_expert_is_copied_first() -> None:
     ids = np.where(np.random.default_rng(0).random((200, 1, 1)) < 0.7, 0, trace.expert_ids).astype(np.int16)
     trace = every_home(replace(trace, expert_ids=ids, router_weights=None), 2)
     before = copies.held(np.array([[0, 0, 1, 1]]), 2)
-    rows = lambda layer, sent, entered, pairs: float(sent.sum())  # noqa: E731
+    rows = lambda layer, sent, entered, pairs, touched: float(sent.sum())  # noqa: E731
     filled = copies.for_rows([measure(trace).patterns], [1.0], before, 3, Topology(1, 2), rows)
     assert np.argwhere(filled & ~before).tolist()[0][1:] == [0, 1]

@@ -116,6 +116,8 @@ def change(*keys: Any, to: Any) -> Any:
         (change("objective", "gap", to=0.9), r"objective.gap: found 0.9, expected 0.1999"),
         (change("objective", "gap", to="x"), "objective.gap: found 'x', expected a finite number"),
         (change("objective", to=3), "objective: found int"),
+        (change("seed", to=1.5), "seed: found 1.5, expected an integer of 0 or more"),
+        (change("iterations", to=-1), "iterations: found -1, expected an integer of 0 or more"),
         (change("topology", to=None), "topology: found NoneType, expected a JSON object"),
         (change("topology", "speed", to=3), "topology: field 'speed' is unknown"),
         (change("inputs", to=[1]), "inputs: found"),

@@ -9,13 +9,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from brute_force import every_home
 from conftest import make_trace
 
 from coterie.placement.cost import evaluate, evaluate_load
 from coterie.placement.plan import OBJECTIVES, PlacementPlan
 from coterie.placement.planner import PlanRequest, baseline_plan, plan
+from coterie.placement.spread import Child
 from coterie.placement.topology import Link, Topology
-from coterie.routing.errors import InputError
+from coterie.routing.errors import CoterieError, InputError
 from coterie.routing.trace import LoadStatistics
 
 FIELDS = {"hops": "hops", "dispatch": "dispatch", "coherent": "coherent", "load": "load", "time": "seconds"}
@@ -138,6 +140,50 @@ def test_ranks_with_little_memory_hold_fewer_experts(objective: str) -> None:
     small = replace(topology, memory_bytes=(30.0, 60.0, 60.0, 70.0))
     with pytest.raises(InputError, match="memory_bytes: the experts need 240 bytes in all, the ranks hold 220: 20 bytes"):
         plan(trace, replace(request, topology=small))
+
+
+@pytest.mark.parametrize("objective", [None, "time"])
+def test_memory_that_differs_by_rank_is_kept_under_a_default_load_cap(objective: str | None) -> None:
+    """An even load, which ranks with room for few experts cannot share evenly: the default cap gives way, memory does not."""
+    trace = make_trace(tokens=400, layers=3, experts=8)
+    ids = np.stack(
+        [np.random.default_rng(layer).permuted(np.tile(np.arange(8), (400, 1)), axis=1)[:, :2] for layer in range(3)], 1
+    )
+    trace = replace(trace, expert_ids=ids.astype(np.int16))
+    topology = replace(Topology(1, 4), expert_bytes=10.0, memory_bytes=(30.0, 60.0, 90.0, 120.0))
+    made = plan(trace, PlanRequest(topology, objective=objective, time_limit=2.5, iterations=2))
+    assert (made.holds().sum((0, 1)) * 10 <= topology.memory_bytes).all()
+    with pytest.raises(InputError, match=r"--max-load 1.1: no placement within it was found"):
+        plan(trace, PlanRequest(topology, objective=objective, time_limit=2.5, iterations=2, max_load=1.1))
+
+
+def test_expert_bytes_by_layer_are_counted_and_a_wrong_number_of_them_is_told() -> None:
+    trace = make_trace(tokens=100, layers=3, experts=6)
+    topology = replace(Topology(1, 4), expert_bytes=(1.0, 2.0, 3.0))
+    made = plan(trace, PlanRequest(topology, objective="time", time_limit=2.5, iterations=1))
+    assert made.objective.value == pytest.approx(evaluate(made, trace).seconds)
+    with pytest.raises(InputError, match="expert_bytes: found 2 entries, expected 3, one per traced layer, or one number"):
+        plan(trace, PlanRequest(replace(topology, expert_bytes=(1.0, 1.0)), time_limit=1))
+
+
+def test_a_load_cap_holds_in_every_scenario_with_copies() -> None:
+    traces = [make_trace(tokens=300, layers=2, experts=8, seed=seed) for seed in (1, 2)]
+    request = PlanRequest(Topology(1, 4), objective="dispatch", robust="worst", slots_per_rank=4, max_load=1.3, time_limit=4)
+    made = plan(traces, replace(request, iterations=2))
+    for trace in traces:
+        load = evaluate(made, every_home(trace, 4)).rank_load
+        assert (load.max(1) / load.mean(1)).max() <= 1.3 * (1 + 1e-6)
+
+
+def test_a_lost_proof_costs_the_bound_and_not_the_plan(monkeypatch) -> None:
+    def lost(self: Child) -> float:
+        raise CoterieError("a worker ended without an answer (exit code -9)")
+
+    trace = make_trace(tokens=400, layers=3, experts=24, top_k=4)
+    monkeypatch.setattr(Child, "result", lost)
+    with pytest.warns(RuntimeWarning, match=r"the proof was lost \(a worker ended without an answer \(exit code -9\)\)"):
+        made = plan(trace, PlanRequest(Topology(1, 4), objective="hops", time_limit=2, iterations=1, workers=2))
+    assert 0 < made.objective.lower_bound < made.objective.value
 
 
 def test_ranks_that_exchange_most_hops_share_a_node() -> None:

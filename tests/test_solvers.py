@@ -13,11 +13,11 @@ from conftest import make_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.placement import anchors, chain, exact, ilp, local, nodes, rows, solve, starts
+from coterie.placement import anchors, chain, copies, exact, ilp, local, nodes, rows, solve, starts
 from coterie.placement.copies import held
-from coterie.placement.cost import coherent_rows, evaluate, hops, layer_seconds
+from coterie.placement.cost import coherent_rows, evaluate, hops
 from coterie.placement.deadline import Deadline
-from coterie.placement.planner import PlanRequest
+from coterie.placement.planner import PlanRequest, plan
 from coterie.placement.problem import Limit, Problem, dispatch_problem, hops_problem, one_hot
 from coterie.placement.recombine import Pool, recombined
 from coterie.placement.rows import TimeScore
@@ -338,11 +338,32 @@ def test_the_time_score_is_the_evaluated_time_where_homes_are_equally_likely(see
     predicted = float(np.mean(score.of(problem, here)))
     link = evaluated.rows.sum() * trace.tokens * topology.row_bytes / topology.within.bytes_per_second
     assert evaluated.seconds * (1 - 1e-9) <= predicted <= evaluated.seconds + TIE * link + 1e-12
-    for layer, sent in enumerate(evaluated.rows):
-        remote = sent * ~np.eye(4, dtype=bool)
-        pairs = evaluated.rank_load[layer] / trace.tokens
-        seconds = layer_seconds(remote[None] * trace.tokens, pairs[None] * trace.tokens, np.zeros((1, 4)), phase, topology)
-        assert model.of_copies(layer, remote, pairs) == pytest.approx(float(seconds[0]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, topology=TOPOLOGIES, phase=st.sampled_from(["prefill", "decode"]), sized=st.booleans())
+def test_the_time_of_copies_is_the_evaluated_one_where_homes_are_equally_likely(seed, topology, phase, sized) -> None:
+    """With experts of two sizes, which a rank with copies reads more of."""
+    rng = np.random.default_rng(seed)
+    topology = replace(topology, expert_bytes=(1e6, 3e6) if sized else 0.0, memory_bytes_per_second=1e9)
+    trace = every_home(replace(make_trace(tokens=30, layers=2, experts=8, seed=seed), phase=phase), 4)
+    holds = held(rng.permuted(np.tile(np.arange(8) % 4, (2, 1)), axis=1), 4)
+    holds |= rng.random(holds.shape) < 0.2
+    model, (scenario,) = LayerTime(topology, gathered([trace]), [1.0]), gathered([trace])
+    seconds = []
+    for layer, patterns in enumerate(scenario.patterns):
+        traffic = copies._Traffic(patterns.experts.astype(np.float32), patterns.weight / patterns.tokens, topology)
+        sent, _, pairs, touched = traffic.of(holds[layer])
+        seconds.append(model.of_copies(layer, sent, pairs, touched))
+    assert np.mean(seconds) == pytest.approx(evaluate(plan_of(holds, trace, topology, 8), trace).seconds)
+
+
+def test_copies_that_cost_more_to_read_than_they_save_are_not_made() -> None:
+    trace = replace(make_trace(tokens=64, layers=2, experts=8), phase="decode")
+    topology = Topology(1, 4, Link(1e9, 0), expert_bytes=1e8, memory_bytes_per_second=1e12)
+    plain = plan(trace, PlanRequest(topology, objective="time", time_limit=4, iterations=2))
+    room = plan(trace, PlanRequest(topology, objective="time", time_limit=4, iterations=2, slots_per_rank=4))
+    assert room.objective.value <= plain.objective.value * (1 + 1e-9)
 
 
 def test_the_time_search_improves_on_where_it_began() -> None:
