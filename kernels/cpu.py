@@ -110,21 +110,25 @@ class Int8:
         return self.weights.shape
 
     def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
-        """The scales are applied in x's dtype; many rows are multiplied by the integers, which any float dtype holds."""
+        """Scaled in the dtype of `scaled_in`; many rows are multiplied by the integers, which any float dtype holds."""
         assert self.weights.scale is not None
-        data, scale = self.weights.data[expert], _scales(self.weights.scale, self._rounded, x.dtype)[expert]
-        if len(x) > PANEL_ROWS:
+        rows = x.to(scaled_in(x.dtype))
+        data, scale = self.weights.data[expert], _scales(self.weights.scale, self._rounded, rows.dtype)[expert]
+        if len(x) <= PANEL_ROWS:
+            out.copy_(torch._weight_int8pack_mm(rows, data, scale))
+        elif rows is x:
             torch.mm(x, data.to(x.dtype).T, out=out)
             out.mul_(scale)
         else:
-            out.copy_(torch._weight_int8pack_mm(x, data, scale))
+            out.copy_((rows @ data.to(rows.dtype).T).mul_(scale))
 
     def vectors(self, experts: list[int], x: torch.Tensor) -> torch.Tensor:
         """By torch's operator."""
         assert self.weights.scale is not None
-        data, scales = self.weights.data, _scales(self.weights.scale, self._rounded, x.dtype)
-        rows = zip(experts, torch.split(x, 1), strict=True)
-        return torch.cat([torch._weight_int8pack_mm(row, data[expert], scales[expert]) for expert, row in rows])
+        wide = x.to(scaled_in(x.dtype))
+        data, scales = self.weights.data, _scales(self.weights.scale, self._rounded, wide.dtype)
+        rows = zip(experts, torch.split(wide, 1), strict=True)
+        return torch.cat([torch._weight_int8pack_mm(row, data[expert], scales[expert]) for expert, row in rows]).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -156,16 +160,22 @@ class Int4:
         return self.data.shape[0], self.data.shape[1], 2 * self.data.shape[2]
 
     def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
-        """The scales are rounded to x's dtype, once."""
-        out.copy_(
-            torch._weight_int4pack_mm_for_cpu(x, self.data[expert], GROUP, _scales(self.scales, self._rounded, x.dtype)[expert])
-        )
+        """The scales are rounded to the dtype of `scaled_in`, once."""
+        rows = x.to(scaled_in(x.dtype))
+        scales = _scales(self.scales, self._rounded, rows.dtype)[expert]
+        out.copy_(torch._weight_int4pack_mm_for_cpu(rows, self.data[expert], GROUP, scales))
 
     def vectors(self, experts: list[int], x: torch.Tensor) -> torch.Tensor:
         """By torch's operator."""
-        data, scales = self.data, _scales(self.scales, self._rounded, x.dtype)
-        rows = zip(experts, torch.split(x, 1), strict=True)
-        return torch.cat([torch._weight_int4pack_mm_for_cpu(row, data[e], GROUP, scales[e]) for e, row in rows])
+        wide = x.to(scaled_in(x.dtype))
+        data, scales = self.data, _scales(self.scales, self._rounded, wide.dtype)
+        rows = zip(experts, torch.split(wide, 1), strict=True)
+        return torch.cat([torch._weight_int4pack_mm_for_cpu(row, data[e], GROUP, scales[e]) for e, row in rows]).to(x.dtype)
+
+
+def scaled_in(dtype: torch.dtype) -> torch.dtype:
+    """In which integers are multiplied and scaled for rows of `dtype`: float16 holds neither large sums nor small scales."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _scales(scales: torch.Tensor, rounded: dict[torch.dtype, torch.Tensor] | None, dtype: torch.dtype) -> torch.Tensor:

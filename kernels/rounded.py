@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from coterie.kernels.cpu import Int4, Int8, Panels, Product, int4_order, kind_for
+from coterie.kernels.cpu import Int4, Int8, Panels, Product, int4_order, kind_for, scaled_in
 from coterie.kernels.formats import GROUP, Weights, quantise
 
 
@@ -54,7 +54,7 @@ class Kept:
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """In which scales are multiplied, for rows of `dtype`."""
-        return dtype if self.kind in (Int4, Int8) else torch.float32
+        return scaled_in(dtype) if self.kind in (Int4, Int8) else torch.float32
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Of data and scales in memory, for rows of `dtype`."""

@@ -162,6 +162,12 @@ def check_memory(asked: Asked, options: argparse.Namespace, group: Group) -> Che
             error.known(alone=False)  # all ranks know what all have
             raise
     too_large = {name for name, ranks in needed.items() if any(ranks[r].total > free for r, free in (found or {}).items())}
+    if share.slots is not None and group.size > 1 and first in too_large:
+        rank, free = min((found or {}).items(), key=lambda item: item[1])
+        raise InputError(
+            f"--memory: found {options.memory} for each process, but {free / 1e9:.2f} GB are free for rank {rank}, "
+            "as many share its machine; give at most that, or start fewer"
+        ).known(alone=False)
     return Checked(_json(needed, asked, here, found), frozenset(too_large))
 
 

@@ -38,19 +38,31 @@ MADE: dict[str, Callable[[Group], Strategy]] = {
 STRATEGIES = ("local", *MADE)
 EQUAL = 1.03  # times the least seconds of a layer: of strategies so near the simplest is chosen
 CLOSE = 1.25  # and so near they are tried before one is chosen
+APART = 4  # times as many tokens in the larger of two steps that tell how time grows
 TRIED = ("hierarchical", "overlapped", "all_gather")  # beside all_to_all; the others are run by other executors
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of a layer, some fixed and more (or less) for each of a rank's tokens, as rehearsed (moe/rehearsal.py)."""
+    """Seconds of a layer by a rank's tokens, from steps of two sizes (moe/rehearsal.py).
 
-    fixed: float = 0.0
-    per_token: float = 0.0
+    Between and beyond them on their line; where the sizes are too near to each other for one, larger steps take as much longer
+    as they are larger.
+    """
+
+    few: int
+    few_seconds: float
+    many: int
+    many_seconds: float
 
     def seconds(self, tokens: int) -> float:
         """With that many tokens on every rank."""
-        return self.fixed + self.per_token * tokens
+        if tokens <= self.few:
+            return self.few_seconds
+        if self.many < APART * self.few:
+            return self.many_seconds * max(1.0, tokens / self.many)
+        share = (tokens - self.few) / (self.many - self.few)
+        return self.few_seconds + share * (self.many_seconds - self.few_seconds)
 
 
 @dataclass(frozen=True)
@@ -64,18 +76,18 @@ class Trial:
     waits: Mapping[str, Pace]
     layers: int
 
-    def communication(self, name: str, predicted: Mapping[str, float], tokens: int) -> float:
-        """Seconds of a layer, from what the links alone promise. One that was not tried waits as the first one that was.
+    def communication(self, name: str, sent: Mapping[str, float], tokens: int) -> float:
+        """Seconds of a layer; sent: what the links alone promise. One that was not tried waits as the first one that was.
 
         Where that did better than the links promise, others are taken to do better by the same share.
         """
         if name in self.waits:
-            return max(predicted[name] + self.waits[name].seconds(tokens), 0.0)
+            return max(sent[name] + self.waits[name].seconds(tokens), 0.0)
         first, pace = next(iter(self.waits.items()))
         wait = pace.seconds(tokens)
-        if wait >= 0 or not predicted.get(first):
-            return predicted[name] + max(wait, 0.0)
-        return predicted[name] * max(1 + wait / predicted[first], 0.0)
+        if wait >= 0 or not sent.get(first):
+            return sent[name] + max(wait, 0.0)
+        return sent[name] * max(1 + wait / sent[first], 0.0)
 
     def tokens_per_second(self, ranks: int, tokens: int, communication: float) -> float:
         """Of all ranks, in steps with `tokens` on each; communication: seconds of a layer."""
@@ -122,6 +134,19 @@ def predict(
 
     free_bytes, counts_inside: as `Group` has them.
     """
+    args = (links, ranks, ranks_per_node, tokens, free_bytes, counts_inside)
+    return sent_seconds(name, traits, *args) + computed_more(name, traits, ranks, tokens)
+
+
+def computed_more(name: str, traits: Traits, ranks: int, tokens: int) -> float:
+    """Of that, what is computed: the dense part of a layer for the tokens of other ranks."""
+    return (ranks - 1) * tokens * traits.dense_seconds if name == "replicated" else 0.0
+
+
+def sent_seconds(
+    name: str, traits: Traits, links: Links, ranks: int, ranks_per_node: int, tokens: int, free_bytes: int, counts_inside: bool
+) -> float:
+    """And what the links take."""
     t = _Times(links, ranks, ranks_per_node, tokens, free_bytes, counts_inside)
     out, back, m = traits.row_bytes, traits.back_bytes, traits.ranks
     between = t.between_share(m)
@@ -139,8 +164,7 @@ def predict(
     if name == "replicated":
         share = t.known(ranks - 1, t.elsewhere, back)
         small = (ranks - 1) * tokens * ranks * back <= t.free_bytes
-        dense = (ranks - 1) * tokens * traits.dense_seconds
-        return dense + (t.known((ranks - 1) * ranks, t.elsewhere * ranks, back) if small else 2 * share)
+        return t.known((ranks - 1) * ranks, t.elsewhere * ranks, back) if small else 2 * share
     if name == "coherent":
         half = traits.moves / 2 if traits.top_k > 1 else traits.moves
         one = t.counted(half, t.between_share(half), out, tokens * ranks)
@@ -276,49 +300,82 @@ class Choice:
         return f"strategy: {'; '.join(told)} predicted per layer{f'; tokens/s: {speeds}' if speeds else ''}"
 
 
-def decide(
-    traits: Traits, links: Links, group: Group, prefill_tokens: int, decode_tokens: int, decode_steps: float = 1.0,
-    without: Collection[str] = (), trial: Trial | None = None,
-) -> Choice:  # fmt: skip
-    """The fastest strategies by prediction. tokens: of one rank in one step; without: strategies that cannot run here.
+@dataclass(frozen=True)
+class Load:
+    """What a job asks of one rank: tokens in a step of its prompts, and in one that decodes; such steps for each of prompts.
 
-    decode_steps: for each prefill. trial: None where nothing was tried.
+    at_once: of the tokens of all ranks, the share that one step of `replicated` has: it runs a batch where others run one on
+    every rank.
+    """
+
+    prefill: int
+    decode: int
+    steps: float = 1.0
+    at_once: float = 1.0
+
+
+def decide(
+    traits: Traits, links: Links, group: Group, load: Load, without: Collection[str] = (), trial: Trial | None = None
+) -> Choice:
+    """The fastest strategies by prediction. without: those that cannot run here; trial: None where nothing was tried.
+
+    Raises InputError if none is left.
     """
 
     def times(names: Iterable[str], tokens: int) -> dict[str, float]:
-        args = (traits, links, group.size, group.ranks_per_node, tokens, group.free_bytes, group.counts_inside)
-        promised = {name: predict(name, *args) for name in names}
-        return {name: trial.communication(name, promised, tokens) for name in names} if trial else promised
+        return {name: _seconds(name, traits, links, group, tokens, load.at_once, trial) for name in names}
 
     layers = ["hierarchical"] if 1 < group.nodes < group.size else []
     names = [n for n in ("all_to_all", *layers, "all_gather", "replicated") if n not in without]
-    before = times([*names, *({"overlapped"} - set(without))], prefill_tokens)
-    after = times([*names, *({"coherent"} - set(without))], decode_tokens)
-    rest = [trial.computing.seconds(tokens) if trial else 0.0 for tokens in (prefill_tokens, decode_tokens)]
+    if not set(names) - {"replicated"}:
+        raise InputError(
+            "--strategy: found none that fits in memory, expected room for all_to_all; name one to run it all the same"
+        )
+    before = times([*names, *({"overlapped"} - set(without))], load.prefill)
+    after = times([*names, *({"coherent"} - set(without))], load.decode)
+    rest = [trial.computing.seconds(tokens) if trial else 0.0 for tokens in (load.prefill, load.decode)]
     first, then = choose(before, rest[0]), choose(after, rest[1])
     if "replicated" in (first, then):  # it is another layout of the batch: both phases or none
-        both = before["replicated"] + decode_steps * after["replicated"]
+        both = before["replicated"] + load.steps * after["replicated"]
         apart = [{n: s for n, s in t.items() if n != "replicated"} for t in (before, after)]
         first, then = choose(apart[0], rest[0]), choose(apart[1], rest[1])
-        if both < before[first] + decode_steps * after[then]:
+        if both < before[first] + load.steps * after[then]:
             first = then = "replicated"
-    phases = {"prefill": (prefill_tokens, before[first]), "decode": (decode_tokens, after[then])}
+    phases = {"prefill": (load.prefill, before[first]), "decode": (load.decode, after[then])}
     speeds = {phase: trial.tokens_per_second(group.size, *found) for phase, found in phases.items()} if trial else {}
     return Choice(first, then, before, after, speeds)
 
 
+def _seconds(name: str, traits: Traits, links: Links, group: Group, tokens: int, at_once: float, trial: Trial | None) -> float:
+    """Of a layer, what strategy `name` adds to computing `tokens` on every rank; `replicated` in as many steps as it takes."""
+
+    def of_step(count: int) -> float:
+        args = (traits, links, group.size, group.ranks_per_node, count, group.free_bytes, group.counts_inside)
+        more = computed_more(name, traits, group.size, count)
+        if trial is None:
+            return more + sent_seconds(name, *args)
+        sent = {n: sent_seconds(n, *args) for n in (name, *trial.waits)}
+        return more + trial.communication(name, sent, count)
+
+    if name != "replicated" or at_once == 1:
+        return of_step(tokens)
+    count = max(1, round(tokens * at_once))
+    computing = [trial.computing.seconds(n) if trial else 0.0 for n in (count, tokens)]
+    return max((computing[0] + of_step(count)) * tokens / count - computing[1], 0.0)
+
+
 def choose(candidates: Mapping[str, float], rest: float = 0.0) -> str:
-    """The fastest by predicted seconds, or one before it that is as good as equal; rest: what all need besides."""
+    """The fastest by predicted seconds, or one before it that is as good as equal; rest: what all need besides, 0 or more."""
     least = rest + min(candidates.values())
     return next(name for name, seconds in candidates.items() if rest + seconds <= EQUAL * least)
 
 
-def untried(choice: Choice, trial: Trial, prefill_tokens: int, decode_tokens: int) -> list[str]:
+def untried(choice: Choice, trial: Trial, load: Load) -> list[str]:
     """Strategies that are to be tried before this choice is final: in a phase, those predicted to be about as fast."""
     found: dict[str, None] = {}
     for chosen, times, tokens in (
-        (choice.prefill, choice.prefill_seconds, prefill_tokens),
-        (choice.decode, choice.decode_seconds, decode_tokens),
+        (choice.prefill, choice.prefill_seconds, load.prefill),
+        (choice.decode, choice.decode_seconds, load.decode),
     ):
         bound = CLOSE * (trial.computing.seconds(tokens) + times[chosen])
         found |= {name: None for name, s in times.items() if trial.computing.seconds(tokens) + s <= bound}

@@ -71,7 +71,9 @@ class Group:
         """The group of the ranks in that one of `groups` that this rank is in; every rank must call it with the same groups."""
         mine = next(ranks for ranks in groups if self.rank in ranks)
         transport = None if self.transport is None else self.transport.subgroup(groups)
-        return Group(transport, min(self.ranks_per_node, len(mine)), self.traffic, [self.members[r] for r in mine])
+        made = Group(transport, min(self.ranks_per_node, len(mine)), self.traffic, [self.members[r] for r in mine])
+        made.free_bytes = self.free_bytes  # as measured
+        return made
 
     def exchange(
         self, rows: torch.Tensor, send: Sequence[int], bound: int, name: str = "dispatch", beside: bool = False

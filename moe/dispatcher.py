@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from coterie.moe.batch import Batch, Request, SharedBatch
-from coterie.moe.choose import Choice, Links, Traits, Trial, check_group, decide, make_strategy, traits_of, untried
+from coterie.moe.choose import Choice, Links, Load, check_group, decide, make_strategy, traits_of, untried
 from coterie.moe.coherent import FAMILIES, CoherentBatch, check_family
 from coterie.moe.collectives import Group
 from coterie.moe.families import ModelShape
@@ -44,9 +44,8 @@ class Dispatcher:
         self.remember = True  # links that an earlier job measured may be taken
         self.without: frozenset[str] = frozenset()
         self._made: dict[str, Strategy] = {}
-        self._traits: Traits | None = None
-        self._rehearsal: Rehearsal | None = None
-        self._trial: Trial | None = None
+        self._weight_bytes, self._dense_seconds = 0, 0.0
+        self._rehearsed: dict[tuple[int, int], Rehearsal] = {}
 
     def strategy(self, name: str | None) -> Strategy:
         """The strategy object of that name; None: the one for calls outside `generate`."""
@@ -60,42 +59,61 @@ class Dispatcher:
         if self.asked is not None or self.group.size == 1:
             name = self.strategy(self.asked).name
             return Choice("all_to_all" if name == "coherent" else name, name, {}, {})
-        rows = max(1, min(batch_size, -(-len(requests) // self.group.size)))
-        mean = sum(len(r.token_ids) for r in requests) / len(requests)
-        prompt_tokens = max(1, min(PREFILL_TOKENS, int(mean * rows)))
+        load = self._load(requests, batch_size)
         if self.links is None:
-            self._measure(model, context, rows, prompt_tokens)
+            self._measure(model)
         without = self.without if self.shape.config.model_type in FAMILIES else self.without | {"coherent"}
         if context.least_rows > 1:  # batch-invariant: coherent does not keep blocks of rows
             without |= {"coherent"}
-        steps = sum(r.max_new_tokens for r in requests) / len(requests)
-        return self._decided(prompt_tokens, rows, steps, without)
+        return self._decided(load, without, self._rehearsal(load, model, context))
 
-    def _decided(self, prompt_tokens: int, rows: int, steps: float, without: frozenset[str]) -> Choice:
+    def changed(self, plan: PlacementPlan) -> None:
+        """From now on experts lie as `plan` says: what was rehearsed was another's."""
+        self.plan = plan
+        self._rehearsed.clear()
+
+    def _load(self, requests: Sequence[Request], batch_size: int) -> Load:
+        ranks, count = self.group.size, len(requests)
+        rows = max(1, min(batch_size, -(-count // ranks)))
+        mean = sum(len(r.token_ids) for r in requests) / count
+        prompt_tokens = max(1, min(PREFILL_TOKENS, int(mean * rows)))
+        steps = sum(r.max_new_tokens for r in requests) / count
+        return Load(prompt_tokens, rows, steps, min(1.0, min(batch_size, count) / (ranks * rows)))
+
+    def _decided(self, load: Load, without: frozenset[str], rehearsal: Rehearsal | None) -> Choice:
         """As predicted, once all that promise about as much as the best were tried, too."""
-        assert self._traits is not None and self.links is not None
-        sizes = prompt_tokens, rows
-        choice = decide(self._traits, self.links, self.group, *sizes, steps, without, self._trial)
-        while self._trial is not None and (names := untried(choice, self._trial, *sizes)):
-            assert self._rehearsal is not None
-            self._trial = self._rehearsal.compared([self.strategy(name) for name in names], self._trial)
-            choice = decide(self._traits, self.links, self.group, *sizes, steps, without, self._trial)
+        assert self._weight_bytes and self.links is not None
+        traits = traits_of(self.shape, self.plan, self._weight_bytes, self._dense_seconds)
+        if rehearsal is None:
+            return decide(traits, self.links, self.group, load, without)
+        choice = decide(traits, self.links, self.group, load, without, rehearsal.trial)
+        while names := untried(choice, rehearsal.trial, load):
+            rehearsal.compare([self.strategy(name) for name in names])
+            choice = decide(traits, self.links, self.group, load, without, rehearsal.trial)
         return choice
 
-    def _measure(self, model: Any, context: StepContext, rows: int, prompt_tokens: int) -> None:
+    def _measure(self, model: Any) -> None:
         from coterie.moe.probe import dense_seconds_per_weight, free_bytes, measure
-        from coterie.moe.rehearsal import Rehearsal
 
-        self.links = links = measure(self.group, self.remember)
-        self.group.free_bytes = free_bytes(links, self.group)
+        self.links = measure(self.group, self.remember)
+        self.group.free_bytes = free_bytes(self.links, self.group)
         weight = next(model.parameters())
-        seconds = dense_seconds_per_weight(weight.device, weight.dtype, self.group)
-        self._traits = traits_of(self.shape, self.plan, weight.element_size(), seconds)
-        on_disk = any(self.group.gather(any(hasattr(module, "coterie_cache") for module in model.modules())))
-        if not on_disk:  # a rehearsal would fill the cache with experts that nobody asked for
+        self._weight_bytes = weight.element_size()
+        self._dense_seconds = dense_seconds_per_weight(weight.device, weight.dtype, self.group)
+
+    def _rehearsal(self, load: Load, model: Any, context: StepContext) -> Rehearsal | None:
+        """Of steps about as large as these; None with experts on disk: it would fill the cache with what nobody asked for."""
+        from coterie.moe.rehearsal import MOST_TOKENS, Rehearsal
+
+        if any(self.group.gather(any(hasattr(module, "coterie_cache") for module in model.modules()))):
+            return None
+        size = load.decode.bit_length(), min(load.prefill, MOST_TOKENS).bit_length()
+        if size not in self._rehearsed:
+            assert self.links is not None
+            traits = traits_of(self.shape, self.plan, self._weight_bytes, self._dense_seconds)
             first = self.strategy("all_to_all")
-            self._rehearsal = Rehearsal(model, context, first, self._traits, links, rows, prompt_tokens)
-            self._trial = self._rehearsal.begin()
+            self._rehearsed[size] = Rehearsal(model, context, first, traits, self.links, load.decode, load.prefill)
+        return self._rehearsed[size]
 
     def executor(self, model: Any, context: StepContext, choice: Choice, recorder: Recorder | None) -> Executor:
         """What runs the model by this choice."""

@@ -120,12 +120,20 @@ class Model:
         return outputs, self.statistics(*counts, seconds, self.group.traffic.rows - rows)
 
     def scheduled(self, requests: Sequence[Request], batch_size: int) -> list[Request]:
-        """In the order to run them: as given, or alike ones side by side where experts are on disk (moe/schedule.py)."""
+        """In the order to run them: as given, or alike ones side by side where experts are on disk (moe/schedule.py).
+
+        The first rank's order is everyone's: processors that round differently would come to different ones.
+        """
         layers = [getattr(module, "coterie_cache", None) for _, module in expert_modules(self.transformers).values()]
         routers = [layer.router for layer in layers if layer is not None and layer.router is not None]
         if len(routers) < len(layers):
             return list(requests)
-        return in_order(requests, routers, self.transformers.get_input_embeddings(), batch_size)
+        made: Sequence[int] = []
+        if self.group.rank == 0:
+            ordered = in_order(requests, routers, self.transformers.get_input_embeddings(), batch_size)
+            places = {request.index: place for place, request in enumerate(requests)}
+            made = [places[request.index] for request in ordered]
+        return [requests[place] for place in self.group.gather(made)[0]]
 
     def _output(self, prompt: Prompt, run: Running) -> Output:
         return self.text.output(prompt, run.request, run.new_tokens, run.finish_reason or "length")
@@ -152,6 +160,7 @@ class Model:
 
         def taken(plan: PlacementPlan) -> None:
             self.plan = plan
+            self.dispatcher.changed(plan)
             say(f"the new plan has been taken over in step {self.group.traffic.step}")
 
         if isinstance(wish, PlacementPlan):

@@ -45,8 +45,8 @@ class Step:
 class Rehearsal:
     """Steps with `rows` (a decode step) up to `tokens` (a prompt's) tokens on every rank, by strategies that `Batch` can run.
 
-    first: `AllToAll`, which all others are compared with. Nothing of the steps is counted, and nothing of the model changes.
-    Every rank must do the same, and finds the same.
+    first: `AllToAll`, which all others are compared with. trial: what was found so far. Nothing of the steps is counted, and
+    nothing of the model changes. Every rank must do the same, and finds the same.
     """
 
     model: Any
@@ -61,9 +61,10 @@ class Rehearsal:
         self.group = self.first.group
         self.layers = max(1, len(expert_modules(self.model)))
         self.length = max(2, self.tokens // self.rows)  # of a prompt
+        self.trial = self._begun()
 
     @torch.inference_mode()
-    def begin(self) -> Trial:
+    def _begun(self) -> Trial:
         """Of the first strategy."""
         with _aside(self.context, self.group.traffic):
             more = self._step(*self._prompts(self.first, min(self.tokens, TRIED_TOKENS)), STEPS)
@@ -74,27 +75,27 @@ class Rehearsal:
             few = self._step(*self._decoding(self.first), DECODE_STEPS)
         ranks = more.rows / (2 * self.group.size * more.tokens * self.layers)
         self.seen = replace(self.traits, ranks=ranks, nodes=self.traits.nodes * ranks / max(self.traits.ranks, 1e-9))
-        at = few.tokens, more.tokens
-        computing = _through(at, [(s.seconds - s.exchanging) / self.layers for s in (few, more)])
-        spent = [s.seconds / self.layers - computing.seconds(s.tokens) for s in (few, more)]
-        wait = _through(at, [s - self._accounted(self.first, tokens) for s, tokens in zip(spent, at, strict=True)])
-        return Trial(computing, {self.first.name: wait}, self.layers)
+        least, most = ((s.seconds - s.exchanging) / self.layers for s in (few, more))
+        computing = Pace(few.tokens, least, more.tokens, max(least, most))  # more tokens are not computed in less time
+        self.spent = [s.seconds / self.layers - computing.seconds(s.tokens) for s in (few, more)]
+        return Trial(computing, {self.first.name: self._beyond(self.first, self.spent)}, self.layers)
 
     @torch.inference_mode()
-    def compared(self, strategies: Sequence[Strategy], trial: Trial) -> Trial:
-        """With more strategies; all in which their steps take longer or shorter than the first one's counts as waiting."""
-        sides = [self.first, *strategies]
+    def compare(self, strategies: Sequence[Strategy]) -> None:
+        """More strategies; all in which their steps take longer or shorter than the first one's counts as waiting."""
+        sides, waits = [self.first, *strategies], dict(self.trial.waits)
         with _aside(self.context, self.group.traffic):
             few = self._in_turns([self._decoding(side)[0] for side in sides], DECODE_STEPS)
             more = self._in_turns([self._prompts(side, self.tried)[0] for side in sides], STEPS)
-        at, waits = (self.rows, self.tried), dict(trial.waits)
         for strategy, *longer in zip(strategies, few, more, strict=True):
-            waits[strategy.name] = _through(at, [
-                waits[self.first.name].seconds(tokens) + seconds / self.layers
-                + self._accounted(self.first, tokens) - self._accounted(strategy, tokens)
-                for tokens, seconds in zip(at, longer, strict=True)
-            ])  # fmt: skip
-        return replace(trial, waits=waits)
+            spent = [mine + seconds / self.layers for mine, seconds in zip(self.spent, longer, strict=True)]
+            waits[strategy.name] = self._beyond(strategy, spent)
+        self.trial = replace(self.trial, waits=waits)
+
+    def _beyond(self, strategy: Strategy, spent: Sequence[float]) -> Pace:
+        """What exchanges take beyond what the links account for, of the two sizes that are tried."""
+        few, more = (s - self._accounted(strategy, tokens) for s, tokens in zip(spent, (self.rows, self.tried), strict=True))
+        return Pace(self.rows, few, self.tried, more)
 
     def _accounted(self, strategy: Strategy, tokens: int) -> float:
         """Seconds of a layer that the links account for."""
@@ -122,15 +123,23 @@ class Rehearsal:
         return [[Running(Request(i, tuple(ids), 1), rank) for i, ids in enumerate(own)] for rank, own in enumerate(drawn)]
 
     def _step(self, run: Run, tokens: int, steps: int) -> Step:
-        """The median of that many steps."""
-        found = [self._timed(run) for _ in range(WARM + steps)]
+        """The median of that many steps; of one, where it takes long."""
+        found = [self._timed(run) for _ in range(WARM + 1)]
+        if not self._is_slow(found[-1][0]):
+            found += [self._timed(run) for _ in range(steps - 1)]
         took, waited, sent = (statistics.median(values) for values in zip(*found[WARM:], strict=True))
         said = self.group.agree([int(took * 1e9), int(waited * 1e9), int(sent)])
         return Step(tokens, max(s[0] for s in said) / 1e9, min(s[1] for s in said) / 1e9, sum(s[2] for s in said))
 
+    def _is_slow(self, seconds: float) -> bool:
+        """Whether a step takes so long on any rank that it is not repeated; the same on all."""
+        return max(ns for (ns,) in self.group.agree([int(seconds * 1e9)])) > 2 * MOST_SECONDS * 1e9
+
     def _in_turns(self, runs: Sequence[Run], steps: int) -> list[float]:
         """By how many seconds all but the first run's steps take longer than its own: taking turns, for machines drift."""
-        found = [[self._timed(run)[0] for run in runs] for _ in range(WARM + steps)]
+        found = [[self._timed(run)[0] for run in runs] for _ in range(WARM + 1)]
+        steps = 1 if self._is_slow(found[-1][0]) else steps
+        found += [[self._timed(run)[0] for run in runs] for _ in range(steps - 1)]
         said = self.group.agree([int(seconds * 1e9) for turn in found[WARM:] for seconds in turn])
         slowest = np.array(said).max(0).reshape(steps, len(runs)) / 1e9
         longer: list[float] = np.median(slowest[:, 1:] - slowest[:, :1], axis=0).tolist()
@@ -146,14 +155,6 @@ class Rehearsal:
         run()
         finish(group.device)
         return time.perf_counter() - started, group.traffic.exchanging() - before, group.traffic.rows - sent
-
-
-def _through(tokens: tuple[int, int], seconds: list[float]) -> Pace:
-    """The line through two points."""
-    if tokens[1] <= tokens[0]:
-        return Pace(max(seconds))
-    slope = (seconds[1] - seconds[0]) / (tokens[1] - tokens[0])
-    return Pace(seconds[0] - tokens[0] * slope, slope)
 
 
 @contextmanager

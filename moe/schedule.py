@@ -21,7 +21,7 @@ NUMBERS = 128  # that a signature is made of, by a fixed random projection
 
 
 def in_order(requests: Sequence[Request], routers: Sequence[torch.Tensor], embed: nn.Module, batch_size: int) -> list[Request]:
-    """The same requests so that neighbours are alike; every rank gets the same order. routers: `[E, H]` of each layer."""
+    """The same requests so that neighbours are alike. routers: `[E, H]` of each layer."""
     if len(requests) <= batch_size or not routers:
         return list(requests)
     ordered: list[Request] = []

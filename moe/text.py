@@ -68,6 +68,10 @@ class Text:
         """The prompts as the generation loop takes them, in order. Raises InputError if there is none."""
         if not prompts:
             raise InputError("prompts: found none, expected at least one")
+        for number, prompt in enumerate(prompts):
+            if prompt.max_new_tokens is not None and prompt.max_new_tokens < 1:
+                found = f"found {prompt.max_new_tokens}, expected 1 or more"
+                raise InputError(f"prompt {_named(number, prompt)}: max_new_tokens: {found}")
         limits = [max_new_tokens if p.max_new_tokens is None else p.max_new_tokens for p in prompts]
         return [Request(i, self._of(i, p), n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
 
@@ -78,14 +82,17 @@ class Text:
         except InputError as error:
             if prompt.token_ids is None and self.tokenizer is None:
                 raise  # it is not this prompt's fault
-            name = f"{number} (counted from 0)" if prompt.id is None else repr(prompt.id)
-            raise InputError(f"prompt {name}: {error}") from error
+            raise InputError(f"prompt {_named(number, prompt)}: {error}") from error
 
     def output(self, prompt: Prompt, request: Request, token_ids: Sequence[int], finish_reason: str) -> Output:
         """What a finished request is told as."""
         text = prompt.text if prompt.text is not None else self.decode(request.token_ids)
         name = request.index if prompt.id is None else prompt.id
         return Output(name, text, self.decode(token_ids), tuple(token_ids), finish_reason)
+
+
+def _named(number: int, prompt: Prompt) -> str:
+    return f"{number} (counted from 0)" if prompt.id is None else repr(prompt.id)
 
 
 def _tokenizer(folder: Path) -> Any:

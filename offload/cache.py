@@ -233,8 +233,8 @@ class ExpertCache:
     def _start(self, experts: list[int], ahead: bool = False) -> None:
         self.statistics.transfers += len(experts)
         for one in experts:
-            slot = self.slot_of[one] = self.free.pop()
             try:
+                slot = self.slot_of[one] = self.free.pop()
                 self.coming[one] = self.source.start(one // self.experts, one % self.experts, self.slot[slot], ahead)
             except BaseException:  # such as ctrl-C: it is not there, and whether something is written to the slot is not known
                 self.slot_of[one] = -1
@@ -259,7 +259,8 @@ class ExpertCache:
         """Until these are there. What failed is forgotten, for its slot holds nothing, and so is all that was under way."""
         began = time.perf_counter()
         for one in experts:
-            error = self.coming.pop(one).exception()
+            error = self.coming[one].exception()  # ctrl-C here leaves it among those that are coming
+            del self.coming[one]
             if error is not None:
                 self._forget([one])
                 self._abandon()

@@ -100,6 +100,6 @@ class ExpertStore:
         """Give the files and threads back, once nothing is being read any more; what has not begun is called off."""
         if (reader := vars(self).get("asynchronous")) is not None:
             reader.close()
-        self.readers.shutdown()
-        self.ahead.shutdown()
+        self.readers.shutdown(cancel_futures=True)
+        self.ahead.shutdown(cancel_futures=True)
         self.files.close()

@@ -56,7 +56,7 @@ def test_what_cannot_be_rounded_is_refused() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("format", "shape", "kind"),
     [
@@ -73,6 +73,12 @@ def test_products_on_a_cpu(format: str, shape: tuple[int, int], kind: type, dtyp
     right = x.double() @ weights.dequantised()[1].T
     assert isinstance(made, kind) and made.shape == weights.shape
     assert ((out.double() - right).norm(dim=1) / right.norm(dim=1)).max() < (1e-5 if dtype == torch.float32 else 8e-3)
+    if dtype == torch.float16:  # sums beyond float16 before they are scaled, and scales below it
+        for size in (1e-5, 1.0):
+            small = quantise(torch.full((1, *shape), size), format)
+            for_cpu(small).multiply(0, torch.full((rows, shape[1]), 8.0, dtype=dtype), out)
+            assert (out.double() / (8 * size * shape[1]) - 1).abs().max() < (8e-2 if format == "fp8" else 5e-3)
+        made.multiply(1, x, out)
     picked = [(2 * row) % 3 for row in range(rows)]
     found = made.vectors(picked, x)
     for row, expert in enumerate(picked):

@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -213,10 +214,50 @@ def test_closing_waits_until_nothing_is_written(reader: str, tmp_path: Path) -> 
     kept = [tensors["w"].clone() for tensors in into]
     for expert, future in enumerate(futures):
         assert future.done()
+        if future.cancelled():  # it had not begun
+            continue
         error = future.exception()
         assert error is None or "when reading was closed" in str(error)
         assert error is not None or torch.equal(kept[expert], right[expert])
     assert all(torch.equal(tensors["w"], was) for tensors, was in zip(into, kept, strict=True))
+
+
+def test_what_has_not_begun_is_not_read_when_closing(reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, right = stored(tmp_path / "f", 40, STAGE_BYTES // 8)
+    read = store.files.fill
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.05)
+        read(*arguments)
+
+    monkeypatch.setattr(store.files, "fill", slowly)
+    into = [{"w": torch.zeros(right.shape[1])} for _ in right]
+    last = [store.start(0, expert, into[expert]) for expert in range(40)][-1]
+    store.close()
+    assert last.cancelled() or last.exception() is not None or reader == "asynchronous"
+
+
+def test_ctrl_c_while_waiting_leaves_no_expert_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model("qwen3_moe", tmp_path)
+    monkeypatch.setattr(aio, "NUMBERS", {})
+    made, right = model(folder, 3, "threads"), model(folder, None)
+    calls, wait, read = iter(range(1 << 30)), Future.exception, made.cache.store.files.fill
+
+    def waiting(future: Future[Any], timeout: float | None = None) -> BaseException | None:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return wait(future, timeout)
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.1)
+        read(*arguments)
+
+    monkeypatch.setattr(Future, "exception", waiting)
+    monkeypatch.setattr(made.cache.store.files, "fill", slowly)
+    with torch.no_grad():
+        with pytest.raises(KeyboardInterrupt):
+            made.transformers(PROMPTS)
+        assert torch.equal(made.transformers(PROMPTS).logits, right.transformers(PROMPTS).logits)
 
 
 def test_a_store_that_is_forgotten_gives_its_threads_back(reader: str, tmp_path: Path) -> None:

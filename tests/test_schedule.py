@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from thread_ranks import load, on_ranks
 from tiny_models import make_model
 from torch import nn
 
 import coterie
 from coterie.moe.batch import Request
+from coterie.moe.collectives import Group
 from coterie.moe.schedule import in_order
 
 
@@ -38,3 +41,16 @@ def test_outputs_come_in_the_order_of_the_prompts_and_invariant_text_stays_the_s
     assert [r.index for r in cached.scheduled(requests, 3)] != list(range(9)) == [r.index for r in given.scheduled(requests, 3)]
     right, found = (model.generate(prompts, 6, batch_size=3)[0] for model in (given, cached))
     assert [o.token_ids for o in found] == [o.token_ids for o in right]
+
+
+def test_every_rank_runs_prompts_in_the_first_ones_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if each rank's processor rounded in its own way."""
+    folder = make_model("qwen3_moe", tmp_path)
+    orders = iter([[2, 0, 1], [1, 2, 0]])
+    monkeypatch.setattr("coterie.moe.model.in_order", lambda requests, *_: [requests[i] for i in next(orders)])
+
+    def order(group: Group) -> list[int]:
+        model = load(folder, dtype="float32", group=group, slots=4)
+        return [r.index for r in model.scheduled([Request(i + 7, (5, 6), 1) for i in range(3)], 1)]
+
+    assert on_ranks(2, order) == [[9, 7, 8]] * 2
