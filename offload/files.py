@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,13 +15,15 @@ from coterie.routing.errors import CoterieError
 
 
 class Files:
-    """Opened with O_DIRECT where all of their file systems have it (`direct`). Raises CoterieError if one cannot be.
+    """Opened with O_DIRECT where all of their file systems have it (`direct`); closed with this. Raises CoterieError if one
+    cannot be.
 
     block: what offsets, lengths and places in memory have to be multiples of, found out by trying.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.descriptors: dict[Path, int] = {}
+        weakref.finalize(self, _close, self.descriptors)
         self.direct = True
         for path in paths:
             try:
@@ -70,8 +73,12 @@ class Files:
 
     def close(self) -> None:
         """Close them; again is nothing."""
-        while self.descriptors:
-            os.close(self.descriptors.popitem()[1])
+        _close(self.descriptors)
+
+
+def _close(descriptors: dict[Path, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
 
 
 def remaining(views: Sequence[np.ndarray], done: int) -> list[np.ndarray]:

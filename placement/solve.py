@@ -93,7 +93,10 @@ class _Proof:
             bound = max(bound, proven)
         bound = max(task.world.gather(bound))
         best = min(task.world.gather(best), key=by_cost(problem))
-        return best, min(whole(problem, bound), problem.cost(best))
+        cost, counted = problem.cost(best), whole(problem, bound)
+        if counted > cost * (1 + 1e-6) + 1e-6:
+            raise AssertionError(f"a lower bound of {counted} on hops that cost {cost}")
+        return best, min(counted, cost)
 
     def _of_child(self, child: Child) -> float:
         """Its bound, in counts; of a proof that is lost the last one heard."""

@@ -260,6 +260,16 @@ def test_ctrl_c_while_waiting_leaves_no_expert_that_is_not_there(tmp_path: Path,
         assert torch.equal(made.transformers(PROMPTS).logits, right.transformers(PROMPTS).logits)
 
 
+def test_a_store_that_is_forgotten_gives_its_files_back(reader: str, tmp_path: Path) -> None:
+    store, _ = stored(tmp_path / "f", 1, 1000)
+    (descriptor,) = store.files.descriptors.values()
+    os.fstat(descriptor)
+    del store
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
 def test_a_store_that_is_forgotten_gives_its_threads_back(reader: str, tmp_path: Path) -> None:
     before = set(threading.enumerate())
     store, right = stored(tmp_path / "f", 1, 1000)
