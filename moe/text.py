@@ -69,8 +69,8 @@ class Text:
         if not prompts:
             raise InputError("prompts: found none, expected at least one")
         for number, prompt in enumerate(prompts):
-            if prompt.max_new_tokens is not None and prompt.max_new_tokens < 1:
-                found = f"found {prompt.max_new_tokens}, expected 1 or more"
+            if prompt.max_new_tokens is not None and prompt.max_new_tokens < 0:
+                found = f"found {prompt.max_new_tokens}, expected 0 or more"
                 raise InputError(f"prompt {_named(number, prompt)}: max_new_tokens: {found}")
         limits = [max_new_tokens if p.max_new_tokens is None else p.max_new_tokens for p in prompts]
         return [Request(i, self._of(i, p), n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
