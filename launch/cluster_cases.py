@@ -70,12 +70,12 @@ def embedded(folder: Path, per_rank: int = 8, prefill: int = 96, decode: int = 6
     """The embedded model on held-out text, by its own routers; planned from its calibration text."""
     model = coterie.load(checkpoint, dtype="float32", device="cpu")
     texts = {name: _texts(EMBEDDED_FOLDER / "prompts" / f"{name}.jsonl") for name in ("calibration", "heldout")}
-    model.record(texts["calibration"], folder / "seen.safetensors")
+    model.record(texts["calibration"], folder / "seen.safetensors", token_ids=True)
     long = [ids for ids in map(model.text.encode, texts["heldout"]) if len(ids) >= prefill + decode]
     picked = np.random.default_rng(0).permutation(len(long))[: RANKS * per_rank]
     token_ids = np.array([long[i][: prefill + decode] for i in picked], dtype=np.int64)
     asked = [coterie.Prompt(token_ids=tuple(row[:prefill].tolist())) for row in token_ids]
-    model.record(asked, folder / "prompts.safetensors")
+    model.record(asked, folder / "prompts.safetensors", token_ids=True)
     seen, prompts = (read_trace(folder / f"{name}.safetensors") for name in ("seen", "prompts"))
     name = f"{EMBEDDED}, top-{model.shape.top_k}"
     return Case(name, checkpoint, model.shape.top_k, prefill, decode, token_ids, None, seen, prompts)

@@ -232,6 +232,8 @@ def _continue(
 
 
 def _homes(homes: HomeRanks | None, options: argparse.Namespace) -> str:
+    if homes is not None and not homes.tokens:
+        return "told by the prompts' token ids"
     if homes is not None:
         return f"told by {homes.tokens} prompt tokens, run beforehand in {homes.seconds:.2f} s"
     if options.prompt is not None:

@@ -1,4 +1,4 @@
-"""Carrying out a plan's homes: the first tokens of every prompt are run once to see which experts they use.
+"""Carrying out a plan's homes: by the prompts' token ids, or by which experts their first tokens use, which are run once.
 
 The rule is `placement/homes.py`'s, the one `evaluate` applies to a trace. All ranks run this pass in step, prompts of similar
 length beside each other, and rank 0's answer is everybody's.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from coterie.moe.batch import Request
 from coterie.moe.choose import Choice
 from coterie.moe.generate import Sampling
-from coterie.placement.homes import Homes, placed
+from coterie.placement.homes import Homes, placed, shares
 from coterie.routing.record import Recorder
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HomeRanks:
-    """ranks: the home of each request, in their order. What it took: tokens (of all ranks), rows sent by this one, seconds."""
+    """ranks: the home of each request, in order. What it took: tokens run by all ranks, rows sent by this one, seconds."""
 
     ranks: tuple[int, ...]
     tokens: int
@@ -61,19 +61,27 @@ def find_home_ranks(model: Model, homes: Homes, requests: Sequence[Request], bat
     """
     started, rows = time.perf_counter(), model.group.traffic.rows
     by_index = sorted(requests, key=lambda r: r.index)
-    counter = UseCounter(homes.experts, model.shape.layer_ids, [r.index for r in by_index])
     looked = [Request(r.index, r.token_ids[: homes.tokens], 0) for r in by_index]
-    _run(model, looked, batch_size, Choice(strategy, strategy, {}, {}), counter)
-    counts = np.sum([_dense(part, counter.counts) for part in model.group.gather(_sparse(counter.counts))], axis=0)
+    used, tokens = _used(model, homes, looked, batch_size, strategy)
     said = None
     if model.group.rank == 0:
-        used = counts / np.array([len(r.token_ids) for r in looked])[:, None]
         found = placed(homes, used, np.array([_routed_tokens(r) for r in by_index]))
         said = dict(zip((r.index for r in by_index), found.tolist(), strict=True))
     home_of = model.group.gather(said)[0]
-    tokens = sum(len(r.token_ids) for r in looked)
     took = (model.group.traffic.rows - rows, time.perf_counter() - started)
     return HomeRanks(tuple(home_of[r.index] for r in requests), tokens, *took)
+
+
+def _used(model: Model, homes: Homes, looked: list[Request], batch_size: int, strategy: str) -> tuple[NDArray[np.float64], int]:
+    """How often looked-at tokens are, or use, what is watched, `[requests, watched]`; and how many were run for it."""
+    lengths = np.array([len(r.token_ids) for r in looked])
+    if homes.token_ids is not None:
+        ids = np.concatenate([np.asarray(r.token_ids, dtype=np.int64) for r in looked])
+        return shares(homes.token_ids, ids, np.repeat(np.arange(len(looked)), lengths)), 0
+    counter = UseCounter(homes.experts, model.shape.layer_ids, [r.index for r in looked])
+    _run(model, looked, batch_size, Choice(strategy, strategy, {}, {}), counter)
+    counts = np.sum([_dense(part, counter.counts) for part in model.group.gather(_sparse(counter.counts))], axis=0)
+    return counts / lengths[:, None], int(lengths.sum())
 
 
 def _run(model: Model, looked: list[Request], batch_size: int, choice: Choice, counter: UseCounter) -> None:

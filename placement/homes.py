@@ -1,7 +1,8 @@
 """Home ranks for sequences, told when they arrive: `homes` of a plan file (docs/planning.md), and what it does to a trace.
 
-A class of sequences belongs to each rank. What tells the classes apart is how often the first tokens of a sequence use
-some watched experts: a line through those counts predicts the rows that the sequence sends if a rank is its home.
+A class of sequences belongs to each rank. What tells the classes apart is how often some watched tokens stand in a prompt,
+which is known before anything runs, or how often its first tokens use some watched experts: a line through those counts
+predicts the rows that the sequence sends if a rank is its home.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.routing.errors import require
+from coterie.routing.errors import InputError, require
 from coterie.routing.trace import RoutingTrace
 
 Array = NDArray[np.float64]
-TOLD_BY = "prefill"
-FIELDS = ("told_by", "tokens", "balance", "experts", "classes")
+BY_IDS, BY_PREFILL = "token_ids", "prefill"
+WATCHED = {BY_IDS: "token_ids", BY_PREFILL: "experts"}  # the field with what is watched, by `told_by`
+FIELDS = ("told_by", "tokens", "balance", "classes")
 CANDIDATES = 512  # sequences of each of two homes that are tried for a swap, those that gain most from leaving
 STEPS = 300  # of the prices that fill the homes
 SWEEPS = 6  # over all pairs of homes, at most
@@ -30,8 +32,8 @@ ROUNDING = 1e-9
 class HomeClass:
     """The sequences that are at home on rank `home`.
 
-    A sequence is expected to send `rows` + the sum over watched experts of weight x uses, per token and layer, if this is its
-    home; uses: how often a looked-at token uses the expert, on average. weights: one for each of `Homes.experts`.
+    A sequence is expected to send `rows` + the sum over what is watched of weight x uses, per token and layer, if this is its
+    home; uses: how often a looked-at token is the watched one or uses the watched expert, on average. weights: one for each.
     """
 
     home: int
@@ -43,22 +45,36 @@ class HomeClass:
 class Homes:
     """How sequences find their home ranks.
 
-    classes: one for each rank, in order. experts: the watched ones, (decoder layer, expert). tokens: how many first positions
-    of a sequence's prefill are looked at, None for all of it. balance: the most tokens a home may have, over the mean home.
+    classes: one for each rank, in order. experts: the watched ones, (decoder layer, expert); or token_ids: the watched tokens
+    of the model's vocabulary, and no experts. tokens: how many first positions of a sequence's prompt are looked at, None for
+    all of it. balance: the most tokens a home may have, over the mean home.
     """
 
     classes: tuple[HomeClass, ...]
-    experts: tuple[tuple[int, int], ...]
+    experts: tuple[tuple[int, int], ...] = ()
     tokens: int | None = None
     balance: float = 1.1
+    token_ids: tuple[int, ...] | None = None
+
+    @property
+    def told_by(self) -> str:
+        """What is looked at."""
+        return BY_PREFILL if self.token_ids is None else BY_IDS
+
+    @property
+    def watched(self) -> tuple[object, ...]:
+        """The experts or tokens that weights are for."""
+        return self.experts if self.token_ids is None else self.token_ids
 
     def __post_init__(self) -> None:
+        require(self.token_ids is None or not self.experts, "homes.experts", f"{len(self.experts)} beside token_ids", "none")
         require(self.tokens is None or self.tokens >= 1, "homes.tokens", self.tokens, "1 or more, or null")
         require(1 <= self.balance < math.inf, "homes.balance", self.balance, "1 or more")
         for rank, one in enumerate(self.classes):
             where, size = f"homes.classes[{rank}]", len(one.weights)
             require(one.home == rank, f"{where}.home", one.home, f"{rank}: one class for each rank, in order")
-            require(size == len(self.experts), f"{where}.weights", size, f"{len(self.experts)} numbers, as homes.experts")
+            field = f"homes.{WATCHED[self.told_by]}"
+            require(size == len(self.watched), f"{where}.weights", size, f"{len(self.watched)} numbers, as {field}")
 
     def check(self, layer_ids: Sequence[int], num_experts: int, ranks: int) -> None:
         """Raises InputError unless these are homes for a plan of this shape."""
@@ -66,14 +82,15 @@ class Homes:
         for number, (layer, expert) in enumerate(self.experts):
             known = layer in layer_ids and 0 <= expert < num_experts
             require(known, f"homes.experts[{number}]", [layer, expert], f"[layer of the plan, expert below {num_experts}]")
-        require(len(set(self.experts)) == len(self.experts), "homes.experts", "one twice", "each once")
+        require(len(set(self.watched)) == len(self.watched), f"homes.{WATCHED[self.told_by]}", "one twice", "each once")
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in a plan file."""
         classes = [{"home": c.home, "rows": c.rows, "weights": list(c.weights)} for c in self.classes]
-        experts = [list(pair) for pair in self.experts]
+        watched = [list(one) if isinstance(one, tuple) else one for one in self.watched]
         return {
-            "told_by": TOLD_BY, "tokens": self.tokens, "balance": self.balance, "experts": experts, "classes": classes
+            "told_by": self.told_by, "tokens": self.tokens, "balance": self.balance, WATCHED[self.told_by]: watched,
+            "classes": classes,
         }  # fmt: skip
 
 
@@ -81,17 +98,30 @@ def from_json(value: Any) -> Homes | None:
     """The homes of a plan file, None where it has none. Raises InputError naming the field."""
     if value is None:
         return None
-    _check_fields(value, "homes", FIELDS)
-    require(value["told_by"] == TOLD_BY, "homes.told_by", repr(value["told_by"])[:40], repr(TOLD_BY))
+    require(isinstance(value, dict), "homes", type(value).__name__, f"an object with {', '.join(FIELDS)}")
+    require("told_by" in value, "homes.told_by", "nothing", "it given")
+    told_by = value["told_by"]
+    known = isinstance(told_by, str) and told_by in WATCHED
+    require(known, "homes.told_by", repr(told_by)[:40], " or ".join(map(repr, WATCHED)))
+    field = WATCHED[str(told_by)]
+    _check_fields(value, "homes", (*FIELDS, field))
     tokens = value["tokens"]
     require(tokens is None or type(tokens) is int, "homes.tokens", repr(tokens)[:40], "an integer or null")
     classes = _list(value["classes"], "homes.classes")
+    watched = _list(value[field], f"homes.{field}")
+    by_ids = told_by == BY_IDS
     return Homes(
         classes=tuple(_class(one, f"homes.classes[{number}]") for number, one in enumerate(classes)),
-        experts=tuple(_expert(pair, f"homes.experts[{i}]") for i, pair in enumerate(_list(value["experts"], "homes.experts"))),
+        experts=() if by_ids else tuple(_expert(pair, f"homes.experts[{i}]") for i, pair in enumerate(watched)),
         tokens=tokens,
         balance=_number(value["balance"], "homes.balance"),
+        token_ids=tuple(_id(one, f"homes.token_ids[{i}]") for i, one in enumerate(watched)) if by_ids else None,
     )
+
+
+def _id(value: Any, where: str) -> int:
+    require(type(value) is int and 0 <= value < 1 << 31, where, repr(value)[:40], "a token id, 0 or more")
+    return int(value)
 
 
 def _class(value: Any, where: str) -> HomeClass:
@@ -130,11 +160,11 @@ def _number(value: Any, where: str) -> float:
 def assign(homes: Homes, trace: RoutingTrace) -> NDArray[np.int64]:
     """The home rank of each token, int64 `[tokens]`: every sequence of the trace has one, told by its first tokens.
 
-    The trace has all layers that are watched (`cost.check_match`).
+    The trace has all layers that are watched (`cost.check_match`). Raises InputError if token ids are and it has none.
     The rows that the classes expect are minimised over the whole trace, under the balance limit (`balanced`).
     """
     _, sequence, lengths = np.unique(trace.sequence_ids, return_inverse=True, return_counts=True)
-    return placed(homes, uses(trace, homes.tokens, homes.experts), lengths)[sequence]
+    return placed(homes, uses(trace, homes), lengths)[sequence]
 
 
 def placed(homes: Homes, used: Array, lengths: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -145,21 +175,38 @@ def placed(homes: Homes, used: Array, lengths: NDArray[np.integer]) -> NDArray[n
 
 def _weights(homes: Homes) -> Array:
     """float64 `[ranks, watched]`."""
-    return np.array([c.weights for c in homes.classes], dtype=np.float64).reshape(len(homes.classes), len(homes.experts))
+    return np.array([c.weights for c in homes.classes], dtype=np.float64).reshape(len(homes.classes), len(homes.watched))
 
 
-def uses(trace: RoutingTrace, tokens: int | None, experts: Sequence[tuple[int, int]]) -> Array:
-    """How often a looked-at token uses each watched expert, float64 `[sequences, watched]`, sequences by ascending id.
+def uses(trace: RoutingTrace, homes: Homes) -> Array:
+    """How often a looked-at token is, or uses, each that is watched, float64 `[sequences, watched]`, sequences by ascending id.
 
-    Looked at are the first `tokens` recorded of every sequence, in the order of their positions.
+    Looked at are the first `homes.tokens` recorded of every sequence, in the order of their positions.
     """
-    looked = first_tokens(trace, tokens)
+    looked, experts = first_tokens(trace, homes.tokens), homes.experts
     _, sequence, lengths = np.unique(trace.sequence_ids[looked], return_inverse=True, return_counts=True)
+    if homes.token_ids is not None:
+        if trace.token_ids is None:
+            raise InputError("homes: found no token_ids in the trace, by which they are told: record it with --token-ids")
+        return shares(homes.token_ids, trace.token_ids[looked].astype(np.int64), sequence)
     number = {layer: i for i, layer in enumerate(trace.layer_ids)}
     found = np.empty((len(lengths), len(experts)))
     for column, (layer, expert) in enumerate(experts):
         used = (trace.expert_ids[looked, number[layer]] == expert).sum(1)
         found[:, column] = np.bincount(sequence, weights=used, minlength=len(lengths))
+    return found / lengths[:, None]
+
+
+def shares(watched: Sequence[int], token_ids: NDArray[np.int64], sequence: NDArray[np.integer]) -> Array:
+    """Of each sequence's tokens, those that are each watched one: float64 `[sequences, watched]`; sequence: of each token."""
+    order = np.argsort(watched)
+    ids = np.asarray(watched, dtype=np.int64)[order]
+    lengths = np.bincount(sequence)
+    found = np.zeros((len(lengths), len(ids)))
+    place = np.minimum(np.searchsorted(ids, token_ids), max(len(ids) - 1, 0))
+    if len(ids):
+        known = ids[place] == token_ids
+        np.add.at(found, (sequence[known], order[place[known]]), 1.0)
     return found / lengths[:, None]
 
 

@@ -1,14 +1,16 @@
 """Plans home ranks and placement in turns: sequences go where their experts are, experts to where their sequences are.
 
 The placement that a solver made without homes is the start. In each turn every home's rows are predicted from the sequences'
-first tokens (ridge regression on the experts they use), the sequences are assigned, the ranks of every layer are named anew for
-these homes and the tabu search goes on with them known; what lowers the evaluated number is kept.
+token ids where they were recorded (what tokens of that id send on average), else from their first tokens (ridge regression on
+the experts they use); the sequences are assigned, the ranks of every layer are named anew for these homes and the tabu search
+goes on with them known; what lowers the evaluated number is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +34,8 @@ OBJECTIVES = ("dispatch", "time")
 TOKENS = 8  # looked at by default; the figures that speak for it are in docs/planning.md
 WATCHED = 128  # (layer, expert) pairs at most that classes are told by
 RIDGE = 1.0  # of the mean square of a sequence's uses
+WATCHED_IDS = 1024  # token ids at most that classes are told by
+PRIOR = 20.0  # tokens of the mean kind that every id is taken to have been seen with besides
 SAMPLE = 2000  # sequences at most that the classes are learnt from, evenly taken
 DIGITS = 6  # of the numbers in the file
 STALLED = 3  # turns without a better plan before it ends
@@ -63,7 +67,7 @@ def alternate(task: Task, start: Solution, tokens: int | None = TOKENS) -> Solut
     Experts only move where they have no copies and no old plan limits the moves; homes are planned in any case.
     """
     check_objective(task.request.objective_name)
-    teller = _Teller(_traces(task), tokens)
+    teller = teller_for(_traces(task), tokens)
     best, made = _told(task, start.holds, teller), start.iterations
     if not (task.copied or task.request.previous):
         searching = task.deadline.share(SEARCH_SHARE)
@@ -78,7 +82,7 @@ def alternate(task: Task, start: Solution, tokens: int | None = TOKENS) -> Solut
     return replace(start, holds=best.holds, lower_bound=bound, iterations=made, homes=best.homes)
 
 
-def _turns(task: Task, here: _State, best: _State, teller: _Teller, made: int, deadline: Deadline) -> tuple[_State, int]:
+def _turns(task: Task, here: _State, best: _State, teller: Teller, made: int, deadline: Deadline) -> tuple[_State, int]:
     """Homes and placement in turns from `here` until the deadline or until nothing is gained: the best, and iterations made."""
     quiet, least = 0, np.inf
     while not (deadline.passed() or quiet == STALLED):
@@ -98,11 +102,10 @@ def _traces(task: Task) -> list[RoutingTrace]:
     return traces
 
 
-def _told(task: Task, holds: NDArray[np.bool_], teller: _Teller) -> _State:
+def _told(task: Task, holds: NDArray[np.bool_], teller: Teller) -> _State:
     """The placement with the homes that suit it."""
     traces, topology = _traces(task), task.request.topology
-    rows = [rows_by_home(trace, holds, task.prices) for trace in traces]
-    homes = teller.learn(np.concatenate(rows))
+    homes = teller.learn([token_rows(trace, holds, task.prices) for trace in traces])
     layer_ids = traces[0].layer_ids
     plan = PlacementPlan(
         slots_from_holders(holds, task.slots), holds.shape[1], layer_ids, topology, strategy=task.request.strategy, homes=homes
@@ -114,8 +117,8 @@ def _told(task: Task, holds: NDArray[np.bool_], teller: _Teller) -> _State:
     return _State(holds, homes, tuple(assign(homes, trace) for trace in traces), value, paid)
 
 
-def rows_by_home(trace: RoutingTrace, holds: NDArray[np.bool_], prices: Prices) -> Array:
-    """What every sequence sends per token and layer if a rank is its home, float64 `[sequences, ranks]`, by ascending id.
+def token_rows(trace: RoutingTrace, holds: NDArray[np.bool_], prices: Prices) -> NDArray[np.float32]:
+    """What every token sends if a rank is its home, over all layers, float32 `[tokens, ranks]`.
 
     In rows; where it matters where they go, in rows inside a node.
     """
@@ -130,18 +133,66 @@ def rows_by_home(trace: RoutingTrace, holds: NDArray[np.bool_], prices: Prices) 
                 needed = needed_ranks(np.where(ids < 0, -1, table[home, ids]), topology.ranks)
                 hosts, entered = needed.astype(np.float32), on_nodes(needed, topology.ranks_per_node).astype(np.float32)
             rows[:, home] += hosts @ by_rank[home] + entered @ by_node[home]
+    return rows
+
+
+def rows_by_home(trace: RoutingTrace, holds: NDArray[np.bool_], prices: Prices) -> Array:
+    """The same per token and layer of every sequence, float64 `[sequences, ranks]`, by ascending id."""
+    return _by_sequence(trace, token_rows(trace, holds, prices))
+
+
+def _by_sequence(trace: RoutingTrace, rows: NDArray[np.float32]) -> Array:
     _, sequence, lengths = np.unique(trace.sequence_ids, return_inverse=True, return_counts=True)
     summed = np.stack([np.bincount(sequence, weights=column) for column in rows.T], axis=1)
     return np.asarray(summed / (lengths[:, None] * trace.layers))
 
 
-class _Teller:
-    """Learns to tell from the experts of its first tokens how many rows a sequence sends, by home: ridge regression.
+class Teller(Protocol):
+    """Learns to tell how many rows a sequence sends, by home."""
+
+    def learn(self, rows: Sequence[NDArray[np.float32]]) -> Homes:
+        """Classes for rows as `token_rows` counts them, of every trace."""
+        ...
+
+
+def teller_for(traces: Sequence[RoutingTrace], tokens: int | None) -> Teller:
+    """By token ids where all traces have them: they are known before anything runs. tokens: else, how many are looked at."""
+    if all(trace.token_ids is not None for trace in traces):
+        return _IdTeller(traces)
+    return _ExpertTeller(traces, tokens)
+
+
+class _IdTeller:
+    """From the ids of its tokens: each is expected to send what tokens of that id sent on average, drawn to the mean of all."""
+
+    def __init__(self, traces: Sequence[RoutingTrace]) -> None:
+        self.layers = traces[0].layers
+        ids = np.concatenate([trace.token_ids for trace in traces if trace.token_ids is not None])
+        self.ids, self.number, self.counts = np.unique(ids, return_inverse=True, return_counts=True)
+
+    def learn(self, rows: Sequence[NDArray[np.float32]]) -> Homes:
+        """As `Teller`."""
+        each = np.concatenate(rows).astype(np.float64) / self.layers
+        mean = each.mean(0)
+        sums = np.stack([np.bincount(self.number, weights=column) for column in (each - mean).T], axis=1)
+        weights = sums / (self.counts[:, None] + PRIOR)  # [ids, ranks]
+        apart = weights - weights.mean(1, keepdims=True)  # what all homes have in common tells nothing
+        strength = self.counts * (apart**2).sum(1)
+        watched = np.sort(np.argsort(-strength, kind="stable")[:WATCHED_IDS])
+        watched = watched[strength[watched] > 0]
+        kept, level = np.round(weights[watched], DIGITS), np.round(mean, DIGITS)
+        classes = (HomeClass(rank, float(level[rank]), tuple(kept[:, rank].tolist())) for rank in range(len(mean)))
+        return Homes(tuple(classes), token_ids=tuple(self.ids[watched].tolist()))
+
+
+class _ExpertTeller:
+    """From the experts of its first tokens: ridge regression.
 
     uses: float32 `[sequences, L * E]`, how often a looked-at token uses an expert, less the mean over sequences.
     """
 
     def __init__(self, traces: Sequence[RoutingTrace], tokens: int | None) -> None:
+        self.traces = traces
         self.tokens, self.layer_ids, self.num_experts = tokens, traces[0].layer_ids, traces[0].num_experts
         self.sampled = _sample(sum(len(np.unique(trace.sequence_ids)) for trace in traces))
         found = np.concatenate([_uses(trace, tokens) for trace in traces])[self.sampled]
@@ -149,9 +200,12 @@ class _Teller:
         self.uses = found - self.mean
         self.kernel = (self.uses @ self.uses.T).astype(np.float64)
 
-    def learn(self, rows: Array) -> Homes:
-        """Classes for rows `[sequences, ranks]` as `rows_by_home` counts them."""
-        rows = rows[self.sampled]
+    def learn(self, rows: Sequence[NDArray[np.float32]]) -> Homes:
+        """As `Teller`."""
+        by_sequence = [_by_sequence(trace, part) for trace, part in zip(self.traces, rows, strict=True)]
+        return self._learnt(np.concatenate(by_sequence)[self.sampled])
+
+    def _learnt(self, rows: Array) -> Homes:
         centred = rows - rows.mean(0)
         size = len(rows)
         ridge = RIDGE * max(float(np.trace(self.kernel)) / size, 1e-12)

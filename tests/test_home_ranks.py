@@ -71,6 +71,24 @@ def test_rows_of_a_prefill_are_those_that_evaluate_predicts(folder: Path, trace,
     assert sum(rows for _, rows, _ in results) == round(predicted)
 
 
+def test_homes_by_token_ids_are_those_of_evaluate_and_nothing_is_run_for_them(folder: Path, tmp_path: Path) -> None:
+    coterie.load(folder, dtype="float32").record(PROMPTS, tmp_path / "t", token_ids=True)
+    trace, rng = coterie.read_trace(tmp_path / "t"), np.random.default_rng(5)
+    watched = tuple(int(i) for i in np.unique(trace.token_ids)[::3])
+    classes = tuple(HomeClass(r, 1.0, tuple(rng.normal(0, 1, len(watched)).tolist())) for r in range(RANKS))
+    plan = replace(plan_with(None), homes=Homes(classes, (), None, 1.3, watched))
+
+    def work(group):
+        model = load(folder, plan, "float32", "all_to_all", group=group)
+        _, homes = model.settle(model.text.requests(PROMPTS, 1), len(PROMPTS))
+        return homes, group.traffic.rows
+
+    expected = plan_homes(plan, trace)[np.unique(trace.sequence_ids, return_index=True)[1]].tolist()
+    assert len(set(expected)) > 1
+    for homes, rows in on_ranks(RANKS, work):
+        assert list(homes.ranks) == expected and (homes.tokens, rows) == (0, 0)
+
+
 def test_the_counter_counts_what_a_trace_says(trace) -> None:
     watched = ((0, 1), (2, 6), (1, 0))
     counter = UseCounter(watched, trace.layer_ids, range(len(PROMPTS)))
@@ -78,7 +96,7 @@ def test_the_counter_counts_what_a_trace_says(trace) -> None:
         counter.append(trace.expert_ids[part], np.zeros(0), trace.sequence_ids[part], trace.positions[part], np.zeros(0))
     lengths = np.bincount(trace.sequence_ids)
     assert counter.tokens == trace.tokens
-    assert np.array_equal(counter.counts / lengths[:, None], uses(trace, None, watched))
+    assert np.array_equal(counter.counts / lengths[:, None], uses(trace, Homes((), watched)))
 
 
 @pytest.mark.parametrize("strategy", ["all_to_all", "all_gather", "coherent", "replicated"])

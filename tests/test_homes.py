@@ -107,8 +107,9 @@ def test_the_file_is_what_the_documentation_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "to", "message"),
     [
-        ((), [], "homes: found list, expected an object with told_by, tokens, balance, experts, classes"),
-        (("told_by",), "decode", "homes.told_by: found 'decode', expected 'prefill'"),
+        ((), [], "homes: found list, expected an object with told_by, tokens, balance, classes"),
+        (("told_by",), "decode", "homes.told_by: found 'decode', expected 'token_ids' or 'prefill'"),
+        (("told_by",), "token_ids", "homes.token_ids: found nothing, expected it given"),
         (("tokens",), 0, "homes.tokens: found 0, expected 1 or more, or null"),
         (("tokens",), True, "homes.tokens: found True, expected an integer or null"),
         (("balance",), 0.9, "homes.balance: found 0.9, expected 1 or more"),
@@ -266,6 +267,70 @@ def test_sequences_go_where_their_experts_are() -> None:
     rows = compare(made, unseen)
     assert list(rows)[:2] == ["plan", "plan_without_homes"]
     assert rows["plan"] == with_homes.to_json() and rows["plan_without_homes"] == without.to_json()
+
+
+def spoken(trace: RoutingTrace, seed: int = 0) -> RoutingTrace:
+    """The same with token ids that mostly say what kind of sequence they are from, and some that say nothing."""
+    rng = np.random.default_rng(seed)
+    groups = np.random.default_rng(99).permutation(16).reshape(4, 4)  # of layer 0, as `classes_trace` has them
+    kind = (groups == trace.expert_ids[:, 0, 0, None, None]).any(2).argmax(1)
+    said = np.where(rng.random(trace.tokens) < 0.6, 100 + kind, rng.integers(0, 50, trace.tokens))
+    return replace(trace, token_ids=said.astype(np.int32))
+
+
+def test_homes_are_told_by_token_ids_where_they_were_recorded(tmp_path: Path) -> None:
+    planned, unseen = spoken(classes_trace(seed=0)), spoken(classes_trace(seed=1), 1)
+    request = PlanRequest(Topology(1, 4), objective="dispatch", max_load=1.3, time_limit=6, iterations=4, homes=True)
+    made = plan(planned, request)
+    assert made.homes is not None and made.homes.told_by == "token_ids" and made.homes.tokens is None
+    assert {100, 101, 102, 103} <= set(made.homes.token_ids or ())
+    save_plan(made, tmp_path / "p.json")
+    assert read_plan(tmp_path / "p.json").homes == made.homes
+    with_homes, without = evaluate(made, unseen), evaluate(replace(made, homes=None), unseen)
+    assert with_homes.dispatch < 0.5 < 0.8 < without.dispatch
+    assert evaluate(made, planned).dispatch == made.objective.value >= made.objective.lower_bound
+    at = plan_homes(made, unseen)
+    assert (plan_homes(made, replace(unseen, expert_ids=unseen.expert_ids[::-1])) == at).all(), "no routing is looked at"
+    with pytest.raises(InputError, match="homes: found no token_ids in the trace, by which they are told"):
+        evaluate(made, replace(unseen, token_ids=None))
+
+
+def test_the_rule_of_token_ids_can_be_applied_without_our_code() -> None:
+    """That of docs/planning.md by hand."""
+    trace = make_trace(tokens=120, experts=6, layers=2, sequences=5)
+    said = np.random.default_rng(0).choice([100, 103, 7, 8], 120).astype(np.int32)
+    trace = replace(trace, layer_ids=(3, 4), token_ids=said)
+    classes = tuple(
+        HomeClass(rank, 1.0, weights) for rank, weights in enumerate([(1.0, -2.0, 0.0), (0.5, 0.0, 1.0), (0, 0, 0)])
+    )
+    homes = Homes(classes, (), 7, 3.0, (103, 7, 100))
+    expected = np.empty(trace.tokens, dtype=int)
+    for sequence in range(5):
+        own = np.flatnonzero(trace.sequence_ids == sequence)
+        first = trace.token_ids[sorted(own, key=lambda t: trace.positions[t])[:7]]
+        uses = [np.mean(first == one) for one in (103, 7, 100)]
+        rows = [c.rows + sum(w * u for w, u in zip(c.weights, uses, strict=True)) for c in classes]
+        expected[own] = int(np.argmin(rows))
+    assert (plan_homes(make_plan(homes=homes), trace) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, 1], "homes.token_ids: found one twice"),
+        ([-1], r"homes.token_ids\[0\]: found -1, expected a token id"),
+        (3, "homes.token_ids: found int"),
+    ],
+)
+def test_wrong_token_ids_are_named(tmp_path: Path, ids: Any, message: str) -> None:
+    save_plan(make_plan(), tmp_path / "p.json")
+    value = json.loads((tmp_path / "p.json").read_text())
+    value["homes"] = {"told_by": "token_ids", "tokens": None, "balance": 1.1, "token_ids": ids}
+    weights = [0.0] * (len(ids) if isinstance(ids, list) else 1)
+    value["homes"]["classes"] = [{"home": r, "rows": 1.0, "weights": weights} for r in range(3)]
+    (tmp_path / "p.json").write_text(json.dumps(value))
+    with pytest.raises(InputError, match=message):
+        read_plan(tmp_path / "p.json")
 
 
 def test_rows_by_home_are_what_evaluate_counts() -> None:
