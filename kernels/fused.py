@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -78,8 +79,9 @@ class FusedExperts:
         first_tile, second_tile = tiles or self._tiles(x, *ids.shape)
         self._check_tiles(first_tile, second_tile)
         y = self.room(x, ids, (first_tile, second_tile)) if out is None else out
-        order = _order(ids, self.experts, first_tile.rows)
-        self._second(self._first(x, order, slots, first_tile), order, second_tile, y)
+        with _on(x.device):
+            order = order_picks(ids, self.experts, first_tile.rows)
+            self._second(self._first(x, order, slots, first_tile), order, second_tile, y)
         return y
 
     def summed(self, y: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -87,10 +89,11 @@ class FusedExperts:
         y = y if self.finish is None else self.finish(y[0])[None]
         (tokens, slots), hidden = ids.shape, y.shape[2]
         out = y.new_empty(tokens, hidden, dtype=dtype)
-        weighted_sum[(tokens, triton.cdiv(hidden, SUM_COLUMNS))](
-            y, ids.contiguous(), weights.contiguous(), out, hidden, self.experts, y.stride(1), y.stride(0), slots, slots,
-            out.stride(0), SLOTS=slots, SPLITS=len(y), BH=SUM_COLUMNS,
-        )  # fmt: skip
+        with _on(y.device):
+            weighted_sum[(tokens, triton.cdiv(hidden, SUM_COLUMNS))](
+                y, ids.contiguous(), weights.contiguous(), out, hidden, self.experts, y.stride(1), y.stride(0), slots, slots,
+                out.stride(0), SLOTS=slots, SPLITS=len(y), BH=SUM_COLUMNS,
+            )  # fmt: skip
         return out
 
     def _tiles(self, x: torch.Tensor, tokens: int, slots: int) -> tuple[Tile, Tile]:
@@ -163,23 +166,9 @@ def _device(index: int) -> tuple[str, int]:
     return torch.cuda.get_device_name(index), 10 * major + minor
 
 
-def _order(ids: torch.Tensor, experts: int, rows: int) -> Order:
-    """Of one token's picks each is a block: they are in order as they stand, and nothing need be launched for it."""
-    if len(ids) > 1:
-        return order_picks(ids, experts, rows)
-    places, ones = _one_token(ids.shape[1], ids.device)
-    return Order(places, ids[0].to(torch.int32), places, ones, rows)
-
-
-_ONE_TOKEN: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
-
-
-def _one_token(slots: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    key = (slots, device)
-    if key not in _ONE_TOKEN:
-        places = torch.arange(slots, dtype=torch.int32, device=device)
-        _ONE_TOKEN[key] = places, torch.ones_like(places)
-    return _ONE_TOKEN[key]
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whichever its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def untiled(weights: Weights, tile: Tile) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -74,13 +75,22 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"--{name}: found it with bench {options.what}, expected bench {' or '.join(takers)}")
     measured: Iterable[Row] = importlib.import_module(BENCHES[options.what]).rows(options)
     rows = []
-    for row in measured:
-        rows.append(row)
-        print(_line(row), flush=True, file=sys.stderr if options.json else sys.stdout)
+    try:
+        for row in measured:
+            rows.append(row)
+            print(_line(row), flush=True, file=sys.stderr if options.json else sys.stdout)
+    except KeyboardInterrupt:
+        if options.json:  # what was measured is not lost
+            print(json.dumps(_result(options.what, rows, started) | {"interrupted": True}), file=sys.__stdout__, flush=True)
+        raise KeyboardInterrupt(f"interrupted; {len(rows)} rows were measured before") from None
     if not options.json:
         print("\n" + _table(rows))
+    return _result(options.what, rows, started)
+
+
+def _result(what: str, rows: list[Row], started: float) -> dict[str, Any]:
     return {
-        "bench": options.what, "machine": machine(), "versions": versions(), "rows": [row.to_json() for row in rows],
+        "bench": what, "machine": machine(), "versions": versions(), "rows": [row.to_json() for row in rows],
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from coterie.routing.files import write_text
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 QUICK_TOKENS = (1, 64, 4096)
+QUICK_TILES = 12  # pairs that are tried of one cell
 FORMATS = ("plain", "int8", "int4", "fp8")
 DECODE = 16  # tokens up to which launches rule
 REPEATS = 15
@@ -111,7 +112,7 @@ def shape_rows(
         peers, failures = _peers(layer, count, packages or {})
         try:
             seconds = median(timed(layer.ours(count), layer.copies, device, REPEATS))
-        except RuntimeError as error:
+        except Exception as error:  # such as triton's, of which one tile's must not cost all other figures
             failures.append(f"ours: {_said(error)}")
             yield Row(case, f"layer, {count} tokens", "us", None, None, peers, why="; ".join(failures))
             continue
@@ -198,7 +199,7 @@ def _tuned(options: argparse.Namespace) -> Iterator[Row]:
         layer = Layer(shape, format, "cuda")
         for number, count in enumerate(counts):
             works, best = _works(shape, format, count), None
-            for tiles in _candidates(works):
+            for tiles in islice(_candidates(works), QUICK_TILES if options.quick else None):
                 try:
                     seconds = median(timed(layer.ours(count, tiles), layer.copies, "cuda", 5))
                 except Exception as error:  # a tile that does not compile or fit is no candidate
@@ -211,8 +212,8 @@ def _tuned(options: argparse.Namespace) -> Iterator[Row]:
                 raise InputError(f"{shape.name}, {format}, {count} tokens: no tile runs")
             span = (counts[number - 1] + 1 if number else 1, count if number + 1 < len(counts) else 1 << 30)
             entries += [(work, span, tile) for work, tile in zip(works, best[1], strict=True)]
+            write_table(options.tune, torch.cuda.get_device_name(), triton.__version__, entries)  # a day may end at any time
             yield Row(f"{shape.name}, {format}", f"layer, {count} tokens, best tiles {best[1]}", "us", 1e6 * best[0])
-    write_table(options.tune, torch.cuda.get_device_name(), triton.__version__, entries)
 
 
 def _works(shape: Any, format: str, tokens: int) -> tuple[Any, Any]:

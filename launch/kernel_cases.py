@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from coterie.kernels.fused import FusedExperts
 
 L2_BYTES = 128 << 20  # what must be read between two readings of the same weights, at least
 STORED = {"plain": 2.0, "int8": 1.0, "int4": 0.5 + 4 / GROUP, "fp8": 1.0}  # bytes of a weight, scales included
+MOST_COPIES = 8
+GRAPH_SECONDS, MOST_ROUNDS = 1e-3, 20  # a graph lasts that long, or has that many rounds
 Call = Callable[[int], torch.Tensor]
 
 
@@ -82,7 +85,10 @@ def measure_machine(device: str) -> Machine:
 
 
 def timed(call: Call, turns: int, device: str, repeats: int) -> list[float]:
-    """Seconds of one call, `repeats` times. call is given 0 to turns - 1 in turn; on a GPU all turns are one CUDA graph."""
+    """Seconds of one call, `repeats` times. call is given 0 to turns - 1 in turn.
+
+    On a GPU all turns are one CUDA graph, as many rounds of them as make launching it small beside it.
+    """
     if device != "cuda":
         found = []
         for _ in range(repeats):
@@ -92,9 +98,15 @@ def timed(call: Call, turns: int, device: str, repeats: int) -> list[float]:
             found.append((time.perf_counter() - started) / turns)
         return found
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())  # what made the inputs
     with torch.cuda.stream(side):
         for turn in range(turns):
             call(turn)
+        side.synchronize()
+        started = time.perf_counter()
+        call(0)
+        side.synchronize()
+    turns *= max(1, min(MOST_ROUNDS, round(GRAPH_SECONDS / (time.perf_counter() - started) / turns)))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -112,13 +124,18 @@ def timed(call: Call, turns: int, device: str, repeats: int) -> list[float]:
     return found
 
 
+def copies_past_cache(shape: Shape, format: str) -> int:
+    """Of a layer's weights, used in turn, so that what one token reads of one is out of the cache when it is read again."""
+    read = shape.hit(1) * shape.weights * STORED[format]
+    return 1 if read >= L2_BYTES else min(MOST_COPIES, 1 + math.ceil(L2_BYTES / read))
+
+
 class Layer:
     """Random experts of one shape, in as many copies as it takes to read past the L2 cache, and inputs for them."""
 
     def __init__(self, shape: Shape, format: str, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
         self.shape, self.format, self.device, self.dtype = shape, format, device, dtype
-        stored = shape.experts * shape.weights * STORED[format]
-        self.copies = max(1, min(8, round(L2_BYTES / stored + 0.5))) if device == "cuda" else 1
+        self.copies = copies_past_cache(shape, format) if device == "cuda" else 1
         self.experts = [self._made() for _ in range(self.copies)]
 
     def _made(self) -> FusedExperts:

@@ -34,7 +34,7 @@ def within_budget(asked: Asked, options: argparse.Namespace, group: Group) -> As
 
     The budget is `--memory`, of a GPU's memory where there is one; else what is free, where one process cannot hold all.
     """
-    asked = _with_host(asked, options)
+    asked = _with_host(asked, options, group)
     budget = _budget(asked, options, group)
     if budget is None:
         if asked.share.misses == "cpu":
@@ -107,8 +107,8 @@ def _budget(asked: Asked, options: argparse.Namespace, group: Group) -> int | No
     return budget
 
 
-def _with_host(asked: Asked, options: argparse.Namespace) -> Asked:
-    """`--host-memory` and `--misses`, which are about what lies behind a GPU."""
+def _with_host(asked: Asked, options: argparse.Namespace, group: Group) -> Asked:
+    """`--host-memory` and `--misses`, which are about what lies behind a GPU; ranks of one machine share what it has free."""
     from coterie.moe.cached import MISSES
 
     share = asked.share
@@ -122,8 +122,10 @@ def _with_host(asked: Asked, options: argparse.Namespace) -> Asked:
         if options.misses == "cpu":
             raise InputError("--misses: found cpu without a GPU, expected fetch or auto: all is computed on the CPU here")
         return asked
-    free = system_bytes()
-    found = parse_bytes(options.host_memory, "--host-memory") if options.host_memory else free and int(HOST_SHARE * free)
+    free, beside = system_bytes(), group.gather(machine()).count(machine())
+    found = (
+        parse_bytes(options.host_memory, "--host-memory") if options.host_memory else free and int(HOST_SHARE * free / beside)
+    )
     return replace(asked, share=replace(share, host_bytes=found, misses=options.misses))
 
 

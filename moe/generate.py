@@ -137,7 +137,7 @@ class Generator:
 
     def _extend(self, scored: Scored, boundary: Boundary | None) -> None:
         """Prefill runs even for prompts that ask for no new token: recording wants their routing."""
-        chosen = [(s, self._choose(s, logits)) for s, logits in scored if s.request.max_new_tokens > 0]
+        chosen = self._chosen([(s, logits) for s, logits in scored if s.request.max_new_tokens > 0])
         for sequence, _ in scored:
             if sequence.request.max_new_tokens == 0:
                 sequence.finish_reason = "length"
@@ -149,6 +149,13 @@ class Generator:
                 sequence.finish_reason = "length"
             if self.on_token is not None:
                 self.on_token(sequence.request.index, token)
+
+    def _chosen(self, scored: Scored) -> list[tuple[Running, int]]:
+        """The next token of each; where nothing but logits decides, a GPU is asked once for all."""
+        if scored and self.sampling.temperature == 0 and not self.processors:
+            found = torch.stack([logits for _, logits in scored]).argmax(-1).tolist()
+            return [(sequence, token) for (sequence, _), token in zip(scored, found, strict=True)]
+        return [(sequence, self._choose(sequence, logits)) for sequence, logits in scored]
 
     def _choose(self, sequence: Running, logits: torch.Tensor) -> int:
         """The next token. A draw depends on the seed, the prompt and the position, not on rank or batch."""

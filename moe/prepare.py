@@ -101,7 +101,7 @@ class Share:
         read = self._dense(on_bytes)
         shapes = {name: part.shape for name, part in store.records[0][0].items()}
         dtypes = self._dtypes(read)
-        source = store if self.device.type == "cpu" else self._tier(store, shapes, dtypes)
+        source = store if self.device.type == "cpu" else self._tier(store, sum(map(len, local)), shapes, dtypes)
         cache = ExpertCache(
             source, self.shape.num_experts, slots, shapes, self.dtype, self.shape.top_k, device=self.device, dtypes=dtypes
         )
@@ -121,8 +121,10 @@ class Share:
             return {}
         return self.rounding.dtypes(stacked_record(next(iter(expert_modules(read).values()))[1]), self.dtype)
 
-    def _tier(self, store: ExpertStore, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> HostTier:
-        whole = len(store.records) * self.shape.num_experts
+    def _tier(
+        self, store: ExpertStore, whole: int, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]
+    ) -> HostTier:
+        """whole: this rank's experts, all layers together."""
         one = sum(torch.Size(shape).numel() * dtypes.get(name, self.dtype).itemsize for name, shape in shapes.items())
         slots = max(whole if self.host_bytes is None else min(whole, self.host_bytes // one), min(whole, LEAST))
         return HostTier(store, slots, shapes, self.dtype, self.device.type == "cuda", dtypes)
@@ -145,10 +147,16 @@ def prepare(
     shape, empty = inspect(str(model))
     plan = contiguous_plan(shape, ranks, nodes) if plan is None else plan
     check_plan(plan, shape, ranks)
-    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    target = device_of(device)
     checkpoint = Checkpoint.open(shape.folder)
     share = Share(shape, empty, checkpoint, plan, dtype_of(dtype, shape.config, target), target, quantise)
     return share if packed is None else replace(share, packed=_sidecar(share, Path(packed)))
+
+
+def device_of(wish: str | torch.device | None) -> torch.device:
+    """Where to load: as wished, else this process's GPU, else the CPU. A GPU by its number: each thread has its own default."""
+    found = torch.device(wish if wish is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
 
 
 def _sidecar(share: Share, folder: Path) -> Sidecar:

@@ -92,7 +92,7 @@ class TorchTransport:
 
     def device(self) -> torch.device:
         """As `Transport`."""
-        return torch.device("cuda" if self.name == "nccl" else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if self.name == "nccl" else torch.device("cpu")
 
     def subgroup(self, groups: Sequence[Sequence[int]]) -> TorchTransport:
         """As `Transport`."""

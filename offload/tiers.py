@@ -6,6 +6,7 @@ What a device misses is copied from here by the store's threads, on streams of t
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -50,6 +51,7 @@ class HostTier:
     ) -> None:  # fmt: skip
         self.store, self.slots = store, slots
         self.pools = {name: aligned_empty((slots, *shape), dtypes.get(name, dtype)) for name, shape in shapes.items()}
+        self._unpin: weakref.finalize[..., HostTier] | None = None
         if pinned:
             self._pin()
         self.slot_of: OrderedDict[tuple[int, int], int] = OrderedDict()  # by (layer, expert), the longest unused first
@@ -64,17 +66,21 @@ class HostTier:
         return self.store.records
 
     def _pin(self) -> None:
+        pinned: list[torch.Tensor] = []  # kept until they are registered no more: their addresses will be others' later
+        self._unpin = weakref.finalize(self, _unregister, pinned)
         for pool in self.pools.values():
             size = pool.numel() * pool.element_size()
             if int(torch.cuda.cudart().cudaHostRegister(pool.data_ptr(), size, 0)):  # type: ignore[no-untyped-call]
+                self._unpin()
                 raise CoterieError(f"host memory: {size / 1e9:.1f} GB cannot be pinned; give a smaller --host-memory")
+            pinned.append(pool)
 
     def start(self, layer: int, expert: int, into: Mapping[str, torch.Tensor], ahead: bool = False) -> Future[None]:
         """As `ExpertStore.start`. What the device is still computing may read the old contents of `into`: it is waited for."""
         ready = None
         if next(iter(into.values())).is_cuda:
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record()
+            ready.record(torch.cuda.current_stream(next(iter(into.values())).device))
         return (self.store.ahead if ahead else self.store.readers).submit(self._deliver, (layer, expert), into, ready)
 
     def _deliver(self, key: tuple[int, int], into: Mapping[str, torch.Tensor], ready: torch.cuda.Event | None) -> None:
@@ -145,5 +151,12 @@ class HostTier:
                     self._released((layer, expert))
 
     def close(self) -> None:
-        """Give files and threads back."""
+        """Give files and threads back, and memory to the system as it was."""
         self.store.close()
+        if self._unpin is not None:
+            self._unpin()
+
+
+def _unregister(pinned: list[torch.Tensor]) -> None:
+    while pinned:
+        torch.cuda.cudart().cudaHostUnregister(pinned.pop().data_ptr())  # type: ignore[no-untyped-call]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +16,19 @@ pytest.importorskip("triton")
 
 from coterie.kernels.interpreter import interpreting, repair
 from coterie.kernels.tiles import SHARED_BYTES, Tile, Work, choose_tile, rule, shared_bytes, write_table
+from coterie.launch.bench import Row
 from coterie.launch.bench_kernels import _candidates, _works, allowed, gpu_rows, shape_rows
-from coterie.launch.kernel_cases import SHAPES, TINY, Machine
+from coterie.launch.cli import main
+from coterie.launch.kernel_cases import (
+    L2_BYTES,
+    MOST_COPIES,
+    SHAPES,
+    STORED,
+    TINY,
+    Machine,
+    Shape,
+    copies_past_cache,
+)
 from coterie.routing.errors import InputError
 
 if interpreting():
@@ -115,3 +131,26 @@ def test_tuning_tries_tiles_and_pointers_and_parts() -> None:
     assert {first.tma for first, _ in prefill} == {False, True} and {second.splits for _, second in decode} == {1, 2, 4, 8}
     assert all(first.rows == second.rows and first.splits == 1 for first, second in prefill + decode)
     assert {first.tma for first, _ in _candidates(_works(SHAPES[0], "int4", 4096))} == {False}
+
+
+@pytest.mark.parametrize("format", sorted(STORED))
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_weights_are_out_of_the_cache_when_one_token_reads_them_again(shape: Shape, format: str) -> None:
+    read = shape.top_k * shape.weights * STORED[format]  # by one token
+    copies = copies_past_cache(shape, format)
+    assert shape.hit(1) == pytest.approx(shape.top_k)
+    assert (copies == 1 and read >= L2_BYTES) or (copies - 1) * read >= L2_BYTES or copies == MOST_COPIES
+    assert copies * read > 60 << 20, "the largest L2 cache of these GPUs"
+
+
+def test_an_interrupted_benchmark_still_tells_what_it_has_measured(monkeypatch, capsys) -> None:
+    def rows(options: Any) -> Iterator[Row]:
+        yield Row("a", "b", "us", 1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coterie.launch.bench_plan.rows", rows)
+    monkeypatch.setattr(sys, "__stdout__", (out := io.StringIO()))
+    assert main(["bench", "plan", "--json", "--traces", "."]) == 1
+    assert "interrupted; 1 rows were measured before" in capsys.readouterr().err
+    told = json.loads(out.getvalue())
+    assert told["interrupted"] and [row["value"] for row in told["rows"]] == [1.0]

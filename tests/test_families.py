@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import coterie
 from coterie.moe.families import supported_families
 from coterie.moe.placement_map import contiguous_plan
+from coterie.moe.prepare import device_of
 from coterie.routing.errors import InputError
 
 TOLERANCE = 1e-4  # of the largest logit, float32
@@ -215,3 +216,11 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
     with pytest.raises(InputError, match=r"do(es)? .*fit"):
         coterie.load(tmp_path)
+
+
+def test_a_gpu_is_named_by_its_number(monkeypatch) -> None:
+    """Threads of transformers' loader have another default than the one that this process chose."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert device_of(None) == device_of("cuda") == torch.device("cuda", 3)
+    assert device_of("cuda:1") == torch.device("cuda", 1) and device_of("cpu") == torch.device("cpu")

@@ -5,6 +5,7 @@ Without a GPU the tier is tried with host memory on both sides: streams and pinn
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from coterie.offload.checkpoint import ReadCounter
 from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import LEAST, HostTier, Misses
 from coterie.offload.transfer import Part, Piece
+from coterie.routing.errors import CoterieError
 
 LAYERS, EXPERTS, VALUES = 3, 8, 2048
 GPU = torch.cuda.is_available()
@@ -190,3 +192,39 @@ def test_what_is_about_a_gpu_is_refused_without_one(
 ) -> None:
     assert main(["generate", "coterie-tiny", "--prompt", "x", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_memory_is_registered_no_longer_than_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a runtime that counts: what a closed, a forgotten and a failed tier have registered is given back."""
+    held: list[int] = []
+
+    class Runtime:
+        room = 10
+
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            if len(held) == self.room:
+                return 2
+            held.append(address)
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> int:
+            held.remove(address)
+            return 0
+
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    store = ExpertStore([], ReadCounter())
+    shapes = {"a": (4, 4), "b": (4,)}
+    tier = HostTier(store, 3, shapes, torch.float32, True)
+    assert sorted(held) == sorted(pool.data_ptr() for pool in tier.pools.values())
+    tier.close()
+    assert not held
+    tier = HostTier(ExpertStore([], ReadCounter()), 3, shapes, torch.float32, True)
+    assert len(held) == 2
+    del tier
+    gc.collect()
+    assert not held
+    runtime.room = 1
+    with pytest.raises(CoterieError, match="cannot be pinned; give a smaller --host-memory"):
+        HostTier(ExpertStore([], ReadCounter()), 3, shapes, torch.float32, True)
+    assert not held

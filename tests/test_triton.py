@@ -117,7 +117,9 @@ def tile(format: str, rows: int, swap: bool, outputs: int = 16) -> Tile:
     return Tile(rows, outputs, GROUP if format in GROUPED else 16, 4, 2, swap, 1 if swap else 2)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60 if DEVICE == "cpu" else 15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     seed=st.integers(0, 10**6), routing=st.sampled_from(ROUTINGS), tokens=st.sampled_from([0, 1, 2, 15, 16, 17, 33]),
     slots=st.integers(1, 3), format=st.sampled_from(FORMATS), dtype=st.sampled_from(list(TOLERANCE)),
