@@ -35,8 +35,9 @@ def plan(options: argparse.Namespace) -> dict[str, Any] | None:
     from coterie.placement.planner import plan as make_plan
 
     request, routings = _agreed(lambda: _read(options), options)
-    for note in _without_effect(request, len(routings)):
-        say(f"note: {note}")
+    if launched_rank() == 0:
+        for note in _beforehand(request, routings):
+            say(f"note: {note}")
     with _shown(request) as progress:
         first = replace(request, time_limit=(1 - PREDICTING) * request.time_limit)
         made = make_plan(routings, first, options.traces, progress)
@@ -76,10 +77,15 @@ def _agreed(work: Callable[[], T], options: argparse.Namespace) -> T:
     return result  # type: ignore[return-value]
 
 
-def _without_effect(request: PlanRequest, recordings: int) -> Iterator[str]:
-    """What other methods than our own do not know."""
-    if request.method != "auto" and launched_rank() == 0:
-        if request.robust == "worst" and recordings > 1:
+def _beforehand(request: PlanRequest, routings: list[RoutingTrace | LoadStatistics]) -> Iterator[str]:
+    """What other methods than our own do not know, and what homes will be told by."""
+    if request.homes and any(isinstance(r, RoutingTrace) and r.token_ids is None for r in routings):
+        yield (
+            "homes will be told by the first tokens of every prompt, which are run for it; from traces with token ids "
+            "(coterie trace --token-ids) they are told before anything runs, and better"
+        )
+    if request.method != "auto":
+        if request.robust == "worst" and len(routings) > 1:
             yield f"--method {request.method} plans for the mean of the recordings, whatever --robust says"
         if request.iterations is not None:
             yield f"--method {request.method} has no iterations: --iterations has no effect"

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -454,6 +455,21 @@ def test_several_traces_are_scenarios(trace_file: Path, tmp_path: Path, capsys) 
         code, printed, _ = run(capsys, "evaluate", tmp_path / robust, trace_file, other, "--json")
         found = [s["plans"]["plan"]["dispatch"] for s in json.loads(printed)["scenarios"].values()]
         assert values[robust] == pytest.approx(combine(found))
+
+
+def test_what_other_methods_do_not_know_and_what_homes_are_told_by_is_said(trace_file: Path, tmp_path: Path, capsys) -> None:
+    shared = ("--topology", "1x2", "--time-limit", "2", "--workers", "1", "--out", tmp_path / "p")
+    code, _, err = run(
+        capsys, "plan", trace_file, trace_file, *shared, "--method", "packed", "--robust", "worst", "--iterations", "3"
+    )
+    assert code == 0 and "--method packed plans for the mean of the recordings" in err and "--iterations has no effect" in err
+    code, _, err = run(capsys, "plan", trace_file, *shared, "--homes")
+    assert code == 0 and "homes will be told by the first tokens of every prompt" in err
+    spoken = coterie.read_trace(trace_file)
+    save_trace(replace(spoken, token_ids=np.arange(spoken.tokens, dtype=np.int32) % 7), tmp_path / "t")
+    code, _, err = run(capsys, "plan", tmp_path / "t", *shared, "--homes")
+    assert code == 0 and "homes will be told" not in err
+    assert read_plan(tmp_path / "p").homes.told_by == "token_ids"
 
 
 def test_planning_again_counts_its_moves(trace_file: Path, plan_file: Path, tmp_path: Path, capsys) -> None:
