@@ -75,10 +75,16 @@ class Rehearsal:
             few = self._step(*self._decoding(self.first), DECODE_STEPS)
         ranks = more.rows / (2 * self.group.size * more.tokens * self.layers)
         self.seen = replace(self.traits, ranks=ranks, nodes=self.traits.nodes * ranks / max(self.traits.ranks, 1e-9))
-        least, most = ((s.seconds - s.exchanging) / self.layers for s in (few, more))
+        least, most = (s.seconds / self.layers - self._exchanging(s) for s in (few, more))
         computing = Pace(few.tokens, least, more.tokens, max(least, most))  # more tokens are not computed in less time
         self.spent = [s.seconds / self.layers - computing.seconds(s.tokens) for s in (few, more)]
         return Trial(computing, {self.first.name: self._beyond(self.first, self.spent)}, self.layers)
+
+    def _exchanging(self, step: Step) -> float:
+        """Seconds of a layer: as counted; on GPUs, where that holds what was queued before, as the links account for."""
+        if self.group.device.type == "cpu":
+            return step.exchanging / self.layers
+        return min(self._accounted(self.first, step.tokens), step.seconds / self.layers)
 
     @torch.inference_mode()
     def compare(self, strategies: Sequence[Strategy]) -> None:

@@ -170,6 +170,22 @@ def test_a_plan_that_is_taken_over_is_rehearsed_anew(tmp_path: Path) -> None:
     assert on_ranks(2, rehearsals) == [[1, 1, 2, 1, 1, 2]] * 2
 
 
+def test_on_gpus_an_exchange_is_what_the_links_account_for(tmp_path: Path, monkeypatch) -> None:
+    """What its counter has there is the wait for all that was queued before it."""
+    make_model("mixtral", tmp_path)
+
+    def trial(group: Group) -> tuple[Trial, float]:
+        model = load(tmp_path, dtype="float32", group=group)
+        monkeypatch.setattr(Rehearsal, "_timed", lambda self, run: (0.08, 0.07, 64))
+        monkeypatch.setattr(Group, "device", torch.device("cuda"))
+        made = Rehearsal(model.transformers, model.context, model.dispatcher.strategy("all_to_all"), PLAIN, LINKS, 2, 8)
+        return made.trial, made._accounted(made.first, 8)
+
+    for found, accounted in on_ranks(2, trial):
+        assert found.computing.seconds(8) == pytest.approx(0.08 / 3 - accounted, rel=1e-3)
+        assert found.waits["all_to_all"].seconds(8) == pytest.approx(0, abs=1e-4)
+
+
 def test_whole_steps_are_told_in_tokens_a_second() -> None:
     """Five layers of 2 ms and 8 tokens' 10 us each; what an exchange adds is the chosen strategy's."""
     assert decide(PLAIN, LINKS, two_nodes(), LOAD).tokens_per_second == {}
