@@ -243,6 +243,10 @@ def _predicted_rows(name: str, case: Case, cell: dict[str, Any]) -> Iterator[Row
             yield Row(name, f"{phase}: the predicted tokens/s, off by a factor of", "x", max(over, 1 / over), OFF)
     for phase, seconds in found.get("predicted", {}).items():
         measured = found["communication"][phase]
+        if seconds <= 0:
+            why = "steps that were tried took no longer than computing"
+            yield Row(name, f"{phase}: the predicted communication, off by a factor of", "x", None, OFF, why=why)
+            continue
         over = measured / seconds
         yield Row(name, f"{phase}: communication of a layer, measured over predicted", "x", over)
         yield Row(

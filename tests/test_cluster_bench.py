@@ -244,7 +244,8 @@ def a_case() -> cluster_cases.Case:
 
 
 def test_rows_hold_each_figure_to_its_bar_and_say_why_one_is_missing() -> None:
-    promised = {"promised": {"prefill": 10.0, "decode": 4.0}, "predicted": {}, "communication": {}}
+    seconds = {"predicted": {"prefill": 0.0, "decode": 0.5}, "communication": {"prefill": 0.1, "decode": 0.25}}
+    promised = {"promised": {"prefill": 10.0, "decode": 4.0}, **seconds}
     sides = {
         name: found(1.0, 2e6) | promised for name in (*bench_cluster.OURS[3:], bench_cluster.CHOSEN, bench_cluster.CHOSEN_GLOO)
     } | {bench_cluster.EP: found(2.0, 8e6)}
@@ -259,6 +260,8 @@ def test_rows_hold_each_figure_to_its_bar_and_say_why_one_is_missing() -> None:
     assert (chosen.value, chosen.ratio, chosen.met) == (8.0, 2.0, True)  # 4 sequences of 2 tokens in a second
     off = [by_metric[f"{phase}: the predicted tokens/s, off by a factor of"] for phase in ("prefill", "decode")]
     assert [(row.value, row.bar, row.met) for row in off] == [(1.25, 1.25, True), (1.0, 1.25, True)]  # 8 and 4 in a second
+    told = [by_metric[f"{phase}: the predicted communication, off by a factor of"] for phase in ("prefill", "decode")]
+    assert [(row.value, row.met) for row in told] == [(None, None), (2.0, False)]
     missing = by_metric[f"sent between nodes, prefill: {bench_cluster.HOMED} over {bench_cluster.EP}"]
     assert (missing.value, missing.bar, missing.met) == (None, 0.28, None)
     assert "not built yet" in missing.why
