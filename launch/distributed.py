@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from coterie.launch.launched import Launch, find_launch
+from coterie.placement.spread import mpi_world
 from coterie.routing.errors import CoterieError, InputError, RankLostError, first_line
 
 if TYPE_CHECKING:
@@ -179,28 +180,11 @@ def _take_gpu(local_rank: int) -> str:
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
-def _mpi_world(launch: Launch) -> Any:
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise InputError(
-            f"{launch.launcher}: mpi4py cannot be used ({first_line(error)}): pip install 'coterie[mpi]'"
-        ) from error
-    world = MPI.COMM_WORLD
-    if world.size != launch.size:
-        library = MPI.Get_library_version().split(",")[0].strip()
-        raise InputError(
-            f"{launch.launcher}: started {launch.size} processes, but mpi4py ({library}) sees {world.size}: "
-            "expected mpi4py and the launcher to be of the same MPI"
-        )
-    return world
-
-
 def _meet_through_mpi(launch: Launch, seconds: float) -> tuple[Launch, Any]:
     """The launch with what MPI knows: who shares a machine, where rank 0 has opened the store; and the store there."""
     from coterie.launch.assembly import open_store
 
-    world = _mpi_world(launch)
+    world = mpi_world(launch.launcher, launch.size)
     local = world.Split_type(sys.modules["mpi4py.MPI"].COMM_TYPE_SHARED)
     node = f"{socket.gethostname()}, node of rank {local.bcast(world.rank)}"
     launch = replace(launch, rank=world.rank, local_rank=local.rank, node=node, agent_store=False)
@@ -219,7 +203,7 @@ def _open(name: str, launch: Launch, assembly: Assembly, timeout: float) -> Tran
 
     patience = timedelta(seconds=timeout)
     if name == "mpi":
-        return MpiTransport(_mpi_world(launch).Dup(), timeout)
+        return MpiTransport(mpi_world(launch.launcher, launch.size).Dup(), timeout)
     if name == "tcp":
         return SocketTransport.from_store(launch.rank, launch.size, assembly.store, launch.address, patience)
     import torch.distributed as dist
@@ -286,7 +270,21 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def together(group: Group, work: Callable[[], T]) -> T:
+class Gathers(Protocol):
+    """Processes that tell each other things: `moe.collectives.Group`, `placement.spread.World`."""
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        ...
+
+    @property
+    def gather(self) -> Callable[[Any], list[Any]]:
+        """Every process's value, in their order."""
+        ...
+
+
+def together(group: Gathers, work: Callable[[], T]) -> T:
     """Run `work`, which must not communicate, on every rank; all ranks raise the first failing rank's error, if any fails.
 
     It may take one rank much longer than another.
@@ -311,20 +309,14 @@ def together(group: Group, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def _meet(group: Group) -> None:
+def _meet(group: Gathers) -> None:
+    transport = getattr(group, "transport", None)
+    if transport is None:  # alone, or processes of MPI that nobody watches
+        return
     from coterie.moe.watch import Watched
 
-    if isinstance(group.transport, Watched):
-        group.transport.watch.meet(MEETING_SECONDS)
-
-
-class Gathers(Protocol):
-    """Processes that tell each other things: `moe.collectives.Group`, `placement.spread.World`."""
-
-    @property
-    def gather(self) -> Callable[[Any], list[Any]]:
-        """Every process's value, in their order."""
-        ...
+    if isinstance(transport, Watched):
+        transport.watch.meet(MEETING_SECONDS)
 
 
 def same_on_all(group: Gathers, found: Mapping[str, str]) -> None:

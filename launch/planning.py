@@ -7,10 +7,10 @@ import os
 import time
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from coterie.launch.commands import comparison, say
-from coterie.launch.distributed import launched_rank, launched_size, same_on_all
+from coterie.launch.distributed import launched_rank, launched_size, same_on_all, together
 from coterie.launch.launched import find_launch
 from coterie.placement.plan import read_plan, save_plan
 from coterie.placement.topology import parse_topology
@@ -19,13 +19,12 @@ from coterie.routing.files import check_writable, sha256
 from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from coterie.placement.plan import PlacementPlan
     from coterie.placement.planner import PlanRequest
     from coterie.placement.task import Progress
 
-T = TypeVar("T")
 MOST_WORKERS = 8
 PREDICTING = 0.1  # of the time limit: a quick plan of half the sequences, judged on the others
 
@@ -33,8 +32,13 @@ PREDICTING = 0.1  # of the time limit: a quick plan of half the sequences, judge
 def plan(options: argparse.Namespace) -> dict[str, Any] | None:
     """Place the experts of a traced model. Under mpirun every process searches and the first one writes."""
     from coterie.placement.planner import plan as make_plan
+    from coterie.placement.spread import world
 
-    request, routings = _agreed(lambda: _read(options), options)
+    here = world()
+    request, routings = together(here, lambda: _read(options))
+    if here.size > 1:
+        files = [*options.traces, *filter(None, [options.previous])]
+        same_on_all(here, {str(path): sha256(path)[:16] for path in files})
     if launched_rank() == 0:
         for note in _beforehand(request, routings):
             say(f"note: {note}")
@@ -54,27 +58,6 @@ def _read(options: argparse.Namespace) -> tuple[PlanRequest, list[RoutingTrace |
     if launched_rank() == 0:  # `--from` may be replaced by what follows it
         check_writable(options.out, *options.traces, options.topology)
     return _request(options), [read_routing(path) for path in options.traces]
-
-
-def _agreed(work: Callable[[], T], options: argparse.Namespace) -> T:
-    """What `work` returns on every process; under mpirun all fail with the first one that does, or if they read other files."""
-    if launched_size() == 1:
-        return work()
-    from coterie.placement.spread import world
-
-    here, result, failure = world(), None, None
-    try:
-        result = work()
-    except InputError as error:
-        failure = str(error)
-    failures = here.gather(failure)
-    for rank, message in enumerate(failures):
-        if message is not None:
-            where = f"rank {rank}: " if None in failures else ""
-            raise InputError(where + message).known(alone=False)
-    files = [*options.traces, *filter(None, [options.previous])]
-    same_on_all(here, {str(path): sha256(path)[:16] for path in files})
-    return result  # type: ignore[return-value]
 
 
 def _beforehand(request: PlanRequest, routings: list[RoutingTrace | LoadStatistics]) -> Iterator[str]:

@@ -44,7 +44,7 @@ class Dispatcher:
         self.remember = True  # links that an earlier job measured may be taken
         self.without: frozenset[str] = frozenset()
         self._made: dict[str, Strategy] = {}
-        self._weight_bytes, self._dense_seconds = 0, 0.0
+        self._weight_bytes, self._dense_seconds, self._on_disk = 0, 0.0, False
         self._rehearsed: dict[tuple[int, int], Rehearsal] = {}
 
     def strategy(self, name: str | None) -> Strategy:
@@ -100,12 +100,13 @@ class Dispatcher:
         weight = next(model.parameters())
         self._weight_bytes = weight.element_size()
         self._dense_seconds = dense_seconds_per_weight(weight.device, weight.dtype, self.group)
+        self._on_disk = any(self.group.gather(any(hasattr(module, "coterie_cache") for module in model.modules())))
 
     def _rehearsal(self, load: Load, model: Any, context: StepContext) -> Rehearsal | None:
         """Of steps about as large as these; None with experts on disk: it would fill the cache with what nobody asked for."""
         from coterie.moe.rehearsal import MOST_TOKENS, Rehearsal
 
-        if any(self.group.gather(any(hasattr(module, "coterie_cache") for module in model.modules()))):
+        if self._on_disk:
             return None
         size = load.decode.bit_length(), min(load.prefill, MOST_TOKENS).bit_length()
         if size not in self._rehearsed:

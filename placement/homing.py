@@ -136,12 +136,8 @@ def token_rows(trace: RoutingTrace, holds: NDArray[np.bool_], prices: Prices) ->
     return rows
 
 
-def rows_by_home(trace: RoutingTrace, holds: NDArray[np.bool_], prices: Prices) -> Array:
-    """The same per token and layer of every sequence, float64 `[sequences, ranks]`, by ascending id."""
-    return _by_sequence(trace, token_rows(trace, holds, prices))
-
-
-def _by_sequence(trace: RoutingTrace, rows: NDArray[np.float32]) -> Array:
+def rows_by_home(trace: RoutingTrace, rows: NDArray[np.float32]) -> Array:
+    """`token_rows` per token and layer of every sequence, float64 `[sequences, ranks]`, by ascending id."""
     _, sequence, lengths = np.unique(trace.sequence_ids, return_inverse=True, return_counts=True)
     summed = np.stack([np.bincount(sequence, weights=column) for column in rows.T], axis=1)
     return np.asarray(summed / (lengths[:, None] * trace.layers))
@@ -202,7 +198,7 @@ class _ExpertTeller:
 
     def learn(self, rows: Sequence[NDArray[np.float32]]) -> Homes:
         """As `Teller`."""
-        by_sequence = [_by_sequence(trace, part) for trace, part in zip(self.traces, rows, strict=True)]
+        by_sequence = [rows_by_home(trace, part) for trace, part in zip(self.traces, rows, strict=True)]
         return self._learnt(np.concatenate(by_sequence)[self.sampled])
 
     def _learnt(self, rows: Array) -> Homes:

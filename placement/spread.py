@@ -143,22 +143,28 @@ class World:
     gather: Callable[[Any], list[Any]] = lambda value: [value]
 
 
+def mpi_world(launcher: str, size: int) -> Any:
+    """MPI's communicator of the `size` processes that `launcher` started. Raises InputError where it cannot be had."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise InputError(f"{launcher}: mpi4py cannot be used ({first_line(error)}): pip install 'coterie[mpi]'") from error
+    communicator = MPI.COMM_WORLD
+    if communicator.size != size:
+        library = MPI.Get_library_version().split(",")[0].strip()
+        raise InputError(
+            f"{launcher}: started {size} processes, but mpi4py ({library}) sees {communicator.size}: "
+            "expected mpi4py and the launcher to be of the same MPI"
+        )
+    return communicator
+
+
 def world() -> World:
     """The processes of an mpirun, or this one alone. Raises InputError where they cannot be reached."""
     size = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1")))
     if size < 2:
         return World()
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise InputError(f"mpirun: mpi4py cannot be used ({first_line(error)}): pip install 'coterie[mpi]'") from error
-    communicator = MPI.COMM_WORLD
-    if communicator.size != size:
-        library = MPI.Get_library_version().split(",")[0].strip()
-        raise InputError(
-            f"mpirun: started {size} processes, but mpi4py ({library}) sees {communicator.size}: "
-            "expected mpi4py and the launcher to be of the same MPI"
-        )
+    communicator = mpi_world("mpirun", size)
     return World(communicator.rank, communicator.size, communicator.allgather)
 
 

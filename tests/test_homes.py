@@ -338,7 +338,7 @@ def test_rows_by_home_are_what_evaluate_counts() -> None:
     single = baseline_plan("packed", trace, Topology(1, 4), "all_to_all")
     twice = np.tile(np.array([0, 1, 2, 3, 4, 5, 6, 7, 1, 0, 4, -1], np.int32), (3, 1))
     for made in (single, replace(single, physical_to_logical=twice)):
-        rows = homing.rows_by_home(trace, made.holds(), Prices(made.topology))
+        rows = homing.rows_by_home(trace, homing.token_rows(trace, made.holds(), Prices(made.topology)))
         for home in range(4):
             there = replace(trace, sequence_ids=np.full(90, home, np.int32))
             assert rows[0, home] == pytest.approx(evaluate(made, there).dispatch, abs=1e-6)
@@ -382,7 +382,8 @@ def test_the_bound_holds_whatever_placement_and_homes(seed: int, copied: bool, t
     for prove in (False, True):
         bound = homing.homes_bound(replace(task, prove=prove), start_of(trace, 2).holds, Deadline(3.0))
         free = [
-            homing.rows_by_home(trace, p.holds(), Prices(p.topology)) for p in plans(trace, Topology(1, 2), task.slots, copied)
+            homing.rows_by_home(trace, homing.token_rows(trace, p.holds(), Prices(p.topology)))
+            for p in plans(trace, Topology(1, 2), task.slots, copied)
         ]
         lengths = np.bincount(trace.sequence_ids, minlength=4)
         assert bound <= min((rows.min(1) * lengths[lengths > 0]).sum() for rows in free) / 40 + 1e-9

@@ -144,7 +144,7 @@ def test_a_hierarchical_plan_pays_no_more_than_one_that_counts_ranks_alone() -> 
 def test_a_sequence_pays_by_home_what_evaluate_counts(seed, once) -> None:
     trace, here = make_trace(tokens=60, experts=8, sequences=1, seed=seed), anywhere(seed)[[0, 1, 0]]
     prices = Prices(SLOW, 8, once)
-    rows = homing.rows_by_home(trace, held(here, 4), prices)
+    rows = homing.rows_by_home(trace, homing.token_rows(trace, held(here, 4), prices))
     for home in range(4):
         there = replace(trace, sequence_ids=np.full(60, home, np.int32))
         made = replace(plan_of(held(here, 4), there, SLOW, 2), strategy="hierarchical" if once else "all_to_all")
@@ -161,7 +161,7 @@ def test_sequences_that_keep_to_their_experts_are_at_home_with_them(seed) -> Non
     trace = RoutingTrace(ids, sequence, position, "m", 8, (0, 1, 2), "s", "prefill")
     problem = dispatch_problem([gathered([trace])[0].patterns], [1.0], 4, 2, (), False)
     found = company.clustered(problem, [trace], Prices(Topology(1, 4)), anywhere(0)[[0, 1, 0]])
-    assert homing.rows_by_home(trace, held(found, 4), Prices(Topology(1, 4))).min(1).sum() == 0
+    assert homing.rows_by_home(trace, homing.token_rows(trace, held(found, 4), Prices(Topology(1, 4)))).min(1).sum() == 0
 
 
 def test_homes_on_slow_nodes_save_rows_between_nodes() -> None:
