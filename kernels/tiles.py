@@ -149,8 +149,7 @@ def _tables() -> dict[tuple[str, str], list[dict[str, Any]]]:
     return found
 
 
-def write_table(path: Path, device: str, triton: str, entries: list[tuple[Work, tuple[int, int], Tile]]) -> None:
-    """What `choose_tile` reads: for each work, from how many tokens to how many, the tile that was fastest."""
+def table_text(device: str, triton: str, entries: list[tuple[Work, tuple[int, int], Tile]]) -> str:
+    """What `choose_tile` reads in TABLES: for each work, from how many tokens to how many, the tile that was fastest."""
     rows = [{"shape": _shape(work), "tokens": list(span), "tile": asdict(tile)} for work, span, tile in entries]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"device": device, "triton": triton, "entries": rows}, indent=1) + "\n", encoding="utf-8")
+    return json.dumps({"device": device, "triton": triton, "entries": rows}, indent=1) + "\n"

@@ -6,7 +6,7 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,6 +18,7 @@ from coterie.routing.errors import CoterieError, InputError, RankLostError, firs
 
 START_SECONDS = 25.0
 POLL_SECONDS = 0.05
+ATTEMPT_SECONDS = 2.0  # to connect, before it is tried again
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,22 @@ class Assembly:
     seats: tuple[Seat, ...]
 
 
-def open_store(launch: Launch, seconds: float) -> Any:
+def never() -> bool:
+    """Nobody has asked this process to end."""
+    return False
+
+
+def open_store(launch: Launch, seconds: float, terminated: Callable[[], bool] = never) -> Any:
     """The store at the launch's address; rank 0 keeps it unless torchrun's agent does. port 0: any, rank 0 only.
 
-    Raises CoterieError, naming the address, if it cannot be reached within `seconds`.
+    terminated: whether this process was asked to end. Raises CoterieError, naming the address, if it cannot be reached within
+    `seconds`.
     """
     import torch.distributed as dist
 
     keeper = launch.rank == 0 and not launch.agent_store
     if not keeper:
-        reach(launch.address, launch.port, seconds)
+        reach(launch.address, launch.port, seconds, terminated)
     try:
         patience = timedelta(seconds=seconds)
         return dist.TCPStore(  # type: ignore[attr-defined]
@@ -52,24 +59,26 @@ def open_store(launch: Launch, seconds: float) -> Any:
         raise CoterieError(message).known(alone=True) from error
 
 
-def reach(address: str, port: int, seconds: float) -> None:
+def reach(address: str, port: int, seconds: float, terminated: Callable[[], bool] = never) -> None:
     """Wait until something listens there. Raises CoterieError with the address and what to check."""
     began, refusal = time.monotonic(), "no answer"
     while (left := seconds - (time.monotonic() - began)) > 0:
         try:
-            socket.create_connection((address, port), timeout=left).close()
+            socket.create_connection((address, port), timeout=min(left, ATTEMPT_SECONDS)).close()
             return
         except OSError as error:
             refusal = error.strerror or str(error)
             time.sleep(min(0.2, left))
+        if terminated():
+            raise CoterieError(f"ended by SIGTERM while {address}:{port} could not be reached ({refusal})").known(alone=True)
     raise CoterieError(
         f"MASTER_ADDR:MASTER_PORT: {address}:{port} cannot be reached from {socket.gethostname()} within {seconds:.0f} s "
         f"({refusal}); check that rank 0 runs there, that the name resolves and that no firewall closes the port"
     ).known(alone=True)
 
 
-def assemble(store: Any, mine: Seat, size: int, seconds: float) -> Assembly:
-    """Every rank's seat. Raises RankLostError, naming them, if some do not come within `seconds`.
+def assemble(store: Any, mine: Seat, size: int, seconds: float, terminated: Callable[[], bool] = never) -> Assembly:
+    """Every rank's seat. Raises RankLostError, naming them, if some do not come within `seconds`, or before SIGTERM does.
 
     A store kept by torchrun's agent outlives the processes of earlier attempts, so what is in it may be old: a rank believes
     the number of the attempt only beside a word that it has just made up.
@@ -79,7 +88,9 @@ def assemble(store: Any, mine: Seat, size: int, seconds: float) -> Assembly:
     deadline = time.monotonic() + seconds
     word = secrets.token_hex(8)
     store.set(f"coterie/word/{mine.rank}", word)
-    attempt = int(store.add("coterie/attempts", 1)) if mine.rank == 0 else _hear_attempt(store, mine.rank, word, deadline)
+    attempt = (
+        int(store.add("coterie/attempts", 1)) if mine.rank == 0 else _hear_attempt(store, mine.rank, word, deadline, terminated)
+    )
     job = PrefixStore(f"coterie/{attempt}", store)
     job.set(Watch.key(mine.rank), Beat().to_json())
     job.set(f"seat/{mine.rank}", json.dumps(asdict(mine)))
@@ -88,7 +99,9 @@ def assemble(store: Any, mine: Seat, size: int, seconds: float) -> Assembly:
         if mine.rank == 0:
             _tell_words(store, size, attempt)
         if time.monotonic() > deadline:
-            raise _absent(missing, size, seconds)
+            raise _absent(missing, size, f"did not start within {seconds:.0f} s")
+        if terminated():
+            raise _absent(missing, size, "had not started when SIGTERM came")
         time.sleep(POLL_SECONDS)
     seats = tuple(Seat(**json.loads(data)) for data in job.multi_get(keys))
     read = int(job.add("read", 1))
@@ -98,9 +111,8 @@ def assemble(store: Any, mine: Seat, size: int, seconds: float) -> Assembly:
     return Assembly(job, seats)
 
 
-def _absent(missing: Sequence[int], size: int, seconds: float) -> RankLostError:
-    named = ", ".join(map(str, missing))
-    return RankLostError(f"rank {named} of {size} did not start within {seconds:.0f} s", tuple(missing))
+def _absent(missing: Sequence[int], size: int, how: str) -> RankLostError:
+    return RankLostError(f"rank {', '.join(map(str, missing))} of {size} {how}", tuple(missing))
 
 
 def _tell_words(store: Any, size: int, attempt: int) -> None:
@@ -109,8 +121,8 @@ def _tell_words(store: Any, size: int, attempt: int) -> None:
     store.set("coterie/attempt", json.dumps({"attempt": attempt, "words": words}))
 
 
-def _hear_attempt(store: Any, rank: int, word: str, deadline: float) -> int:
-    while time.monotonic() < deadline:
+def _hear_attempt(store: Any, rank: int, word: str, deadline: float, terminated: Callable[[], bool]) -> int:
+    while time.monotonic() < deadline and not terminated():
         if store.check(["coterie/attempt"]):
             told = json.loads(store.get("coterie/attempt"))
             if rank < len(told["words"]) and told["words"][rank] == word:
@@ -140,12 +152,17 @@ def ranks_per_node(seats: Sequence[Seat]) -> int:
 
 
 def check_seats(seats: Sequence[Seat]) -> None:
-    """Raises InputError if the ranks run different versions of coterie, or two of them share a GPU."""
+    """Raises InputError if the ranks run different versions of coterie or found different transports, or two share a GPU."""
     for seat in seats:
         if seat.version != seats[0].version:
             raise InputError(
                 f"coterie: found version {seat.version} on rank {seat.rank} (host {seat.host}) and {seats[0].version} "
                 "on rank 0, expected the same everywhere"
+            )
+        if seat.transport != seats[0].transport:
+            raise InputError(
+                f"--transport: rank {seat.rank} (host {seat.host}) found {seat.transport} and rank 0 (host {seats[0].host}) "
+                f"{seats[0].transport}, expected the same everywhere; where no GPU can be seen it is tcp (coterie doctor)"
             )
     taken: dict[str, Seat] = {}
     for seat in seats:

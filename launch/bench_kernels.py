@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from coterie.launch.bench import Row, named
-from coterie.routing.errors import InputError
-from coterie.routing.files import write_text
+from coterie.routing.errors import CoterieError, InputError
+from coterie.routing.files import check_writable, write_text
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 QUICK_TOKENS = (1, 64, 4096)
@@ -32,6 +32,7 @@ QUICK_TILES = 12  # pairs that are tried of one cell
 FORMATS = ("plain", "int8", "int4", "fp8")
 DECODE = 16  # tokens up to which launches rule
 REPEATS = 15
+OURS = "ours"
 FIXED, SHARE = 15e-6, 0.85  # a layer of few tokens: its floor / SHARE + FIXED
 STREAMING, DENSE, DENSEST = 0.88, 440e12, 530e12
 LARGEST_BYTES = 60e9  # of one shape's weights
@@ -39,13 +40,25 @@ LARGEST_BYTES = 60e9  # of one shape's weights
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """All cells; `quick`: two shapes, three sizes of batch, plain weights."""
+    _check_together(options)
     if options.compile is not None:
+        check_writable(options.compile)
         yield from compiled_rows(options.compile)
         return
     if options.tune is not None:
+        check_writable(options.tune)
         yield from _tuned(options)
         return
     yield from gpu_rows(options.quick, options.only, options.peers)
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """Raises InputError if an option would be without effect beside another."""
+    given = {name: getattr(options, name) for name in ("compile", "tune", "only", "peers", "quick")}
+    for one, others in {"compile": ("tune", "only", "peers", "quick"), "tune": ("only", "peers")}.items():
+        for other in others:
+            if given[one] is not None and given[other]:
+                raise InputError(f"--{other}: found it with --{one}, expected one of them: --{one} takes all shapes")
 
 
 def gpu_rows(quick: bool, only: str = "", wheels: Path | None = None) -> Iterator[Row]:
@@ -100,7 +113,7 @@ def shape_rows(
 
     packages: as `found_packages`.
     """
-    from coterie.launch.kernel_cases import STORED, Layer, median, timed
+    from coterie.launch.kernel_cases import STORED, Layer
 
     case = f"{shape.name}, {format}"
     if shape.experts * shape.weights * STORED[format] > LARGEST_BYTES:
@@ -109,41 +122,53 @@ def shape_rows(
     layer = Layer(shape, format, device)
     for count in tokens:
         floor = machine.floor(shape, count, format)
-        peers, failures = _peers(layer, count, packages or {})
-        try:
-            seconds = median(timed(layer.ours(count), layer.copies, device, REPEATS))
-        except Exception as error:  # such as triton's, of which one tile's must not cost all other figures
-            failures.append(f"ours: {_said(error)}")
-            yield Row(case, f"layer, {count} tokens", "us", None, None, peers, why="; ".join(failures))
+        found, failures = _in_turns(layer, count, packages or {})
+        seconds = found.pop(OURS)
+        peers = {name: None if took is None else 1e6 * took for name, took in found.items()}
+        why = "; ".join(failures)
+        if seconds is None:
+            yield Row(case, f"layer, {count} tokens", "us", None, None, peers, why=why)
             continue
-        bar = 1e6 * allowed(shape, count, format, machine, min((p for p in peers.values() if p is not None), default=None))
-        yield Row(case, f"layer, {count} tokens", "us", 1e6 * seconds, bar, peers, why="; ".join(failures))
+        most = allowed(shape, count, format, machine, min((p for p in peers.values() if p is not None), default=None))
+        bar = None if most is None else 1e6 * most
+        yield Row(case, f"layer, {count} tokens", "us", 1e6 * seconds, bar, peers, why=why)
         yield Row(case, f"share of the floor, {count} tokens", "", floor / seconds, higher=True)
 
 
-def _peers(layer: Any, tokens: int, packages: dict[str, Any]) -> tuple[dict[str, float | None], list[str]]:
-    """Microseconds by peer, None for one that was not measured, and why those were not."""
-    from coterie.launch.kernel_cases import median, timed
+def _in_turns(layer: Any, tokens: int, packages: dict[str, Any]) -> tuple[dict[str, float | None], list[str]]:
+    """Median seconds of ours and of each peer on the same inputs, taking turns; None for what failed, and how it did.
 
-    found: dict[str, float | None] = {}
-    failures = []
-    for name, made in layer.peers(tokens, packages):
+    A kernel, others' or one tile of ours, may fail as it likes: that must not cost all other figures.
+    """
+    from coterie.launch.kernel_cases import median, prepared
+
+    inputs = layer.inputs(tokens)
+    asked = [(OURS, lambda: layer.ours(inputs)), *layer.peers(inputs, packages)]
+    ready: dict[str, Callable[[], float]] = {}
+    failures = [f"{name}: {made}" for name, made in asked if isinstance(made, str)]
+    for name, made in asked:
         try:
-            call = made() if callable(made) else None
-            found[name] = None if call is None else 1e6 * median(timed(call, layer.copies, layer.device, REPEATS))
-            failures += [] if call else [f"{name}: {made}"]
-        except Exception as error:  # a kernel of others may fail as it likes
-            found[name] = None
+            if not isinstance(made, str):
+                ready[name] = prepared(made(), layer.copies, layer.device)
+        except Exception as error:
             failures.append(f"{name}: {_said(error)}")
-    return found, failures
+    taken: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(REPEATS):
+        for name in list(ready):
+            try:
+                taken[name].append(ready[name]())
+            except Exception as error:
+                failures.append(f"{name}: {_said(error)}")
+                del ready[name]
+    return {name: median(taken[name]) if name in ready else None for name, _ in asked}, failures
 
 
 def _said(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def allowed(shape: Any, tokens: int, format: str, machine: Any, peer: float | None) -> float:
-    """Seconds that a layer may take; peer: microseconds of the fastest other kernel, or None.
+def allowed(shape: Any, tokens: int, format: str, machine: Any, peer: float | None) -> float | None:
+    """Seconds that a layer may take, None where no bar is stated; peer: microseconds of the fastest other kernel, or None.
 
     Up to 16 tokens the floor / .85 + 15 us; where memory rules the floor / .88; where the products rule at the rates named
     above; in between, where neither bar is stated, the peer's time. Never more than the peer's, of which at most 64 tokens
@@ -161,7 +186,7 @@ def allowed(shape: Any, tokens: int, format: str, machine: Any, peer: float | No
         limits.append(shape.flops(tokens) / DENSE)
     if peer is not None:
         limits.append(max(peer / 1.15e6, floor / 0.95) if tokens <= 64 else peer / 1e6)
-    return min(limits, default=float("inf"))
+    return min(limits, default=None)
 
 
 def compiled_rows(out: Path) -> Iterator[Row]:
@@ -171,7 +196,7 @@ def compiled_rows(out: Path) -> Iterator[Row]:
         [sys.executable, "-m", "coterie.kernels.cubin"], env=environment, capture_output=True, text=True
     )  # in a process of its own: kernels are compiled or interpreted for good
     if ended.returncode:
-        raise InputError(f"bench kernels --compile: {(ended.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+        raise CoterieError(f"bench kernels --compile: {(ended.stderr.strip().splitlines() or ['no reason given'])[-1]}")
     found = json.loads(ended.stdout)
     write_text(out, json.dumps(found, indent=1) + "\n")
     for entry in found["kernels"]:
@@ -190,7 +215,7 @@ def _tuned(options: argparse.Namespace) -> Iterator[Row]:
         raise InputError("--tune: found no GPU, expected one: a table holds what was measured on it")
     import triton
 
-    from coterie.kernels.tiles import write_table
+    from coterie.kernels.tiles import table_text
     from coterie.launch.kernel_cases import SHAPES, Layer, median, timed
 
     shapes, counts = (SHAPES[1:3], QUICK_TOKENS) if options.quick else (SHAPES, TOKENS)
@@ -201,7 +226,7 @@ def _tuned(options: argparse.Namespace) -> Iterator[Row]:
             works, best = _works(shape, format, count), None
             for tiles in islice(_candidates(works), QUICK_TILES if options.quick else None):
                 try:
-                    seconds = median(timed(layer.ours(count, tiles), layer.copies, "cuda", 5))
+                    seconds = median(timed(layer.ours(layer.inputs(count), tiles), layer.copies, "cuda", 5))
                 except Exception as error:  # a tile that does not compile or fit is no candidate
                     print(
                         f"{shape.name}, {format}, {count} tokens, {tiles}: {str(error).splitlines()[0][:80]}", file=sys.stderr
@@ -209,10 +234,11 @@ def _tuned(options: argparse.Namespace) -> Iterator[Row]:
                     continue
                 best = min(best or (seconds, tiles), (seconds, tiles), key=lambda found: found[0])
             if best is None:
-                raise InputError(f"{shape.name}, {format}, {count} tokens: no tile runs")
+                raise CoterieError(f"{shape.name}, {format}, {count} tokens: no tile runs")
             span = (counts[number - 1] + 1 if number else 1, count if number + 1 < len(counts) else 1 << 30)
             entries += [(work, span, tile) for work, tile in zip(works, best[1], strict=True)]
-            write_table(options.tune, torch.cuda.get_device_name(), triton.__version__, entries)  # a day may end at any time
+            made = table_text(torch.cuda.get_device_name(), triton.__version__, entries)
+            write_text(options.tune, made)  # a day may end at any time
             yield Row(f"{shape.name}, {format}", f"layer, {count} tokens, best tiles {best[1]}", "us", 1e6 * best[0])
 
 

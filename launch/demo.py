@@ -111,7 +111,7 @@ def _stages(bar: Any) -> Callable[[str], None]:
 def _trace(files: dict[str, Path], model_folder: Path, stage: Callable[[str], None]) -> tuple[RoutingTrace, RoutingTrace]:
     from coterie.launch.prompts import read_prompts
 
-    model = coterie.load(EMBEDDED, dtype="float32")
+    model = coterie.load(EMBEDDED, dtype="float32", device="cpu")
     stage("recording which experts its tokens visit")
     for prompts, out in (("calibration", "trace.safetensors"), ("heldout", "heldout.safetensors")):
         model.record(read_prompts(model_folder / "prompts" / f"{prompts}.jsonl"), files[out], scenario=prompts)
@@ -167,6 +167,7 @@ def _run_job(folder: Path, ranks: int) -> dict[str, Any]:
     root = str(Path(coterie.__file__).resolve().parent.parent)
     paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # the tour is the same everywhere
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
                "-m", "coterie.launch.demo_worker", str(folder)]  # fmt: skip
     job = subprocess.Popen(

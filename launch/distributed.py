@@ -67,11 +67,12 @@ def choose_transport(launch: Launch, gpus: int, wish: str | None = None) -> str:
     if wish not in TRANSPORTS:
         raise InputError(f"--transport: found {wish!r}, expected one of {', '.join(TRANSPORTS)}")
     if wish == "nccl" and not gpus:
-        raise InputError("--transport: found nccl without a GPU, expected tcp, gloo or mpi")
+        raise InputError("--transport: found nccl without a GPU, expected tcp, gloo or mpi").known(alone=True)
     if wish == "mpi" and launch.launcher not in ("mpirun", "srun"):
         raise InputError(f"--transport: found mpi under {launch.launcher}, expected mpirun or srun, or tcp")
     if wish != "nccl" and gpus:
-        raise InputError(f"--transport: found {wish} with a GPU, expected nccl; CUDA_VISIBLE_DEVICES= runs on the CPU")
+        message = f"--transport: found {wish} with a GPU, expected nccl; CUDA_VISIBLE_DEVICES= runs on the CPU"
+        raise InputError(message).known(alone=True)
     return wish
 
 
@@ -140,7 +141,7 @@ def _connect(launch: Launch, timeout: float, wish: str | None, terminated: Calla
     from coterie.moe.traffic import Traffic
     from coterie.moe.watch import Watch, watched
 
-    launch, name, assembly = _assembled(launch, timeout, wish)
+    launch, name, assembly = _assembled(launch, timeout, wish, terminated)
     per_node, traffic = ranks_per_node(assembly.seats), Traffic()
     keeper = None if launch.agent_store else 0
     watch = Watch(
@@ -152,7 +153,9 @@ def _connect(launch: Launch, timeout: float, wish: str | None, terminated: Calla
     return Group(watched(opened, watch), per_node, traffic), watch
 
 
-def _assembled(launch: Launch, timeout: float, wish: str | None) -> tuple[Launch, str, Assembly]:
+def _assembled(
+    launch: Launch, timeout: float, wish: str | None, terminated: Callable[[], bool]
+) -> tuple[Launch, str, Assembly]:
     import torch
 
     from coterie import __version__
@@ -163,19 +166,27 @@ def _assembled(launch: Launch, timeout: float, wish: str | None) -> tuple[Launch
     seconds, store = max(START_SECONDS, timeout / 4), None
     if launch.launcher == "mpirun" or name == "mpi":
         launch, store = _meet_through_mpi(launch, seconds)
-    store = store or open_store(launch, seconds)
+    store = store or open_store(launch, seconds, terminated)
     device = _take_gpu(launch.local_rank) if name == "nccl" else ""
-    seat = seat_here(launch.rank, launch.node, launch.local_rank, device, __version__)
-    assembly = assemble(store, seat, launch.size, seconds)
+    seat = seat_here(launch.rank, launch.node, launch.local_rank, device, __version__, name)
+    assembly = assemble(store, seat, launch.size, seconds, terminated)
     check_seats(assembly.seats)
     return launch, name, assembly
 
 
 def _take_gpu(local_rank: int) -> str:
-    """Use this rank's GPU, or the only one where the launcher shows each process its own; returns its identity."""
+    """Use this rank's GPU, or the only one where the launcher shows each process its own; returns its identity.
+
+    Raises InputError where the node has fewer GPUs than processes.
+    """
     import torch
 
     found = torch.cuda.device_count()
+    if found > 1 and local_rank >= found:
+        raise InputError(
+            f"nccl: found {found} GPUs for a process with local rank {local_rank}, expected one for each; start fewer "
+            "processes on the node, or hide the GPUs: CUDA_VISIBLE_DEVICES="
+        ).known(alone=True)
     torch.cuda.set_device(local_rank if found > 1 else 0)
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 

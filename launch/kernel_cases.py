@@ -20,8 +20,10 @@ from coterie.kernels.fused import FusedExperts
 L2_BYTES = 128 << 20  # what must be read between two readings of the same weights, at least
 STORED = {"plain": 2.0, "int8": 1.0, "int4": 0.5 + 4 / GROUP, "fp8": 1.0}  # bytes of a weight, scales included
 MOST_COPIES = 8
+WARM = 3  # replays that are not counted
 GRAPH_SECONDS, MOST_ROUNDS = 1e-3, 20  # a graph lasts that long, or has that many rounds
 Call = Callable[[int], torch.Tensor]
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,18 +87,25 @@ def measure_machine(device: str) -> Machine:
 
 
 def timed(call: Call, turns: int, device: str, repeats: int) -> list[float]:
-    """Seconds of one call, `repeats` times. call is given 0 to turns - 1 in turn.
+    """Seconds of one call, `repeats` times."""
+    once = prepared(call, turns, device)
+    return [once() for _ in range(repeats)]
+
+
+def prepared(call: Call, turns: int, device: str) -> Callable[[], float]:
+    """What returns the seconds of one call whenever it is called; call is given 0 to turns - 1 in turn.
 
     On a GPU all turns are one CUDA graph, as many rounds of them as make launching it small beside it.
     """
     if device != "cuda":
-        found = []
-        for _ in range(repeats):
+
+        def once() -> float:
             started = time.perf_counter()
             for turn in range(turns):
                 call(turn)
-            found.append((time.perf_counter() - started) / turns)
-        return found
+            return (time.perf_counter() - started) / turns
+
+        return once
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())  # what made the inputs
     with torch.cuda.stream(side):
@@ -113,15 +122,17 @@ def timed(call: Call, turns: int, device: str, repeats: int) -> list[float]:
         for turn in range(turns):
             call(turn)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    found = []
-    for number in range(repeats + 3):
+
+    def replayed() -> float:
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        if number >= 3:
-            found.append(begin.elapsed_time(end) / 1e3 / turns)
-    return found
+        return float(begin.elapsed_time(end)) / 1e3 / turns
+
+    for _ in range(WARM):
+        replayed()
+    return replayed
 
 
 def copies_past_cache(shape: Shape, format: str) -> int:
@@ -154,18 +165,19 @@ class Layer:
         scale = torch.cat([w.scale for w in made if w.scale is not None]) if self.format != "plain" else None
         return Weights(torch.cat([w.data for w in made]), self.format, scale, inputs)
 
-    def inputs(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x `[T, H]`; ids `[T, K]`, distinct, all equally likely; weights `[T, K]`."""
-        x = torch.randn(tokens, self.shape.hidden, device=self.device, dtype=self.dtype)
-        ids = torch.rand(tokens, self.shape.experts, device=self.device).topk(self.shape.top_k, 1).indices
-        return x, ids, torch.rand(tokens, self.shape.top_k, device=self.device)
+    def inputs(self, tokens: int) -> Inputs:
+        """x `[T, H]`; ids `[T, K]`, distinct, all equally likely; weights `[T, K]`. The same for the same number of tokens."""
+        draw = torch.Generator(self.device).manual_seed(tokens)
+        x = torch.randn(tokens, self.shape.hidden, device=self.device, dtype=self.dtype, generator=draw)
+        ids = torch.rand(tokens, self.shape.experts, device=self.device, generator=draw).topk(self.shape.top_k, 1).indices
+        return x, ids, torch.rand(tokens, self.shape.top_k, device=self.device, generator=draw)
 
-    def ours(self, tokens: int, tiles: Any = None) -> Call:
+    def ours(self, inputs: Inputs, tiles: Any = None) -> Call:
         """The whole layer: ordering, both products, the weighted sum."""
-        x, ids, weights = self.inputs(tokens)
+        x, ids, weights = inputs
         return lambda turn: self.experts[turn % self.copies](x, ids, weights, tiles)
 
-    def peers(self, tokens: int, packages: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Call] | str]]:
+    def peers(self, inputs: Inputs, packages: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Call] | str]]:
         """Others on the same plain weights, by name: what prepares the call, or why there is none.
 
         transformers' implementations that can be captured in a graph, and packages: `bench_kernels.found_packages`.
@@ -174,9 +186,9 @@ class Layer:
 
         if self.format != "plain":
             return
-        x, ids, weights = self.inputs(tokens)
+        x, ids, weights = inputs
         modules = [_as_module(experts) for experts in self.experts]
-        for name in ["grouped_mm"] + (["batched_mm"] if tokens <= 64 else []):
+        for name in ["grouped_mm"] + (["batched_mm"] if len(x) <= 64 else []):
             run = ALL_EXPERTS_FUNCTIONS[name]
             yield f"transformers {name}", partial(self._peer, run, modules, x, ids, weights.to(x.dtype))
         for name, peer in packages.items():

@@ -16,7 +16,7 @@ STALE_SECONDS = 3.0  # silence after which a rank is to blame for a collective t
 @dataclass(frozen=True)
 class Seat:
     """Where a rank runs. machine: processes with the same one see each other's ids; born: tells a process from a later one
-    with its id; device: the GPU's identity or empty; version: of coterie.
+    with its id; device: the GPU's identity or empty; version: of coterie; transport: what it will exchange rows by.
     """
 
     rank: int
@@ -28,12 +28,13 @@ class Seat:
     local_rank: int = 0
     device: str = ""
     version: str = ""
+    transport: str = ""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
 
 
-def seat_here(rank: int, node: str, local_rank: int = 0, device: str = "", version: str = "") -> Seat:
+def seat_here(rank: int, node: str, local_rank: int = 0, device: str = "", version: str = "", transport: str = "") -> Seat:
     """This process's seat."""
     pid = os.getpid()
     machine = ""

@@ -8,12 +8,10 @@ steps of the model (moe/rehearsal.py): for the first strategy, and for those tha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from coterie.moe.collectives import Group
-from coterie.moe.families import ModelShape
 from coterie.moe.strategy import (
     BESIDE,
     CHUNKS,
@@ -27,7 +25,7 @@ from coterie.moe.strategy import (
     Strategy,
     goes_beside,
 )
-from coterie.placement.plan import PlacementPlan
+from coterie.moe.traits import Traits
 from coterie.placement.topology import Link
 from coterie.routing.errors import InputError
 
@@ -39,7 +37,7 @@ STRATEGIES = ("local", *MADE)
 EQUAL = 1.03  # times the least seconds of a layer: of strategies so near the simplest is chosen
 CLOSE = 1.25  # and so near they are tried before one is chosen
 APART = 4  # times as many tokens in the larger of two steps that tell how time grows
-TRIED = ("hierarchical", "overlapped", "all_gather")  # beside all_to_all; the others are run by other executors
+TRIED = ("hierarchical", "overlapped", "all_gather", "coherent")  # beside all_to_all; `replicated` is another layout of a batch
 
 
 @dataclass(frozen=True)
@@ -106,26 +104,6 @@ class Links:
         return self.between.latency_seconds if nodes > 1 else self.within.latency_seconds
 
 
-@dataclass(frozen=True)
-class Traits:
-    """What a model under a plan asks of the links, per token and layer.
-
-    row_bytes, back_bytes: of a dispatched row and of a returned one. ranks, nodes: remote ones that host its experts, on
-    average. moves: rows of the coherent strategy, both exchanges; kv_bytes: of one token's keys and values in one layer.
-    dense_seconds: of one token's dense part of a layer; expert_seconds: of its experts.
-    """
-
-    row_bytes: float
-    back_bytes: float
-    ranks: float
-    nodes: float
-    moves: float
-    top_k: int
-    kv_bytes: float = 0.0
-    dense_seconds: float = 0.0
-    expert_seconds: float = 0.0
-
-
 def predict(
     name: str, traits: Traits, links: Links, ranks: int, ranks_per_node: int, tokens: int, free_bytes: int,
     counts_inside: bool = False,
@@ -168,8 +146,7 @@ def sent_seconds(
     if name == "coherent":
         half = traits.moves / 2 if traits.top_k > 1 else traits.moves
         one = t.counted(half, t.between_share(half), out, tokens * ranks)
-        kv = t.known(ranks - 1, t.elsewhere, traits.kv_bytes) - t.known(0, 0, 0)
-        return one * (2 if traits.top_k > 1 else 1) + kv
+        return one * (2 if traits.top_k > 1 else 1) + t.shared(traits.kv_bytes)
     raise InputError(f"--strategy: found {name!r}, expected one of {', '.join(STRATEGIES)}")
 
 
@@ -210,6 +187,10 @@ class _Times:
         outside = self.tokens * self.ranks_per_node * between * row_bytes / self.links.between.bytes_per_second
         return latency + max(inside, outside)
 
+    def shared(self, kv_bytes: float) -> float:
+        """This layer's part of bringing all tokens' keys and values to all ranks: one collective for all layers."""
+        return self.known(self.ranks - 1, self.elsewhere, kv_bytes) - self.known(0.0, 0.0, 0.0)
+
     def counted(self, rows: float, between: float, row_bytes: float, bound: int) -> float:
         """The same, with counts before it or, if they are small, padded messages."""
         if self.counts_inside:
@@ -218,50 +199,6 @@ class _Times:
             rows, between = (self.ranks - 1) * bound / self.tokens, self.elsewhere * bound / self.tokens
             return self.known(rows, between, row_bytes)
         return self.known(rows, between, row_bytes) + self.known(0.0, 0.0, 0.0)
-
-
-def expected_remote(plan: PlacementPlan, top_k: int, parts: int) -> float:
-    """Remote ranks (or nodes: `parts` groups of consecutive ranks) per token if its experts were drawn evenly."""
-    holds = plan.holds()
-    layers, experts, ranks = holds.shape
-    grouped = holds.reshape(layers, experts, parts, ranks // parts).any(3).sum(1)  # [layers, parts] experts held
-    missed = [[_misses(experts, int(held), top_k) for held in row] for row in grouped]
-    touched = sum(sum(1 - p for p in row) for row in missed) / float(layers)
-    return touched * (parts - 1) / parts
-
-
-def _misses(experts: int, held: int, top_k: int) -> float:
-    """The chance that none of `top_k` different experts is among `held` of `experts`."""
-    return float(math.comb(experts - held, top_k) / math.comb(experts, top_k))
-
-
-def traits_of(shape: ModelShape, plan: PlacementPlan, value_bytes: int, seconds_per_weight: float = 0.0) -> Traits:
-    """From the model's configuration and the plan: its planned value where that says it, else evenly drawn experts."""
-    text = shape.config.get_text_config()
-    inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-    dense_weights = 4 * text.hidden_size**2  # of attention, near enough
-    ranks = expected_remote(plan, shape.top_k, plan.ranks)
-    nodes = expected_remote(plan, shape.top_k, plan.topology.nodes)
-    moves = 2 * ranks
-    if plan.objective.name == "dispatch" and plan.objective.value is not None:
-        nodes *= min(1.0, plan.objective.value / ranks) if ranks else 1.0
-        ranks = plan.objective.value
-    if plan.objective.name in ("coherent", "hops") and plan.objective.value is not None:
-        moves = plan.objective.value * (1.0 if plan.objective.name == "coherent" or shape.top_k == 1 else 2 * shape.top_k)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    hidden = text.hidden_size * value_bytes
-    return Traits(
-        hidden + 8 * shape.top_k,
-        hidden,
-        ranks,
-        nodes,
-        moves,
-        shape.top_k,
-        2 * heads * head * value_bytes,
-        dense_weights * seconds_per_weight,
-        3 * text.hidden_size * inner * shape.top_k * seconds_per_weight,
-    )
 
 
 @dataclass(frozen=True)
@@ -319,6 +256,7 @@ def decide(
 ) -> Choice:
     """The fastest strategies by prediction. without: those that cannot run here; trial: None where nothing was tried.
 
+    What `coherent` needs of a prefill counts against it when it is chosen, and is told as the prefill's.
     Raises InputError if none is left.
     """
 
@@ -333,14 +271,19 @@ def decide(
         )
     before = times([*names, *({"overlapped"} - set(without))], load.prefill)
     after = times([*names, *({"coherent"} - set(without))], load.decode)
+    t = _Times(links, group.size, group.ranks_per_node, load.prefill, group.free_bytes, group.counts_inside)
+    sharing = t.shared(traits.kv_bytes)  # keys and values of the prompts, before tokens can be decoded by `coherent`
+    weighed = {n: s + (sharing / max(load.steps, 1.0) if n == "coherent" else 0.0) for n, s in after.items()}
     rest = [trial.computing.seconds(tokens) if trial else 0.0 for tokens in (load.prefill, load.decode)]
-    first, then = choose(before, rest[0]), choose(after, rest[1])
+    first, then = choose(before, rest[0]), choose(weighed, rest[1])
     if "replicated" in (first, then):  # it is another layout of the batch: both phases or none
         both = before["replicated"] + load.steps * after["replicated"]
-        apart = [{n: s for n, s in t.items() if n != "replicated"} for t in (before, after)]
+        apart = [{n: s for n, s in t.items() if n != "replicated"} for t in (before, weighed)]
         first, then = choose(apart[0], rest[0]), choose(apart[1], rest[1])
-        if both < before[first] + load.steps * after[then]:
+        if both < before[first] + load.steps * weighed[then]:
             first = then = "replicated"
+    if then == "coherent":
+        before = {n: s + sharing for n, s in before.items()}
     phases = {"prefill": (load.prefill, before[first]), "decode": (load.decode, after[then])}
     speeds = {phase: trial.tokens_per_second(group.size, *found) for phase, found in phases.items()} if trial else {}
     return Choice(first, then, before, after, speeds)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from coterie.moe.batch import Batch, Request, SharedBatch
-from coterie.moe.choose import Choice, Links, Load, check_group, decide, make_strategy, traits_of, untried
+from coterie.moe.choose import Choice, Links, Load, check_group, decide, make_strategy, untried
 from coterie.moe.coherent import FAMILIES, CoherentBatch, check_family
 from coterie.moe.collectives import Group
 from coterie.moe.families import ModelShape
@@ -14,6 +14,7 @@ from coterie.moe.generate import Executor
 from coterie.moe.layer import StepContext
 from coterie.moe.queue import PREFILL_TOKENS
 from coterie.moe.strategy import Strategy
+from coterie.moe.traits import traits_of
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.record import Recorder
 

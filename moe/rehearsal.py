@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from coterie.moe.batch import Batch, Request, Running
-from coterie.moe.choose import Links, Pace, Traits, Trial, predict
+from coterie.moe.batch import Batch, Request, Running, Scored
+from coterie.moe.choose import Links, Pace, Trial, predict
+from coterie.moe.coherent import CoherentBatch
 from coterie.moe.layer import StepContext
 from coterie.moe.probe import finish
-from coterie.moe.strategy import Strategy
+from coterie.moe.strategy import Coherent, Strategy
 from coterie.moe.traffic import Traffic
+from coterie.moe.traits import Traits
 from coterie.routing.record import expert_modules
 
-WARM, STEPS, DECODE_STEPS = 1, 3, 5  # steps that are not timed, and that are: of prompts, and that decode
+WARM, STEPS, DECODE_STEPS = 1, 5, 9  # steps that are not timed, and that are: of prompts, and that decode
 TRIED_TOKENS = 64  # of a prompt that is tried first, to see how many can be afforded
 MOST_TOKENS = 512  # of a rank in one step; a longer prompt's times are taken to grow on
 MOST_SECONDS = 0.3  # a step; fewer tokens where it would take longer
@@ -43,7 +45,7 @@ class Step:
 
 @dataclass
 class Rehearsal:
-    """Steps with `rows` (a decode step) up to `tokens` (a prompt's) tokens on every rank, by strategies that `Batch` can run.
+    """Steps with `rows` (a decode step) up to `tokens` (a prompt's) tokens on every rank, with what they tell each other first.
 
     first: `AllToAll`, which all others are compared with. trial: what was found so far. Nothing of the steps is counted, and
     nothing of the model changes. Every rank must do the same, and finds the same.
@@ -89,19 +91,25 @@ class Rehearsal:
     @torch.inference_mode()
     def compare(self, strategies: Sequence[Strategy]) -> None:
         """More strategies; all in which their steps take longer or shorter than the first one's counts as waiting."""
-        sides, waits = [self.first, *strategies], dict(self.trial.waits)
+        waits = dict(self.trial.waits)
+        both = [strategy for strategy in strategies if not isinstance(strategy, Coherent)]
         with _aside(self.context, self.group.traffic):
-            few = self._in_turns([self._decoding(side)[0] for side in sides], DECODE_STEPS)
-            more = self._in_turns([self._prompts(side, self.tried)[0] for side in sides], STEPS)
-        for strategy, *longer in zip(strategies, few, more, strict=True):
-            spent = [mine + seconds / self.layers for mine, seconds in zip(self.spent, longer, strict=True)]
-            waits[strategy.name] = self._beyond(strategy, spent)
+            few = self._in_turns([self._decoding(side)[0] for side in (self.first, *strategies)], DECODE_STEPS)
+            more = self._in_turns([self._prompts(side, self.tried)[0] for side in (self.first, *both)], STEPS) if both else []
+        decode, prefill = (
+            {s.name: mine + seconds / self.layers for s, seconds in zip(tried, longer, strict=True)}
+            for mine, tried, longer in zip(self.spent, (strategies, both), (few, more), strict=True)
+        )
+        for strategy in strategies:
+            found = [times[strategy.name] for times in (decode, prefill) if strategy.name in times]
+            waits[strategy.name] = self._beyond(strategy, found)
         self.trial = replace(self.trial, waits=waits)
 
     def _beyond(self, strategy: Strategy, spent: Sequence[float]) -> Pace:
-        """What exchanges take beyond what the links account for, of the two sizes that are tried."""
-        few, more = (s - self._accounted(strategy, tokens) for s, tokens in zip(spent, (self.rows, self.tried), strict=True))
-        return Pace(self.rows, few, self.tried, more)
+        """What exchanges take beyond what the links account for, of the sizes that were tried: of both, or of decode steps."""
+        sizes = (self.rows, self.tried)[: len(spent)]
+        beyond = [s - self._accounted(strategy, tokens) for s, tokens in zip(spent, sizes, strict=True)]
+        return Pace(sizes[0], beyond[0], sizes[-1], beyond[-1])
 
     def _accounted(self, strategy: Strategy, tokens: int) -> float:
         """Seconds of a layer that the links account for."""
@@ -113,14 +121,35 @@ class Rehearsal:
         """Prompts of the length, about `tokens` together; how many it are."""
         mine = self._drawn(max(1, tokens // self.length), max(2, min(self.length, tokens)))
         count = sum(len(sequence.request.token_ids) for sequence in mine[0])
-        return lambda: Batch(self.model, self.context, None, strategy).prefill(mine), count
+
+        def run() -> None:
+            batch = Batch(self.model, self.context, None, strategy)
+            batch.agree(self.rows, 0)
+            batch.prefill(mine)
+
+        return run, count
 
     def _decoding(self, strategy: Strategy) -> tuple[Run, int]:
         """One token more of `rows` sequences, behind as long a prompt as was tried."""
         mine = self._drawn(self.rows, max(1, min(self.length, self.tried // self.rows)))
-        batch = Batch(self.model, self.context, None, strategy)
-        batch.prefill(mine)
-        return lambda: batch.decode((self.rows,) * len(mine)), self.rows
+        coherent = isinstance(strategy, Coherent)
+        batch: CoherentBatch | Batch = (
+            CoherentBatch(self.model, self.context, self.group, self.first)
+            if coherent
+            else Batch(self.model, self.context, None, strategy)
+        )
+        self._extend(batch, batch.prefill(mine))
+
+        def run() -> None:
+            batch.agree(self.rows, 0)
+            self._extend(batch, batch.decode((self.rows,) * len(mine)))
+
+        return run, self.rows
+
+    def _extend(self, batch: CoherentBatch | Batch, scored: Scored) -> None:
+        """By the same token everywhere."""
+        for sequence, token in batch.settle([(sequence, 0) for sequence, _ in scored], 0):
+            sequence.new_tokens.append(token)
 
     def _drawn(self, rows: int, length: int) -> list[list[Running]]:
         """Sequences of every rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,11 +25,25 @@ def atomic_output(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
+        _onto_disk(temporary)
         temporary.replace(path)
+        _onto_disk(path.parent)
     except OSError as error:
         raise CoterieError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _onto_disk(path: Path) -> None:
+    """So that what is told to be written, or a folder's new name, outlives a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a folder on a file system that has no such thing
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(path: Path, *read: Path | str | None) -> None:

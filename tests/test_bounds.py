@@ -20,6 +20,7 @@ from coterie.placement.problem import Limit, Problem, one_hot
 from coterie.placement.scenarios import gathered
 from coterie.placement.task import Task
 from coterie.placement.topology import Link, Topology
+from coterie.routing.errors import InputError
 from coterie.routing.trace import LoadStatistics
 
 SEEDS = st.integers(0, 10_000)
@@ -64,7 +65,8 @@ def test_the_chain_bound_holds_with_and_without_load_caps(seed, shape, top_k, ca
     ranks, experts, slots = shape
     try:
         problem = problems(seed, ranks, experts, slots, layers, top_k, cap)["hops"]
-    except ValueError:  # a cap that this load cannot keep to
+    except InputError as error:
+        assert cap == 1.9 and str(error).startswith("--max-load:")  # this load cannot keep to it
         return
     assert 0 <= bounds.chain_bound(problem, soon()) <= optimum(problem) + 1e-6
 
@@ -185,6 +187,23 @@ def test_the_coherent_bound_holds(seed, top_k, shape) -> None:
     task = Task(PlanRequest(topology, strategy="coherent"), gathered([trace]), (1.0,), slots, (), soon())
     best = min(coherent_rows(trace, p.holds(), topology)[0] for p in plans(trace, topology, slots, copied))
     assert 0 <= anchors.lower_bound(task) <= best + 1e-9
+
+
+def test_bounds_say_what_can_be_worked_out_by_hand() -> None:
+    """Each is above nothing: 0, or a load of 1, would hold everywhere."""
+    even = Problem(2, 6, 2, 4, 1.0, transitions=np.ones((1, 6, 6)), integral=True)
+    assert bounds.hops_with_copies(even) == 6 * 6 - 2 * 4 * 4  # pairs of experts, less those that two ranks bring together
+    for name in ("homes known", "homes unknown"):  # three experts on three ranks, one of them home
+        found = problems(0, 4, 4, 1, 1, 3)[name]
+        assert bounds.rows_with_copies(found) * found.scale == pytest.approx(2)
+    assert bounds.load_bound(np.array([[[9.0, 1, 1, 1]]]), 2, 2, True) == pytest.approx(1.5)  # of 6 pairs, 9 at once
+    assert bounds.load_bound(np.array([[[9.0, 1, 1, 1]]]), 2, 3, True) == pytest.approx(1)  # a copy takes half of them
+    trace = make_trace(tokens=40, layers=2, experts=4, top_k=3, sequences=5)
+    task = Task(PlanRequest(Topology(1, 4), strategy="coherent"), gathered([trace]), (1.0,), 1, (), soon())
+    assert anchors.lower_bound(task) == pytest.approx(4)  # two rows there, two back
+    alone = Topology(1, 1, Link(1e6, 1e-3), expert_bytes=1e6, memory_bytes_per_second=1e9, row_bytes=1e3)
+    decode = replace(one_layer(make_trace(tokens=40, layers=1, experts=4, top_k=2)), phase="decode")
+    assert bounds.time_bound(alone, gathered([decode]), 4) == pytest.approx(4 * 1e6 / 1e9)  # reads its experts, sends nothing
 
 
 FIELDS = {"hops": "hops", "dispatch": "dispatch", "coherent": "coherent", "load": "load", "time": "seconds"}

@@ -69,7 +69,6 @@ def test_logits_are_the_residents_to_the_bit_at_every_room(family: Path, dtype: 
             assert torch.equal(got, expected), slots
         found = made.cache.statistics
         assert 0 < found.transfers - found.prefetched <= (total if slots == total else found.requests)
-        assert found.hit_rate == 1 - found.transfers / found.requests
         made.cache.store.close()
 
 

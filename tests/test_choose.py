@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from coterie.moe.choose import Links, Traits, predict
+from coterie.moe.choose import Links, predict
 from coterie.moe.strategy import BESIDE
+from coterie.moe.traits import Traits
 from coterie.placement.topology import Link
 
 LATENCY, ROW, BACK = 1e-3, 1024.0, 512.0

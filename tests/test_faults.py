@@ -22,9 +22,9 @@ sys.path.insert(0, str(ROOT / "bench"))
 from faults import (
     KINDS,
     RESTART,
+    TIMEOUT,
     Fault,
     Job,
-    draw,
     free_port,
     generate,
     launcher,
@@ -192,10 +192,14 @@ def text() -> str:
 class TestJobs:
     """Real jobs on 4 processes; their times are measured by bench/faults.py, not here."""
 
-    @pytest.mark.parametrize("seed", [0, 3, 4, 6])
-    def test_a_rank_is_killed_stopped_delayed_or_late(self, seed: int, text: str) -> None:
-        there = [name for name in ("torchrun", "mpirun") if launcher(name)]
-        fault = draw(seed, there, KINDS)
+    @pytest.mark.parametrize(
+        ("kind", "started_by", "delay"),
+        [("kill", "torchrun", 0.0), ("stop", "mpirun", 0.0), ("delay", "mpirun", 2.0), ("late", "torchrun", TIMEOUT + 8)],
+    )
+    def test_a_rank_is_killed_stopped_delayed_or_late(self, kind: str, started_by: str, delay: float, text: str) -> None:
+        if not launcher(started_by):
+            pytest.skip(f"{started_by} is not installed")
+        fault = Fault(0, started_by, kind, 1 + KINDS.index(kind) % 3, 40, delay)
         outcome = run(fault, text)
         assert not outcome.processes_left and not outcome.ports_left, outcome
         if fault.kind == "delay":

@@ -390,6 +390,13 @@ def test_the_bound_holds_whatever_placement_and_homes(seed: int, copied: bool, t
     assert homing.homes_bound(task_of(trace, 1), start_of(trace, 1).holds, Deadline(1.0)) == 0.0
 
 
+def test_three_experts_on_three_ranks_send_two_rows_wherever_home_is() -> None:
+    trace = make_trace(tokens=40, layers=2, experts=4, top_k=3, sequences=5)
+    for prove in (False, True):
+        task = replace(task_of(trace, 4), prove=prove)
+        assert homing.homes_bound(task, start_of(trace, 4).holds, Deadline(3.0)) == pytest.approx(2)
+
+
 def test_with_copies_the_placement_stays_and_gets_homes() -> None:
     trace = make_trace(tokens=200, layers=3, experts=8, sequences=12)
     shape = {"slots_per_rank": 7, "max_load": 2.0, "time_limit": 5, "iterations": 2}

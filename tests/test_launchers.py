@@ -130,8 +130,10 @@ def test_tasks_of_srun_know_who_is_on_their_node(tmp_path: Path) -> None:
 
 def test_nodes_with_different_numbers_of_ranks_are_refused_by_name(prompts: Path) -> None:
     settings = [slurm(rank, 3) for rank in range(3)]
-    for code, _, err in by_hand(settings, arguments(prompts)):
-        assert code == 2 and ("found 1 on n1 and 2 on n0, expected as many on every node" in err or err == "")
+    ended = by_hand(settings, arguments(prompts))
+    said = [err for _, _, err in ended if err]
+    assert [code for code, _, _ in ended] == [2] * 3 and len(said) == 1, ended
+    assert "found 1 on n1 and 2 on n0, expected as many on every node" in said[0]
 
 
 def test_two_torchruns_are_two_nodes(prompts: Path, alone: list[dict[str, Any]]) -> None:

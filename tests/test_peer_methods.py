@@ -184,7 +184,7 @@ def test_one_rank_holds_everything() -> None:
     assert not moetuner(np.ones((3, 4)), transitions, 1, 1, Deadline(1.0)).any()
 
 
-def test_without_time_the_start_is_returned() -> None:
+def test_without_time_an_even_placement_is_returned() -> None:
     transitions = chain_of(0, 20, 32)
     started = time.monotonic()
     assert_even(exflow(transitions, 2, 4, Deadline(0.0)), (20, 32), 8)

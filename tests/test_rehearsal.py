@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from thread_ranks import load, on_ranks
 from tiny_models import make_model
 
 from coterie.moe.batch import Request
-from coterie.moe.choose import Choice, Links, Load, Pace, Traits, Trial, choose, decide, predict, untried
+from coterie.moe.choose import Choice, Links, Load, Pace, Trial, choose, decide, predict, untried
 from coterie.moe.collectives import Group
 from coterie.moe.families import ModelShape
 from coterie.moe.probe import measure
-from coterie.moe.rehearsal import Rehearsal
+from coterie.moe.rehearsal import Rehearsal, Run
+from coterie.moe.strategy import Strategy
+from coterie.moe.traits import Traits
 from coterie.placement.topology import Link
 from coterie.routing.errors import InputError
 
@@ -82,7 +85,7 @@ def rehearsed(folder: Path, group: Group) -> tuple[Trial, bool]:
     context = dict(vars(model.context))
     strategy = model.dispatcher.strategy
     rehearsal = Rehearsal(model.transformers, model.context, strategy("all_to_all"), PLAIN, LINKS, 2, 9)
-    rehearsal.compare([strategy("overlapped"), strategy("all_gather")])
+    rehearsal.compare([strategy("overlapped"), strategy("coherent"), strategy("all_gather")])
     unchanged = all(getattr(traffic, name) == value for name, value in before.items())
     same = all(vars(model.context)[name] is value for name, value in context.items())
     return rehearsal.trial, unchanged and same and not model.context.loads.any() and not traffic.seconds
@@ -93,27 +96,64 @@ def test_a_rehearsal_is_the_same_on_all_ranks_and_leaves_no_mark(tmp_path: Path)
     found = on_ranks(3, lambda group: rehearsed(tmp_path, group))
     trials = [trial for trial, _ in found]
     assert all(clean for _, clean in found)
-    assert trials.count(trials[0]) == 3 and set(trials[0].waits) == {"all_to_all", "overlapped", "all_gather"}
+    assert trials.count(trials[0]) == 3 and set(trials[0].waits) == {"all_to_all", "overlapped", "all_gather", "coherent"}
     assert trials[0].computing.seconds(8) > 0 and trials[0].layers == 3
 
 
 def test_what_was_rehearsed_is_predicted_as_it_went(tmp_path: Path, monkeypatch) -> None:
     """Steps of known length, by strategies that differ: the prediction for the sizes tried is their length."""
     make_model("mixtral", tmp_path)
-    lengths = {"all_to_all": 0.08, "overlapped": 0.05}
+    lengths = {"all_to_all": 0.08, "overlapped": 0.05, "coherent": 0.06}
+    of_run: dict[Run, float] = {}
 
-    def speeds(group: Group) -> list[float]:
+    def marked(made: Callable[..., tuple[Run, int]]) -> Callable[..., tuple[Run, int]]:
+        def make(self: Rehearsal, strategy: Strategy, *args: int) -> tuple[Run, int]:
+            run, tokens = made(self, strategy, *args)
+            of_run[run] = lengths[strategy.name]
+            return run, tokens
+
+        return make
+
+    monkeypatch.setattr(Rehearsal, "_prompts", marked(Rehearsal._prompts))
+    monkeypatch.setattr(Rehearsal, "_decoding", marked(Rehearsal._decoding))
+    monkeypatch.setattr(Rehearsal, "_timed", lambda self, run: (run(), (of_run[run], 0.01, 64))[1])
+
+    def speeds(group: Group) -> list[list[float]]:
         model = load(tmp_path, dtype="float32", group=group)
         strategy = model.dispatcher.strategy
-        monkeypatch.setattr(Rehearsal, "_timed", lambda self, run: (run(), (lengths[self.context.strategy.name], 0.01, 64))[1])
         rehearsal = Rehearsal(model.transformers, model.context, strategy("all_to_all"), PLAIN, LINKS, 2, 8)
         rehearsal.compare([strategy("overlapped")])
-        trial = rehearsal.trial
-        known = rehearsal.seen, LINKS, group.size, group.ranks_per_node, 8, group.free_bytes, group.counts_inside
-        return [trial.tokens_per_second(2, 8, predict(n, *known) + trial.waits[n].seconds(8)) for n in lengths]
+        rehearsal.compare([strategy("coherent")])
+        trial, found = rehearsal.trial, []
+        for tokens in (2, 8):
+            known = rehearsal.seen, LINKS, group.size, group.ranks_per_node, tokens, group.free_bytes, group.counts_inside
+            spent = [predict(name, *known) + trial.waits[name].seconds(tokens) for name in lengths]
+            found.append([trial.tokens_per_second(2, tokens, seconds) for seconds in spent])
+        return found
 
-    for found in on_ranks(2, speeds):
-        assert found == [pytest.approx(2 * 8 / seconds) for seconds in lengths.values()]
+    for decode, prefill in on_ranks(2, speeds):
+        assert decode == [pytest.approx(2 * 2 / seconds) for seconds in lengths.values()]
+        assert prefill[:2] == [pytest.approx(2 * 8 / lengths[name]) for name in ("all_to_all", "overlapped")]
+
+
+def test_what_coherent_needs_of_a_prefill_counts_by_the_steps_that_follow() -> None:
+    """Keys and values of all prompts go to every rank once; the fewer tokens are decoded after it, the less that pays."""
+    traits = replace(PLAIN, top_k=1, ranks=0.9, moves=0.5, kv_bytes=200)
+    group = two_nodes()
+    short, long = (decide(traits, LINKS, group, Load(40, 8, steps)) for steps in (1, 1000))
+    assert short.decode_seconds == long.decode_seconds and min(long.decode_seconds, key=long.decode_seconds.get) == "coherent"
+    assert (short.decode, long.decode) == ("all_to_all", "coherent")
+    kv_seconds = 40 * 2 * 2 * 200 / 1e8  # to two ranks of the other node, from the two of this one
+    assert long.prefill_seconds == {name: pytest.approx(s + kv_seconds) for name, s in short.prefill_seconds.items()}
+
+
+def test_one_whose_steps_went_slower_than_the_links_promise_is_not_chosen() -> None:
+    traits = replace(PLAIN, top_k=1, ranks=0.9, moves=0.5)
+    trial = Trial(COMPUTING, {"all_to_all": flat(0.0)}, 5)
+    choice = decide(traits, LINKS, two_nodes(), replace(LOAD, steps=1000), trial=trial)
+    assert choice.decode == "coherent" and "coherent" in untried(choice, trial, LOAD)
+    slower = replace(trial, waits={**trial.waits, "coherent": flat(1e-3)})
+    assert decide(traits, LINKS, two_nodes(), replace(LOAD, steps=1000), trial=slower).decode == "all_to_all"
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,7 @@ def test_copies_that_cost_more_to_read_than_they_save_are_not_made() -> None:
     plain = plan(trace, PlanRequest(topology, objective="time", time_limit=4, iterations=2))
     room = plan(trace, PlanRequest(topology, objective="time", time_limit=4, iterations=2, slots_per_rank=4))
     assert room.objective.value <= plain.objective.value * (1 + 1e-9)
+    assert room.holds().sum() == plain.holds().sum() == 2 * 8
 
 
 def test_the_time_search_improves_on_where_it_began() -> None:
