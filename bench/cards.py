@@ -58,7 +58,7 @@ def page() -> str:
 Computed by `python bench/cards.py` with the arithmetic of `offload/expect.py`, not measured: tokens a second of one sequence in
 bfloat16, at best, where the larger of computing and fetching missing experts is all that counts. The lower figure is for even
 routing, where a cache finds the share of experts that it holds; the higher one for routing that misses {HIGHER:.0%} as often:
-with a quarter of the experts in memory the recorded routing of three models missed 27% to 80% as often (docs/offload.md;
+with a quarter of the experts in memory the recorded routing of three models missed 27% to 76% as often (docs/offload.md;
 `coterie cache-sim` tells of a trace of yours). *From host memory*: the host has room for all experts. *From disk*: {DISK:g}
 GB/s, and nothing is kept in the host.
 
@@ -71,7 +71,8 @@ for context, keys and values, and buffers.
         + "\n".join(rows)
         + """
 
-`coterie generate MODEL --memory SIZE --dry-run` says what fits of a model that is not listed, and how much a token reads.
+`coterie generate MODEL --prompt x --memory SIZE --dry-run` says what fits of a model that is not listed, and how much a
+token reads (of one that is here: a hub id is downloaded first).
 """
     )
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,25 +129,36 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def survey() -> dict[str, Any]:
-    """By the rules' tiles (docs/kernels.md): products of Qwen3-30B-A3B in each format, Mixtral's down in parts, gpt-oss's."""
-    found = []
+def survey(every: int = 1) -> dict[str, Any]:
+    """By the rules' tiles (docs/kernels.md): products of Qwen3-30B-A3B in each format, Mixtral's down in parts, gpt-oss's.
+
+    every: only each so-manieth of them.
+    """
+    return {"triton": triton.__version__, "kernels": [make() for make in _cases()[::every]]}
+
+
+def _cases() -> list[Callable[[], dict[str, Any]]]:
+    found: list[Callable[[], dict[str, Any]]] = []
     for arch in MATRIX:
         for format in POINTERS:
             if format == "fp8" and arch < 89:  # the chip has no such numbers, and Triton does not make them
                 continue
             for tokens in (1, 512, 4096):
-                found += [_surveyed(arch, "Qwen3", Work(128, 768, 2048, 8, tokens, 2, format, True), True)]
-                found += [_surveyed(arch, "Qwen3", Work(128, 2048, 768, 8, tokens, 2, format, summed=True), False)]
+                found += [partial(_surveyed, arch, "Qwen3", Work(128, 768, 2048, 8, tokens, 2, format, True), True)]
+                found += [partial(_surveyed, arch, "Qwen3", Work(128, 2048, 768, 8, tokens, 2, format, summed=True), False)]
             found += [
-                _surveyed(arch, "Mixtral", Work(8, 4096, 14336, 2, tokens, 2, format, summed=True), False) for tokens in (1, 16)
+                partial(_surveyed, arch, "Mixtral", Work(8, 4096, 14336, 2, tokens, 2, format, summed=True), False)
+                for tokens in (1, 16)
             ]
         for tokens in (1, 512, 4096):
-            found += [_surveyed(arch, "gpt-oss", Work(128, 2880, 2880, 4, tokens, 2, "plain", True, True), True)]
-        for name in SMALL:
-            common = {"case": name, "arch": arch, "tile": {}, "expected": "", "fetched": False, "limit": SHARED_BYTES[arch]}
-            found.append(common | asdict(compile_small(name, arch)))
-    return {"triton": triton.__version__, "kernels": found}
+            found += [partial(_surveyed, arch, "gpt-oss", Work(128, 2880, 2880, 4, tokens, 2, "plain", True, True), True)]
+        found += [partial(_small, arch, name) for name in SMALL]
+    return found
+
+
+def _small(arch: int, name: str) -> dict[str, Any]:
+    common = {"case": name, "arch": arch, "tile": {}, "expected": "", "fetched": False, "limit": SHARED_BYTES[arch]}
+    return common | asdict(compile_small(name, arch))
 
 
 def _surveyed(arch: int, model: str, work: Work, first: bool) -> dict[str, Any]:
@@ -162,4 +175,4 @@ def _surveyed(arch: int, model: str, work: Work, first: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(survey()))
+    print(json.dumps(survey(*map(int, sys.argv[1:]))))

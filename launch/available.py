@@ -1,4 +1,4 @@
-"""How much memory this machine still has for us: the device's, or the system's within the limits of our control group."""
+"""What this machine has for us: cores, and free memory, the device's or the system's within the limits of our control group."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def machine() -> str:
     """What tells this machine from others; its processes share memory, whatever network they think they are in."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.is_file() else socket.gethostname()
+
+
+def usable_cores() -> int:
+    """Of the processor, by this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_bytes(device: torch.device) -> int | None:

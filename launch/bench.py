@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -15,11 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coterie.launch.available import usable_cores
 from coterie.launch.tables import table
-from coterie.routing.errors import InputError
+from coterie.routing.errors import CoterieError, InputError
 
 BENCHES = {name: f"coterie.launch.bench_{name}" for name in ("plan", "kernels", "experts", "offload", "cluster")}
-TAKES = {"only": ("plan", "kernels", "cluster")} | dict.fromkeys(("tune", "peers", "compile"), ("kernels",))  # by option
+TAKES = {
+    "only": ("plan", "kernels", "cluster"), "traces": ("plan", "offload", "cluster"),
+    **dict.fromkeys(("tune", "peers", "compile"), ("kernels",)),
+}  # fmt: skip
 VERSIONS = ("numpy", "scipy", "PuLP", "highspy", "torch", "triton", "transformers", "deepspeed", "vllm", "sglang")
 
 
@@ -62,17 +65,25 @@ class Row:
         return row | {"ratio": self.ratio, "bar": self.bar, "met": self.met} | ({"why": self.why} if self.why else {})
 
 
+class Interrupted(KeyboardInterrupt):
+    """partial: the JSON object of what was measured before."""
+
+    def __init__(self, message: str, partial: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
 def bench(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and print; rows appear as they are measured."""
     started = time.perf_counter()
     if options.traces is not None and not options.traces.is_dir():
         raise InputError(f"--traces: found {options.traces}, expected a folder of recorded traces")
-    options.traces = options.traces or Path("../shared/traces")
     if options.what not in BENCHES:
         raise InputError(f"bench: found {options.what!r}, expected {' or '.join(BENCHES)}")
     for name, takers in TAKES.items():
         if getattr(options, name) and options.what not in takers:
             raise InputError(f"--{name}: found it with bench {options.what}, expected bench {' or '.join(takers)}")
+    options.traces = options.traces or Path("../shared/traces")
     measured: Iterable[Row] = importlib.import_module(BENCHES[options.what]).rows(options)
     rows = []
     try:
@@ -80,9 +91,12 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
             rows.append(row)
             print(_line(row), flush=True, file=sys.stderr if options.json else sys.stdout)
     except KeyboardInterrupt:
-        if options.json:  # what was measured is not lost
-            print(json.dumps(_result(options.what, rows, started) | {"interrupted": True}), file=sys.__stdout__, flush=True)
-        raise KeyboardInterrupt(f"interrupted; {len(rows)} rows were measured before") from None
+        found = _result(options.what, rows, started) | {"interrupted": True}
+        raise Interrupted(f"interrupted; {len(rows)} rows were measured before", found) from None
+    except CoterieError as error:
+        if rows:
+            error.partial = _result(options.what, rows, started) | {"error": str(error)}
+        raise
     if not options.json:
         print("\n" + _table(rows))
     return _result(options.what, rows, started)
@@ -126,7 +140,7 @@ def machine() -> dict[str, Any]:
         names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0] if names else cpu
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_bytes": memory, "gpu": _gpu()}
+    return {"cpu": cpu, "cores": usable_cores(), "memory_bytes": memory, "gpu": _gpu()}
 
 
 def _gpu() -> str | None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from coterie.kernels.cpu import multiplies_bfloat16
+from coterie.launch.available import usable_cores
 from coterie.launch.bench import Row
 from coterie.launch.llama_peer import KINDS, LlamaModel, missing, quantised, write_gguf
 from coterie.launch.quiet import quiet_transformers
@@ -35,7 +35,7 @@ Speeds = dict[str, float | None]
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """Tokens per second: one sequence, `NEW` new tokens after a short prompt; and a prompt of 512. `quick`: a small model."""
     quiet_transformers()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(usable_cores())
     repeats = 2 if options.quick else REPEATS
     models: dict[str, Any] = {_name(dtype): random_model(SMALL if options.quick else SIZES, dtype) for dtype in PLAIN}
     for format in ROUNDED:

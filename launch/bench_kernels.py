@@ -9,6 +9,7 @@ so. `--compile F` needs none: it looks into the machine code (`kernels/cubin.py`
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from coterie.kernels import tiles
 from coterie.launch.bench import Row, named
 from coterie.routing.errors import CoterieError, InputError
 from coterie.routing.files import check_writable, write_text
@@ -189,15 +191,27 @@ def allowed(shape: Any, tokens: int, format: str, machine: Any, peer: float | No
     return min(limits, default=None)
 
 
-def compiled_rows(out: Path) -> Iterator[Row]:
-    """Every product by the rules' tiles for three generations of GPUs, compiled and looked into; written to `out`."""
+def sources_digest() -> str:
+    """Of all that decides what kernels are compiled, but for Triton."""
+    folder = Path(tiles.__file__).parent
+    made = hashlib.sha256()
+    for name in ("activations", "cubin", "formats", "grouped_gemm", "ordering", "tiles"):
+        made.update((folder / f"{name}.py").read_bytes())
+    return made.hexdigest()
+
+
+def compiled_rows(out: Path, every: int = 1) -> Iterator[Row]:
+    """Every product by the rules' tiles for three generations of GPUs, compiled and looked into; written to `out`.
+
+    every: only each so-manieth of them.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     ended = subprocess.run(
-        [sys.executable, "-m", "coterie.kernels.cubin"], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "coterie.kernels.cubin", str(every)], env=environment, capture_output=True, text=True
     )  # in a process of its own: kernels are compiled or interpreted for good
     if ended.returncode:
         raise CoterieError(f"bench kernels --compile: {(ended.stderr.strip().splitlines() or ['no reason given'])[-1]}")
-    found = json.loads(ended.stdout)
+    found = {"sources": sources_digest()} | json.loads(ended.stdout)
     write_text(out, json.dumps(found, indent=1) + "\n")
     for entry in found["kernels"]:
         case = f"sm_{entry['arch']}, {entry['case']}"
@@ -224,15 +238,13 @@ def _tuned(options: argparse.Namespace) -> Iterator[Row]:
         layer = Layer(shape, format, "cuda")
         for number, count in enumerate(counts):
             works, best = _works(shape, format, count), None
-            for tiles in islice(_candidates(works), QUICK_TILES if options.quick else None):
+            for pair in islice(_candidates(works), QUICK_TILES if options.quick else None):
                 try:
-                    seconds = median(timed(layer.ours(layer.inputs(count), tiles), layer.copies, "cuda", 5))
+                    seconds = median(timed(layer.ours(layer.inputs(count), pair), layer.copies, "cuda", 5))
                 except Exception as error:  # a tile that does not compile or fit is no candidate
-                    print(
-                        f"{shape.name}, {format}, {count} tokens, {tiles}: {str(error).splitlines()[0][:80]}", file=sys.stderr
-                    )
+                    print(f"{shape.name}, {format}, {count} tokens, {pair}: {str(error).splitlines()[0][:80]}", file=sys.stderr)
                     continue
-                best = min(best or (seconds, tiles), (seconds, tiles), key=lambda found: found[0])
+                best = min(best or (seconds, pair), (seconds, pair), key=lambda found: found[0])
             if best is None:
                 raise CoterieError(f"{shape.name}, {format}, {count} tokens: no tile runs")
             span = (counts[number - 1] + 1 if number else 1, count if number + 1 < len(counts) else 1 << 30)
@@ -269,6 +281,6 @@ def _candidates(works: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
         if swap and outputs < 64:
             continue
         tried: dict[str, Any] = {"rows": count, "outputs": outputs, "warps": warps, "stages": stages, "swap": swap}
-        tiles = (replace(by_rule[0], fold=False, **tried), replace(by_rule[1], **tried))
-        if all(shared_bytes(t, w, stages) <= SHARED_BYTES[90] for t, w in zip(tiles, works, strict=True)) and tiles != by_rule:
-            yield tiles
+        pair = (replace(by_rule[0], fold=False, **tried), replace(by_rule[1], **tried))
+        if all(shared_bytes(t, w, stages) <= SHARED_BYTES[90] for t, w in zip(pair, works, strict=True)) and pair != by_rule:
+            yield pair

@@ -25,6 +25,7 @@ import torch
 
 import coterie
 from coterie.launch import offload_cases as cases
+from coterie.launch.available import usable_cores
 from coterie.launch.bench import Row
 from coterie.launch.packing import contents_of
 from coterie.launch.quiet import quiet_transformers
@@ -62,7 +63,7 @@ def _decoded(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
     made = {"in place": cases.ours(model, slots), "packed": cases.ours(model, slots, folder / "packed")}
     replay, routing = cases.replayed(options.traces)
     placed, no_accelerate = cases.accelerate(model, len(resident.shape.layer_ids))
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     peers: dict[str, cases.Sequence | cases.Llama] = {IN_MEMORY: cases.Sequence(resident.transformers, replace(replay))}
     if placed is not None:
         peers["accelerate"] = cases.Sequence(placed, replace(replay))

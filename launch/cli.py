@@ -8,8 +8,9 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,43 +36,64 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = build_parser().parse_args(arguments)
         check_launch(options.verb)
         command = getattr(importlib.import_module(f"coterie.launch.{options.module}"), options.function)
-        with redirect_stdout(sys.stderr) if options.json else nullcontext():  # some libraries print when they are imported
+        with _result_alone() if options.json else nullcontext():
             result = command(options)
         if options.json and result is not None and launched_rank() == 0:
             print(json.dumps(result))
         sys.stdout.flush()  # at exit Python would end with a code of its own where this fails
         return DONE
-    except CoterieError as error:
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
-            raise
+            traceback.print_exc()
+        partial = getattr(error, "partial", None)
+        if partial is not None and "--json" in arguments:  # what was found before is not lost
+            print(json.dumps(partial), flush=True)
+        return _told(error)
+
+
+def _told(error: BaseException) -> int:
+    """Says in a line what went wrong; returns the exit code."""
+    if isinstance(error, CoterieError):
         complain(str(error), known_to_all=not error.alone)
         return WRONG_INPUT if isinstance(error, InputError) else FAILED
-    except KeyboardInterrupt as error:
-        if debug:
-            raise
+    if isinstance(error, KeyboardInterrupt):
         complain(str(error) or "interrupted; no output was written")
-        return FAILED
-    except BrokenPipeError:
+    elif isinstance(error, BrokenPipeError):
         _drop_output()
-        return FAILED
-    except Exception as error:
-        if debug:
-            raise
-        if isinstance(error, OSError) and error.errno in NO_WAY and error.filename is not None:
-            complain(f"{error.filename}: cannot be used: {error.strerror}")
-            return WRONG_INPUT
-        if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:  # files are told by name
-            _drop_output()
-            complain(f"standard output: cannot be written: {error.strerror}")
-            return FAILED
+    elif isinstance(error, OSError) and error.errno in NO_WAY and error.filename is not None:
+        complain(f"{error.filename}: cannot be used: {error.strerror}")
+        return WRONG_INPUT
+    elif isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:  # files are told by name
+        _drop_output()
+        complain(f"standard output: cannot be written: {error.strerror}")
+    else:
         first = (str(error).strip().splitlines() or [""])[0]
         complain(f"{type(error).__name__}: {first[:300]}\n(this is a defect of coterie: --debug shows where it is)")
-        return FAILED
+    return FAILED
 
 
 def entry() -> NoReturn:
     """The program: runs one command and ends the process."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed by who started it; a file that is opened next would take its place
+            opened = os.open(os.devnull, os.O_RDWR)
+            os.dup2(opened, descriptor)
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
     leave(main())
+
+
+@contextmanager
+def _result_alone() -> Iterator[None]:
+    """What is written to standard output inside goes to standard error, also by what is not Python, such as NCCL."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _drop_output() -> None:
@@ -86,7 +108,10 @@ def _without_launcher(arguments: list[str]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors in one line like every other of this program."""
+    """argparse, with errors in one line like every other of this program, and no other names for options than their own."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **more})
 
     def error(self, message: str) -> Any:
         """Raise instead of printing the usage."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from coterie.launch.tables import table
 from coterie.placement.plan import read_plan
 from coterie.routing.errors import InputError, positive
-from coterie.routing.files import check_writable, looks_like_json
+from coterie.routing.files import check_writable, files_of, looks_like_json
 from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing, save_load, save_trace
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def trace(options: argparse.Namespace) -> dict[str, Any]:
     from coterie.launch.prompts import read_prompts
     from coterie.launch.quiet import quiet_transformers
 
-    check_writable(options.out, options.prompts)
+    check_writable(options.out, options.prompts, *files_of(options.model))
     prompts = read_prompts(options.prompts)
     quiet_transformers()
     from coterie.moe.model import load
@@ -109,6 +109,7 @@ def show(options: argparse.Namespace) -> dict[str, Any]:
         say(f"{options.out}: open it in a browser")
         return {"report": str(options.out)}
     plans = [read_plan(p) for p in options.files if _is_plan(p)]
+    check_writable(options.out, *(entry.get("file") for plan in plans for entry in plan.inputs))
     traces = [read_routing(p) for p in options.files if not _is_plan(p)]
     if len(plans) > 1 or len(traces) > 1:
         raise InputError(f"show: found {len(plans)} plans and {len(traces)} traces, expected at most one of each")

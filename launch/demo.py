@@ -37,6 +37,13 @@ JOB_SECONDS = 300
 
 def demo(options: argparse.Namespace) -> dict[str, Any]:
     """The whole tour; raises CoterieError if text or logits differ from transformers' own."""
+    try:
+        return _tour(options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; what was made until then is in {options.out}") from None
+
+
+def _tour(options: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
     from coterie.launch.quiet import quiet_transformers

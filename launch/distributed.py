@@ -301,14 +301,15 @@ def together(group: Gathers, work: Callable[[], T]) -> T:
     It may take one rank much longer than another.
     """
     result, failure = None, None
+    own: Exception | None = None
     try:
         result = work()
     except CoterieError as error:
-        failure = (type(error), str(error))
+        failure, own = (type(error), str(error)), error
     except Exception as error:
         if group.size == 1:
             raise
-        words = _in_words(error)
+        words, own = _in_words(error), error
         failure = (CoterieError, str(words) if isinstance(words, CoterieError) else f"{type(error).__name__}: {error}")
     _meet(group)
     failures = group.gather(failure)
@@ -316,7 +317,7 @@ def together(group: Gathers, work: Callable[[], T]) -> T:
         if found is not None:
             kind, message = found
             where = f"rank {rank}: " if group.size > 1 and any(f is None for f in failures) else ""
-            raise kind(where + message).known(alone=False)
+            raise kind(where + message).known(alone=False) from own
     return result  # type: ignore[return-value]
 
 

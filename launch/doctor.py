@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from coterie.launch.available import usable_cores
 from coterie.launch.tables import table
+from coterie.routing.errors import InputError, first_line, wanted
 
 REQUIRED = ("numpy", "scipy", "safetensors", "tqdm", "PuLP", "highspy", "torch", "transformers", "accelerate")
 OPTIONAL = {"matplotlib": "plot", "deepspeed": "deepspeed", "mpi4py": "mpi", "triton": ""}
@@ -48,7 +50,7 @@ def _packages() -> list[Finding]:
             found.append((name, "ok" if version else "missing", version or way))
     for name, extra in OPTIONAL.items():
         version = _version(name)
-        way = f"pip install 'coterie[{extra}]'" if extra else f"pip install {name}"
+        way = wanted(extra) if extra else f"pip install {name}"
         found.append((name, "ok" if version else "optional", version or f"not installed: {way}"))
     return found
 
@@ -69,14 +71,10 @@ def _machine() -> list[Finding]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = shutil.disk_usage(Path.cwd()).free
     return [
-        ("processor", "ok", f"{_cpu_name()}, {_cores()} core(s) usable"),
+        ("processor", "ok", f"{_cpu_name()}, {usable_cores()} core(s) usable"),
         ("memory", "ok", f"{memory / 2**30:.1f} GiB"),
         ("disk here", "ok" if free > 2**30 else "missing", f"{free / 2**30:.1f} GiB free"),
     ]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_name() -> str:
@@ -91,9 +89,11 @@ def _cpu_name() -> str:
 def _compute() -> list[Finding]:
     if _version("torch") is None:
         return []
-    import torch
-    import torch.distributed as dist
-
+    try:
+        import torch
+        import torch.distributed as dist
+    except (ImportError, OSError) as error:  # such as a library of CUDA that is not there
+        return [("torch", "missing", f"cannot be imported ({first_line(error)}): install it again, for this machine")]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     backends = [b for b, there in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if there]
     used = "nccl" if gpus else "tcp (mpi under mpirun)"
@@ -111,19 +111,19 @@ def _compute() -> list[Finding]:
         (
             "mpirun",
             "ok" if shutil.which("mpirun") else "optional",
-            shutil.which("mpirun") or "not found: pip install 'coterie[mpi]'",
+            shutil.which("mpirun") or f"not found: {wanted('mpi')}",
         ),
     ]
 
 
 def _model() -> list[Finding]:
-    from coterie.routing.errors import InputError
-
     if _version("torch") is None or _version("transformers") is None:
         return []
-    from coterie.moe.families import EMBEDDED, EMBEDDED_FOLDER, supported_families
-    from coterie.offload.checkpoint import Checkpoint
-
+    try:
+        from coterie.moe.families import EMBEDDED, EMBEDDED_FOLDER, supported_families
+        from coterie.offload.checkpoint import Checkpoint
+    except (ImportError, OSError) as error:
+        return [("transformers", "missing", f"cannot be imported ({first_line(error)}): install it again, with its torch")]
     try:
         count = len(Checkpoint.open(EMBEDDED_FOLDER).tensors)
         embedded = (EMBEDDED, "ok", f"{count} tensors in {EMBEDDED_FOLDER}")

@@ -19,7 +19,7 @@ from coterie.launch.prompts import read_prompts
 from coterie.launch.quiet import quiet_transformers
 from coterie.placement.plan import PlacementPlan, read_plan
 from coterie.routing.errors import CoterieError, InputError, positive
-from coterie.routing.files import atomic_output, check_writable
+from coterie.routing.files import atomic_output, check_writable, files_of
 
 if TYPE_CHECKING:
     from coterie.launch.resuming import Resuming
@@ -122,6 +122,7 @@ def _write_timeline(model: Model, path: Path) -> None:
 
 def settle(options: argparse.Namespace, group: Group) -> Asked:
     """Read and check all but the weights. Does not communicate."""
+    from coterie.launch.memory import check_memory_options
     from coterie.moe.generate import Sampling
     from coterie.moe.model import asked_strategy, check_invariant
     from coterie.moe.prepare import prepare
@@ -137,10 +138,13 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
         raise InputError(f"--packed: found {str(options.packed)!r} without --memory, expected --memory SIZE beside it")
     if options.out is not None and options.trace_events is not None and options.out.resolve() == options.trace_events.resolve():
         raise InputError(f"--trace-events: found {str(options.trace_events)!r}, expected another file than --out")
+    check_memory_options(options)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     for path in (options.out, options.trace_events):
         if path is not None and group.rank == 0 and not options.dry_run:
-            check_writable(path, options.prompts, options.plan, options.replan)
+            check_writable(
+                path, options.prompts, options.plan, options.replan, *files_of(options.model), *files_of(options.packed)
+            )
     prompts = read_prompts(options.prompts) if options.prompts else [Prompt(text=options.prompt)]
     plan = None if options.plan is None else read_plan(options.plan)
     to_come = _group_to_come(plan, group, options.dry_run)
@@ -202,6 +206,8 @@ def _run(model: Model, asked: Asked, options: argparse.Namespace, resuming: Resu
     except KeyboardInterrupt:
         if journal is None:
             raise
+        if not journal.path.exists():
+            raise KeyboardInterrupt(f"interrupted; {options.out} is complete") from None
         raise KeyboardInterrupt(f"interrupted; {journal.way_on()}") from None
     finally:
         if journal is not None:

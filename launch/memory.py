@@ -29,6 +29,18 @@ class Checked:
     too_large: frozenset[str]
 
 
+def check_memory_options(options: argparse.Namespace) -> None:
+    """Raises InputError for what every process can tell by itself to be wrong."""
+    from coterie.moe.cached import MISSES
+
+    if options.memory is not None:
+        parse_bytes(options.memory)
+    if options.host_memory is not None:
+        parse_bytes(options.host_memory, "--host-memory")
+    if options.misses not in MISSES:
+        raise InputError(f"--misses: found {options.misses!r}, expected {', '.join(MISSES)}")
+
+
 def within_budget(asked: Asked, options: argparse.Namespace, group: Group) -> Asked:
     """The same with as many experts at once as the budget of each process allows, on all ranks alike.
 
@@ -109,11 +121,7 @@ def _budget(asked: Asked, options: argparse.Namespace, group: Group) -> int | No
 
 def _with_host(asked: Asked, options: argparse.Namespace, group: Group) -> Asked:
     """`--host-memory` and `--misses`, which are about what lies behind a GPU; ranks of one machine share what it has free."""
-    from coterie.moe.cached import MISSES
-
     share = asked.share
-    if options.misses not in MISSES:
-        raise InputError(f"--misses: found {options.misses!r}, expected {', '.join(MISSES)}")
     if share.quantise is not None and options.misses != "fetch":
         raise InputError(f"--misses: found {options.misses} with --quantise, expected fetch: the host rounds in another order")
     if share.device.type == "cpu":

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from coterie.launch.available import usable_cores
 from coterie.launch.commands import comparison, say
 from coterie.launch.distributed import launched_rank, launched_size, same_on_all, together
 from coterie.launch.launched import find_launch
@@ -111,7 +112,7 @@ def _predicted(made: PlacementPlan, routings: list[RoutingTrace | LoadStatistics
 def _request(options: argparse.Namespace) -> PlanRequest:
     from coterie.placement.planner import PlanRequest
 
-    workers = min(MOST_WORKERS, len(os.sched_getaffinity(0))) if options.workers is None else options.workers
+    workers = min(MOST_WORKERS, usable_cores()) if options.workers is None else options.workers
     if launched_size() > 1 and options.workers is None:
         workers = 1
     return PlanRequest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ from coterie.routing.errors import InputError
 
 if TYPE_CHECKING:
     from coterie.moe.text import Prompt
+
+FIELDS = ("prompt", "token_ids", "max_new_tokens", "id")
+ALIKE = 0.8  # share of letters: so like one of them that it was meant
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -27,15 +31,28 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise InputError(f"{path}: found no prompt, expected one a line")
     if path.suffix != ".jsonl" and not _looks_like_jsonl(numbered[0][1]):
         return [Prompt(text=line) for _, line in numbered]
-    return [_prompt(f"{path}:{number}", line) for number, line in numbered]
+    prompts = [_prompt(f"{path}:{number}", line) for number, line in numbered]
+    _check_names(path, [number for number, _ in numbered], prompts)
+    return prompts
 
 
 def _looks_like_jsonl(line: str) -> bool:
+    """Whatever the file is called; a line of text that begins like an object of prompts is more likely a damaged one."""
+    if line.lstrip().startswith(('{"prompt"', '{"token_ids"')):
+        return True
     try:
-        value = json.loads(line)
+        return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and bool({"prompt", "token_ids"} & set(value))
+
+
+def _check_names(path: Path, numbers: list[int], prompts: list[Prompt]) -> None:
+    """Raises InputError if two outputs would be called the same; a prompt without an id is called by its number, from 0."""
+    named: dict[str | int, int] = {}
+    for place, (number, prompt) in enumerate(zip(numbers, prompts, strict=True)):
+        name = place if prompt.id is None else prompt.id
+        if named.setdefault(name, number) != number:
+            raise InputError(f"{path}:{number}: id: found {name!r}, as in line {named[name]}, expected one for each prompt")
 
 
 def _prompt(where: str, line: str) -> Prompt:
@@ -47,7 +64,10 @@ def _prompt(where: str, line: str) -> Prompt:
         raise InputError(f"{where}: is not JSON: {str(error)[:80]}") from error
     if not isinstance(value, dict):
         raise InputError(f"{where}: found {type(value).__name__}, expected an object with prompt or token_ids")
-    text, ids, limit, name = (value.get(k) for k in ("prompt", "token_ids", "max_new_tokens", "id"))
+    for key in value.keys() - set(FIELDS):  # others are the caller's own
+        if meant := get_close_matches(key, FIELDS, 1, ALIKE):
+            raise InputError(f"{where}: found {key!r}, expected {meant[0]!r}, or another name for what is yours")
+    text, ids, limit, name = (value.get(k) for k in FIELDS)
     if (text is None) == (ids is None):
         raise InputError(f"{where}: found {sorted(value)}, expected one of prompt and token_ids")
     if text is not None and (not isinstance(text, str) or not text):

@@ -18,7 +18,7 @@ from coterie.placement.cost import CostReport, check_match, evaluate, evaluate_l
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.planner import baseline_plan, compare
 from coterie.routing.affinity import expert_load, mean_affinity, transition_counts
-from coterie.routing.errors import InputError
+from coterie.routing.errors import InputError, wanted
 from coterie.routing.files import write_text
 from coterie.routing.trace import LoadStatistics, RoutingTrace
 
@@ -72,7 +72,7 @@ def check_plotting() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise InputError("matplotlib is not installed, expected it for pictures: pip install 'coterie[plot]'") from error
+        raise InputError(f"matplotlib is not installed, expected it for pictures: {wanted('plot')}") from error
 
 
 def _heading(plan: PlacementPlan | None, routing: RoutingTrace | LoadStatistics | None) -> str:

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from packaging.version import Version
+
 from coterie.routing.errors import CoterieError
 
 KEPT = re.compile(r"(fused_moe[^/]*\.py|configs/.*device_name=[^/]*\.json)$")  # of a wheel: a few megabytes at most
@@ -50,21 +52,20 @@ def find_package(name: str, wheels: Path | None, room: Path) -> Package:
 
     Raises PeerMissing if there is neither.
     """
-    found = sorted(wheels.glob(f"{name}-*.whl"), key=lambda path: _numbers(path.name.split("-")[1])) if wheels else []
+    found = sorted(wheels.glob(f"{name}-*.whl"), key=lambda path: Version(path.name.split("-")[1])) if wheels else []
     if found:
         version = found[-1].name.split("-")[1]
         root = room / f"{name}-{version}"
-        with zipfile.ZipFile(found[-1]) as archive:
-            archive.extractall(root, [member for member in archive.namelist() if KEPT.search(member)])
+        try:
+            with zipfile.ZipFile(found[-1]) as archive:
+                archive.extractall(root, [member for member in archive.namelist() if KEPT.search(member)])
+        except zipfile.BadZipFile as error:
+            raise PeerMissing(f"{found[-1]}: is no whole wheel ({error})") from error
         return Package(name, version, root)
     spec = importlib.util.find_spec(name)  # of a top-level package: finds it without importing it
     if spec is None or not spec.submodule_search_locations:
         raise PeerMissing(f"{name} is not installed, and there is no {name}-*.whl in {wheels or 'a folder given by --peers'}")
     return Package(name, importlib.metadata.version(name), Path(next(iter(spec.submodule_search_locations))).parent)
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 def load_file(package: Package, path: Path, known: Mapping[str, Any]) -> ModuleType:

@@ -206,6 +206,10 @@ class Model:
             raise InputError(
                 f"--phase: found {phase!r} with {max_new_tokens} new tokens, expected --max-new-tokens of 2 or more"
             )
+        if phase == "prefill" and max_new_tokens:
+            raise InputError(
+                f"--phase: found 'prefill' with {max_new_tokens} new tokens, expected --max-new-tokens 0, or mixed"
+            )
         if max_tokens is not None and max_tokens < 1:
             raise InputError(f"--max-tokens: found {max_tokens}, expected 1 or more")
         check_writable(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from coterie.moe.layer import StepContext
 from coterie.moe.relocate import Relocation
 from coterie.placement.cost import evaluate_load
 from coterie.placement.plan import PlacementPlan, read_plan, save_plan
+from coterie.routing.files import write_text
 from coterie.routing.trace import LoadStatistics, read_routing, save_load
 
 INTERVAL = 64  # steps between looks at the load
@@ -123,11 +125,12 @@ class AutoReplan:
         folder = Path(self._folder.name)
         save_load(statistics, folder / "load.safetensors")
         save_plan(replace(self.plan, homes=None), folder / "old.json")  # a plan is not changed under its homes
-        shape = f"{self.plan.topology.nodes}x{self.plan.topology.ranks_per_node}"
+        write_text(folder / "topology.json", json.dumps(self.plan.topology.to_json()))
         moves = max(1, int(MOVES_SHARE * self.plan.num_experts * len(self.plan.layer_ids)))
-        command = [sys.executable, "-m", "coterie", "plan", str(folder / "load.safetensors"), "--topology", shape,
-                   "--objective", "load", "--from", str(folder / "old.json"), "--max-moves", str(moves), "--workers", "1",
-                   "--time-limit", str(PLAN_SECONDS), "--out", str(folder / "new.json")]  # fmt: skip
+        command = [sys.executable, "-m", "coterie", "plan", str(folder / "load.safetensors"),
+                   "--topology", str(folder / "topology.json"), "--objective", "load", "--from", str(folder / "old.json"),
+                   "--max-moves", str(moves), "--workers", "1", "--time-limit", str(PLAN_SECONDS),
+                   "--out", str(folder / "new.json")]  # fmt: skip
         self._planner = subprocess.Popen(
             command, env=_alone(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
         )

@@ -1,7 +1,7 @@
 """All-to-all over a full mesh of TCP connections: what ranks on CPUs use without MPI.
 
 torch's gloo takes 0.6 to 1.5 ms for an all-to-all of up to 64 KB among four processes of one machine; this takes a quarter
-of that, because nothing is handed to another thread (bench/transports.py), and it knows which rank it is waiting for.
+of that, because nothing is handed to another thread, and it knows which rank it is waiting for.
 """
 
 from __future__ import annotations

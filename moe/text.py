@@ -49,9 +49,14 @@ class Text:
         self.tokenizer = _tokenizer(shape.folder)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt. Raises InputError if it is empty, out of the vocabulary, or needs a tokenizer not there."""
+        """Token ids of a prompt. Raises InputError if it is empty, no Unicode, out of the vocabulary, or has no tokenizer."""
         if prompt.token_ids is None and self.tokenizer is None:
             raise InputError(f"{self.folder}: has no tokenizer, expected prompts with token_ids")
+        try:
+            (prompt.text or "").encode()
+        except UnicodeEncodeError as error:  # half of a pair of surrogates, or bytes of a command line
+            found = f"found {error.object[error.start]!r} as character {error.start + 1}"
+            raise InputError(f"prompt: {found}, expected text that can be written as UTF-8") from error
         ids = prompt.token_ids if prompt.token_ids is not None else self.tokenizer(prompt.text or "")["input_ids"]
         if not len(ids):
             raise InputError("found no token, expected at least one")

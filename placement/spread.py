@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from coterie.placement.deadline import Deadline, interruptible
-from coterie.routing.errors import CoterieError, InputError, first_line
+from coterie.routing.errors import CoterieError, InputError, first_line, wanted
 
 GRACE = 20.0  # seconds that a child may take beyond its deadline: one step of its search
 
@@ -148,7 +148,7 @@ def mpi_world(launcher: str, size: int) -> Any:
     try:
         from mpi4py import MPI
     except ImportError as error:
-        raise InputError(f"{launcher}: mpi4py cannot be used ({first_line(error)}): pip install 'coterie[mpi]'") from error
+        raise InputError(f"{launcher}: mpi4py cannot be used ({first_line(error)}): {wanted('mpi')}") from error
     communicator = MPI.COMM_WORLD
     if communicator.size != size:
         library = MPI.Get_library_version().split(",")[0].strip()

@@ -7,17 +7,18 @@ expected and the way out.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 
 class CoterieError(Exception):
     """Something failed that the user can be told about in a line.
 
     alone: in a job of several processes, whether only this one knows, which then says so itself whatever its rank; None until
-    that is settled.
+    that is settled. partial: the JSON object of what was found before, for `--json`; None if nothing was.
     """
 
     alone: bool | None = None
+    partial: dict[str, Any] | None = None
 
     def known(self, alone: bool) -> Self:
         """The error itself, marked: known to this process alone, or to all alike."""
@@ -54,3 +55,8 @@ def positive(name: str, value: int) -> int:
 def first_line(error: Exception, length: int = 160) -> str:
     """The beginning of another library's message, fit for one of our lines."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:length]
+
+
+def wanted(extra: str) -> str:
+    """The command that installs what an optional part needs, in a checkout."""
+    return f"pip install -c constraints.txt -e '.[{extra}]'"

@@ -71,6 +71,12 @@ def check_writable(path: Path, *read: Path | str | None) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
+def files_of(folder: Path | str | None) -> list[Path]:
+    """The files in a folder; none if it is not one, such as a model's name."""
+    path = None if folder is None else Path(folder)
+    return [] if path is None or not path.is_dir() else [file for file in sorted(path.iterdir()) if file.is_file()]
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_output(path) as temporary:

@@ -102,9 +102,15 @@ def _trace(
 ) -> RoutingTrace:  # fmt: skip
     if ids.size == 0:
         raise InputError(f"expert_ids: found shape {list(ids.shape)}, expected at least one token")
-    experts = options.num_experts or stated or int(ids.max()) + 1
-    if ids.max() >= min(experts, MAX_EXPERTS):
+    known = stated if options.num_experts is None else options.num_experts
+    experts = int(ids.max()) + 1 if known is None else known
+    if not 1 <= experts <= MAX_EXPERTS:
+        raise InputError(f"num_experts: found {experts}, expected 1 to {MAX_EXPERTS}")
+    if ids.max() >= experts:
         raise InputError(f"expert_ids: found {ids.max()}, expected less than num_experts = {experts}")
+    for name, values in (("expert_ids", ids), ("sequence_ids", sequence), ("positions", positions)):
+        if values.min() < -1 or values.max() > 2**31 - 1:
+            raise InputError(f"{name}: found {values.min()} to {values.max()}, expected -1 to {2**31 - 1}")
     return RoutingTrace(
         expert_ids=ids.astype(np.int16),
         sequence_ids=sequence.astype(np.int32),
@@ -114,8 +120,17 @@ def _trace(
         layer_ids=layer_ids,
         scenario=options.scenario,
         phase=options.phase or "mixed",
-        router_weights=None if weights is None else weights.astype(np.float16),
+        router_weights=None if weights is None else _finite(weights),
     )
+
+
+def _finite(weights: NDArray[Any]) -> NDArray[np.float16]:
+    with np.errstate(over="ignore"):
+        found = weights.astype(np.float16)
+    if not np.isfinite(found).all():
+        wrong = weights[~np.isfinite(found)].flat[0]
+        raise InputError(f"router_weights: found {wrong}, expected numbers within float16")
+    return found
 
 
 def _read_counts(path: Path, options: ImportOptions) -> LoadStatistics:
@@ -194,6 +209,10 @@ def _sglang_records(found: dict[str, Any], options: ImportOptions) -> RoutingTra
                     "last_physical_to_logical_map: the map is of another run, or shared experts are recorded as routed ones"
                 )
             ids = np.where(ids < 0, -1, table[np.arange(len(ids))[:, None, None], ids.clip(min=0)])
+        if lengths is not None and sum(lengths) != len(positions):
+            raise InputError(
+                f"records: extend_seq_lens: found {sum(lengths)} tokens together, expected {len(positions)}, as positions has"
+            )
         rows = np.arange(len(positions)) if lengths is None else np.repeat(np.arange(len(lengths)), lengths) + opened
         opened += 0 if lengths is None else len(lengths)
         ids_parts.append(ids.transpose(1, 0, 2))

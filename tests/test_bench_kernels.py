@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,11 +24,12 @@ from coterie.launch.kernel_cases import (
     SHAPES,
     STORED,
     TINY,
+    Layer,
     Machine,
     Shape,
     copies_past_cache,
 )
-from coterie.routing.errors import InputError
+from coterie.routing.errors import CoterieError, InputError
 
 if interpreting():
     repair()
@@ -144,13 +144,31 @@ def test_weights_are_out_of_the_cache_when_one_token_reads_them_again(shape: Sha
 
 
 def test_an_interrupted_benchmark_still_tells_what_it_has_measured(monkeypatch, capsys) -> None:
+    endings: list[BaseException] = [KeyboardInterrupt(), CoterieError("a worker ended")]
+
     def rows(options: Any) -> Iterator[Row]:
         yield Row("a", "b", "us", 1.0)
-        raise KeyboardInterrupt
+        raise endings.pop(0)
 
     monkeypatch.setattr("coterie.launch.bench_plan.rows", rows)
-    monkeypatch.setattr(sys, "__stdout__", (out := io.StringIO()))
-    assert main(["bench", "plan", "--json", "--traces", "."]) == 1
-    assert "interrupted; 1 rows were measured before" in capsys.readouterr().err
-    told = json.loads(out.getvalue())
-    assert told["interrupted"] and [row["value"] for row in told["rows"]] == [1.0]
+    for said, field in (("interrupted; 1 rows were measured before", "interrupted"), ("a worker ended", "error")):
+        assert main(["bench", "plan", "--json", "--traces", "."]) == 1
+        out, err = capsys.readouterr()
+        assert said in err
+        told = json.loads(out)
+        assert told[field] and [row["value"] for row in told["rows"]] == [1.0]
+
+
+def test_options_that_would_have_no_effect_are_refused(tmp_path: Path, capsys) -> None:
+    for given in (["--compile", "c", "--only", "x"], ["--tune", "t", "--peers", "."], ["--compile", "c", "--tune", "t"]):
+        assert main(["bench", "kernels", *given]) == 2
+        assert "expected one of them" in capsys.readouterr().err
+    assert main(["bench", "kernels", "--traces", str(tmp_path)]) == 2
+    assert "--traces: found it with bench kernels" in capsys.readouterr().err
+
+
+def test_ours_and_peers_get_the_same_inputs() -> None:
+    layer = Layer(TINY, "plain", "cpu")
+    for one, other in zip(layer.inputs(3), layer.inputs(3), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(layer.inputs(3)[0], layer.inputs(4)[0][:3])

@@ -16,6 +16,7 @@ import pytest
 import thread_ranks
 import torch
 from conftest import ROOT
+from lines import Child
 from tiny_models import FAMILIES, make_model
 
 import coterie
@@ -148,19 +149,20 @@ def test_slots_hold_what_they_say_whatever_was_expected(slots: int, tmp_path: Pa
     cache.store.close()
 
 
-def test_generate_within_a_budget_writes_the_same_text(tmp_path: Path) -> None:
-    """In processes of their own: the budget is that of the whole process."""
+def test_generate_within_a_budget_writes_the_same_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a process of its own: the budget is that of the whole process."""
     folder = make_model("qwen3_moe", tmp_path / "m", hidden_size=256, moe_intermediate_size=2048, head_dim=64)
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"token_ids": row}) + "\n" for row in PROMPTS.tolist()))
 
-    def generate(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "coterie", "generate", str(folder), "--prompts", str(tmp_path / "p.jsonl"), "--json"]
-        return subprocess.run([*command, "--max-new-tokens", "8", *arguments], capture_output=True, text=True, cwd=ROOT)
-
-    alone, refused = json.loads(generate().stdout), generate("--memory", "1k")
-    assert refused.returncode == 2, refused.stderr
-    budget = least_megabytes(refused.stderr) + 15
-    ran = generate("--memory", f"{budget}MB", "--trace-events", str(tmp_path / "t.json"))
+    arguments = ["generate", str(folder), "--prompts", str(tmp_path / "p.jsonl"), "--json", "--max-new-tokens", "8"]
+    assert main(arguments) == 0
+    alone = json.loads(capsys.readouterr().out)
+    with Child() as child:
+        refused = child.run(*arguments, "--memory", "1k")
+        assert refused.returncode == 2, refused.stderr
+        budget = least_megabytes(refused.stderr) + 15
+        ran = child.run(*arguments, "--memory", f"{budget}MB", "--trace-events", str(tmp_path / "t.json"))
+        fits = child.run(*arguments, "--memory", "64GiB", "--dry-run")
     cached = json.loads(ran.stdout)
     assert cached["outputs"] == alone["outputs"] and alone["stats"]["hit_rate"] is None
     assert cached["stats"]["hit_rate"] < 1 and "experts at once, the others on disk" in ran.stderr
@@ -170,7 +172,7 @@ def test_generate_within_a_budget_writes_the_same_text(tmp_path: Path) -> None:
     assert len(steps) == 8 and steps[-1][4] > steps[0][4] >= 0  # a prefill and seven tokens; seconds that reads were waited for
     assert main(["show", str(tmp_path / "t.json"), "--out", str(tmp_path / "r.html")]) == 0
     assert "MB/s read" in (tmp_path / "r.html").read_text()
-    assert "all experts fit" in generate("--memory", "64GiB", "--dry-run").stderr
+    assert "all experts fit" in fits.stderr
 
 
 def test_ranks_with_a_cache_each_write_what_one_does(tmp_path: Path) -> None:

@@ -20,8 +20,12 @@ from conftest import ROOT, make_trace
 from tiny_models import make_model
 
 import coterie
+from coterie.launch import commands
 from coterie.launch.cli import build_parser, main
+from coterie.placement.baselines import baseline_plan
 from coterie.placement.plan import read_plan
+from coterie.placement.topology import Topology
+from coterie.routing.files import sha256
 from coterie.routing.trace import LoadStatistics, read_routing, save_load, save_trace
 
 
@@ -49,9 +53,11 @@ def fails(capsys, *arguments: object) -> str:
 
 
 @pytest.fixture
-def plan_file(tmp_path: Path, trace_file: Path, capsys) -> Path:
+def plan_file(tmp_path: Path, trace_file: Path) -> Path:
+    """A plan of the trace, as `coterie plan` writes it, but not searched for."""
     path = tmp_path / "plan.json"
-    run_json(capsys, "plan", trace_file, "--topology", "1x2", "--out", path, "--time-limit", "2")
+    made = baseline_plan("packed", coterie.read_trace(trace_file), Topology(1, 2), "all_to_all")
+    coterie.save_plan(replace(made, inputs=({"file": str(trace_file), "sha256": sha256(trace_file)},)), path)
     return path
 
 
@@ -211,6 +217,37 @@ def test_import_names_what_is_wrong(tmp_path: Path, capsys, name: str, content: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"num_experts": np.array(0)}, "num_experts: found 0, expected 1 to 32767"),
+        ({"num_experts": np.array(40000)}, "num_experts: found 40000, expected 1 to 32767"),
+        ({"router_weights": np.full((2, 1, 2), 1e9)}, "router_weights: found 1000000000.0, expected numbers within float16"),
+        ({"router_weights": np.full((2, 1, 2), np.nan)}, "router_weights: found nan"),
+    ],
+)
+def test_import_refuses_what_a_trace_cannot_hold(tmp_path: Path, capsys, arrays, message: str) -> None:
+    np.savez(tmp_path / "a.npz", expert_ids=np.array([[[0, 1]], [[1, 2]]]), **arrays)
+    assert message in fails(capsys, "import", tmp_path / "a.npz", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positions": [0, 2**32 + 1]}, "positions: found 0 to 4294967297"),
+        ({"extend_seq_lens": [3]}, "extend_seq_lens: found 3 tokens together, expected 2"),
+        ({"topk_ids_of_layer": np.full((1, 2, 1), -65533)}, "expert_ids: found -65533"),
+    ],
+)
+def test_import_refuses_records_that_would_wrap_around(tmp_path: Path, capsys, change, message: str) -> None:
+    import torch
+
+    record = {"positions": [0, 1], "extend_seq_lens": [2], "topk_ids_of_layer": np.array([[[0], [1]]])} | change
+    record["topk_ids_of_layer"] = torch.tensor(record["topk_ids_of_layer"])
+    torch.save({"records": [record]}, tmp_path / "a.pt")
+    assert message in fails(capsys, "import", tmp_path / "a.pt", "--out", tmp_path / "out")
+
+
 def test_import_of_a_damaged_archive(tmp_path: Path, capsys) -> None:
     """One byte of compressed data after another."""
     np.savez_compressed(tmp_path / "whole.npz", topk_ids=np.random.default_rng(0).integers(0, 4, (500, 2, 1)))
@@ -319,8 +356,57 @@ def test_an_unexpected_failure_is_called_a_defect_and_debug_shows_it(
     arguments = ("plan", trace_file, "--topology", "1x2", "--out", tmp_path / "p")
     code, _, err = run(capsys, *arguments)
     assert code == 1 and "ZeroDivisionError" in err and "--debug" in err and "Traceback" not in err
-    with pytest.raises(ZeroDivisionError):
-        main([str(a) for a in (*arguments, "--debug")])
+    code, _, err = run(capsys, *arguments, "--debug")
+    assert code == 1 and err.count("division by zero") >= 2 and "in <lambda>" in err
+
+
+def test_debug_shows_where_a_wrong_input_was_found_and_changes_no_exit_code(trace_file: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "old.json").write_text("{}")
+    line = ("plan", trace_file, "--topology", "1x2", "--out", tmp_path / "p", "--from", tmp_path / "old.json")
+    code, out, err = run(capsys, *line, "--debug")
+    assert (code, out) == (2, "") and "in read_plan" in err and err.splitlines()[-1].startswith("coterie: ")
+
+
+def test_what_is_not_python_cannot_write_beside_the_json_object(trace_file: Path, capfd, monkeypatch) -> None:
+    read = commands.read_routing
+
+    def noisy(path: Path) -> object:
+        os.write(1, b"a library says\n")
+        return read(path)
+
+    monkeypatch.setattr(commands, "read_routing", noisy)
+    plan = trace_file.with_name("p.json")
+    coterie.save_plan(baseline_plan("packed", coterie.read_trace(trace_file), Topology(1, 2), "all_to_all"), plan)
+    assert main(["evaluate", str(plan), str(trace_file), "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert "a library says" in err and json.loads(out)["tokens"] == 400
+
+
+def test_closed_streams_are_nobodys_defect(trace_file: Path, tmp_path: Path) -> None:
+    line = f"{sys.executable} -m coterie import {tmp_path / 'a.npz'} --out {tmp_path / 'a'}"
+    np.savez(tmp_path / "a.npz", topk_ids=np.zeros((4, 2, 1), dtype=np.int64))
+    done = subprocess.run(f"{line} >&- <&- 2>&-", shell=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and coterie.read_trace(tmp_path / "a").tokens == 4
+
+
+def test_options_are_taken_by_their_own_names_alone(trace_file: Path, capsys) -> None:
+    assert "unrecognized arguments: --deb" in fails(capsys, "evaluate", trace_file, trace_file, "--deb")
+
+
+def test_a_report_is_not_written_over_the_trace_that_its_plan_was_made_from(trace_file: Path, plan_file: Path, capsys) -> None:
+    before = trace_file.read_bytes()
+    assert "would be written over an input" in fails(capsys, "show", plan_file, "--out", trace_file)
+    assert trace_file.read_bytes() == before
+
+
+def test_a_trace_is_not_written_over_the_models_weights(folder: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "p.jsonl").write_text('{"token_ids": [1, 2]}')
+    weights = folder / "model.safetensors"
+    before = weights.stat()
+    for verb in ("trace", "generate"):
+        told = fails(capsys, verb, folder, "--prompts", tmp_path / "p.jsonl", "--out", weights)
+        assert "would be written over an input" in told
+    assert weights.stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_what_may_not_be_read_is_wrong_input_and_no_defect(trace_file: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -540,6 +626,29 @@ def test_prompts_may_hold_any_character_but_a_line_break(tmp_path: Path) -> None
     assert [p.text for p in read_prompts(path)] == ["a\u2028b\u0085c", "d"]
     (tmp_path / "p.txt").write_text("one\x0cpage\ntwo\n")
     assert [p.text for p in read_prompts(tmp_path / "p.txt")] == ["one\x0cpage", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", '{"prompt": "a",}\n', "p.txt:1: is not JSON"),
+        ("p.txt", '{"text": "a"}\n', "p.txt:1: found ['text'], expected one of prompt and token_ids"),
+        ("p.jsonl", '{"prompt": "a", "max_new_token": 1}\n', "found 'max_new_token', expected 'max_new_tokens'"),
+        ("p.jsonl", '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n', "p.jsonl:2: id: found 1, as in line 1"),
+        ("p.jsonl", '{"prompt": "a", "id": 1}\n{"prompt": "b"}\n', "p.jsonl:2: id: found 1, as in line 1"),
+        ("p.jsonl", '{"prompt": "a \\ud800"}\n', "found '\\ud800' as character 3, expected text that can be written as UTF-8"),
+    ],
+)
+def test_wrong_prompts_are_named_by_line(tmp_path: Path, capsys, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert message in fails(capsys, "generate", "coterie-tiny", "--prompts", tmp_path / name)
+
+
+def test_a_callers_own_fields_and_names_of_both_kinds_are_left_alone(tmp_path: Path) -> None:
+    from coterie.launch.prompts import read_prompts
+
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "id": "1", "source": "x"}\n{"prompt": "b", "id": 1, "score": 2}\n')
+    assert [p.id for p in read_prompts(tmp_path / "p.jsonl")] == ["1", 1]
 
 
 def test_what_is_no_regular_file_is_not_replaced_and_a_link_stays_one(

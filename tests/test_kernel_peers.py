@@ -107,6 +107,7 @@ def test_the_newest_wheel_and_the_devices_own_tiles_are_taken(tmp_path: Path) ->
     name = "E=4,N=16,device_name=none.json" if interpreting() else ""
     for version, tables in (
         ("0.9.0", {}),
+        ("0.10.0rc1", {}),
         ("0.10.0", {f"sglang/configs/{v}/{name}": t for v, t in ((here, mine), ("triton_9_9_9", other))}),
     ):
         wheel(tmp_path, "sglang", version, tables=tables)

@@ -127,6 +127,10 @@ def test_ranks_must_run_one_version_and_not_share_a_gpu() -> None:
     check_seats(seats("a", "a"))
     with pytest.raises(InputError, match="coterie: found version 2 on rank 1"):
         check_seats([*seats("a", version="1"), Seat(1, "b", "b", 1, "", "", version="2")])
+    with pytest.raises(
+        InputError, match=r"--transport: rank 1 \(host b\) found tcp and rank 0 \(host a\) nccl, expected the same"
+    ):
+        check_seats([*seats("a", transport="nccl"), Seat(1, "b", "b", 1, "", "", transport="tcp")])
     with pytest.raises(InputError, match=r"nccl: rank 0 \(host a, pid 0\) and rank 1 share a GPU"):
         check_seats(seats("a", "a", device="GPU-1"))
 

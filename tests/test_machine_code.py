@@ -10,17 +10,25 @@ from conftest import ROOT
 
 pytest.importorskip("triton")
 
-from coterie.launch.bench_kernels import compiled_rows
+import triton
 
+from coterie.launch.bench_kernels import compiled_rows, sources_digest
+
+SAMPLE = 7  # each so-manieth kernel is compiled where nothing has changed
 COMMITTED = ROOT / "bench" / "results" / "machine_code.json"
 
 
 @pytest.mark.slow
 def test_no_product_spills_outgrows_shared_memory_or_leaves_the_tensor_cores(tmp_path: Path) -> None:
-    rows = list(compiled_rows(tmp_path / "c.json"))
-    assert len(rows) > 100 and not [f"{row.case}: {row.metric} {row.value}" for row in rows if not row.met]
-    made, before = (json.loads(path.read_text()) for path in (tmp_path / "c.json", COMMITTED))
-    assert [k["case"] for k in made["kernels"]] == [k["case"] for k in before["kernels"]]
+    before = json.loads(COMMITTED.read_text())
+    known = (before["sources"], before["triton"]) == (sources_digest(), triton.__version__)
+    every = SAMPLE if known else 1  # the table has been made from just these kernels, by this compiler
+    rows = list(compiled_rows(tmp_path / "c.json", every))
+    assert len(rows) > 200 / every and not [f"{row.case}: {row.metric} {row.value}" for row in rows if not row.met]
+    made = json.loads((tmp_path / "c.json").read_text())
+    before["kernels"] = before["kernels"][::every]
+    assert [(k["arch"], k["case"]) for k in made["kernels"]] == [(k["arch"], k["case"]) for k in before["kernels"]]
+    assert {k["arch"] for k in made["kernels"]} == {80, 90, 100}
     if made["triton"] != before["triton"]:
         pytest.skip(f"the table is of Triton {before['triton']}, this is {made['triton']}: bars hold, figures are not compared")
     for now, then in zip(made["kernels"], before["kernels"], strict=True):

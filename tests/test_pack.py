@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 import thread_ranks
 import torch
-from conftest import ROOT
+from lines import Child
 from packed_models import bytes_in, damage, files_in
 from test_cached import PROMPTS, logits
 from tiny_models import FAMILIES, make_model
@@ -236,31 +234,28 @@ def test_packed_needs_memory(folder: Path, packed: Path, capsys: pytest.CaptureF
 
 
 def test_generate_reads_experts_from_the_sidecar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In processes of their own where the budget matters: it is that of the whole process."""
+    """In a process of its own where the budget matters: it is that of the whole process."""
     folder = make_model("qwen3_moe", tmp_path / "m", hidden_size=256, moe_intermediate_size=2048, head_dim=64)
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"token_ids": row}) + "\n" for row in PROMPTS.tolist()))
     packer.pack(contents_of(str(folder)), tmp_path / "packed")
     arguments = ["generate", str(folder), "--prompts", str(tmp_path / "p.jsonl"), "--json", "--max-new-tokens", "8"]
     sidecar = ["--packed", str(tmp_path / "packed")]
 
-    def generate(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "coterie", *arguments, *sidecar, *more]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
     assert main(arguments) == 0
     alone = json.loads(capsys.readouterr().out)
     assert main([*arguments, *sidecar, "--memory", "64GiB", "--dry-run"]) == 0
     assert f"all experts fit, {tmp_path / 'packed'} is not used" in capsys.readouterr().err
-    refused = generate("--memory", "1k")
-    least = re.search(r"--memory: found 1.0 KB, expected ([0-9.]+) MB or more", refused.stderr)
-    assert refused.returncode == 2 and least is not None, refused.stderr
-    budget = ["--memory", f"{float(least[1]) + 15}MB"]
-    ran = json.loads(generate(*budget).stdout)
-    assert ran["outputs"] == alone["outputs"] and ran["stats"]["hit_rate"] < 1
-    for file in (tmp_path / "packed").glob("*.bin"):
-        content = np.fromfile(file, dtype=np.uint8)
-        content[::4096] ^= 1
-        content.tofile(file)
-    failed = generate(*budget)
+    with Child() as child:
+        refused = child.run(*arguments, *sidecar, "--memory", "1k")
+        least = re.search(r"--memory: found 1.0 KB, expected ([0-9.]+) MB or more", refused.stderr)
+        assert refused.returncode == 2 and least is not None, refused.stderr
+        ran = json.loads(child.run(*arguments, *sidecar, "--memory", f"{float(least[1]) + 15}MB").stdout)
+        assert ran["outputs"] == alone["outputs"] and ran["stats"]["hit_rate"] < 1
+        for file in (tmp_path / "packed").glob("*.bin"):
+            content = np.fromfile(file, dtype=np.uint8)
+            content[::4096] ^= 1
+            content.tofile(file)
+        # what the first run leaves in memory is taken already
+        failed = child.run(*arguments, *sidecar, "--memory", f"{float(least[1]) + 60}MB")
     assert failed.returncode == 1, failed.stderr
     assert re.search(r"experts-00000.bin: expert \d of layer \d .*pack again", failed.stderr), failed.stderr

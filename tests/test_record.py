@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,10 @@ def test_decode_records_new_tokens_only_and_positions_go_on(folder: Path, tmp_pa
     for number, start in enumerate((6, 3)):
         found = trace.positions[trace.sequence_ids == number].tolist()
         assert found == list(range(start, start + len(found))) and 0 < len(found) <= 3
-    model.record(prompts, tmp_path / "p.safetensors", max_new_tokens=4, phase="prefill")
+    with pytest.raises(InputError, match="--phase: found 'prefill' with 4 new tokens, expected --max-new-tokens 0, or mixed"):
+        model.record(prompts, tmp_path / "p.safetensors", max_new_tokens=4, phase="prefill")
+    asked = [replace(prompt, max_new_tokens=4) for prompt in prompts]  # as their file says, of runs that generate
+    model.record(asked, tmp_path / "p.safetensors", phase="prefill")
     assert coterie.read_trace(tmp_path / "p.safetensors").tokens == 9
 
 

@@ -36,6 +36,17 @@ def job(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def ended(job: Path, tmp_path_factory) -> bytes:
+    """The journal of a run that ended just before the output took its name."""
+    out = tmp_path_factory.mktemp("ended") / "o.jsonl"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("coterie.launch.generating.atomic_output", lambda path: (_ for _ in ()).throw(CoterieError("stopped")))
+        assert main(arguments(job, out)) == 1
+    assert not out.exists()
+    return journal_of(out).read_bytes()
+
+
 def arguments(job: Path, out: Path, *more: str) -> list[str]:
     return ["generate", str(job / "m"), "--prompts", str(job / "p.jsonl"), "--out", str(out), "--batch-size", "3", *more]
 
@@ -51,14 +62,6 @@ def stopped_after(out: Path, entries: int) -> None:
     journal_of(out).write_bytes(b"".join(lines[: 1 + entries]))
 
 
-def journal_only(job: Path, out: Path, monkeypatch) -> None:
-    """Run to the end, and stop just before the output takes its name."""
-    with monkeypatch.context() as patched:
-        patched.setattr("coterie.launch.generating.atomic_output", lambda path: (_ for _ in ()).throw(CoterieError("stopped")))
-        assert main(arguments(job, out)) == 1
-    assert journal_of(out).is_file() and not out.exists()
-
-
 def test_an_undisturbed_run_leaves_the_output_in_order_and_no_journal(job: Path) -> None:
     rows = [json.loads(line) for line in (job / "whole.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == [f"n{i}" for i in range(COUNT)]
@@ -69,10 +72,10 @@ def test_an_undisturbed_run_leaves_the_output_in_order_and_no_journal(job: Path)
 @pytest.mark.parametrize("entries", [0, 1, 17, COUNT])
 @pytest.mark.parametrize("torn", [b"", b'{"index": 3, "tok'])
 def test_a_stopped_run_is_continued_and_what_is_finished_is_not_run_again(
-    job: Path, tmp_path: Path, entries: int, torn: bytes, monkeypatch, capsys
+    job: Path, tmp_path: Path, entries: int, torn: bytes, ended, capsys
 ) -> None:
     out = tmp_path / "o.jsonl"
-    journal_only(job, out, monkeypatch)
+    journal_of(out).write_bytes(ended)
     stopped_after(out, entries)
     with journal_of(out).open("ab") as file:
         file.write(torn)
@@ -99,9 +102,9 @@ def test_a_torn_header_is_an_empty_journal(job: Path, tmp_path: Path) -> None:
         out.unlink()
 
 
-def test_without_resume_a_journal_is_an_error_that_says_the_ways_out(job: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_without_resume_a_journal_is_an_error_that_says_the_ways_out(job: Path, tmp_path: Path, ended, capsys) -> None:
     out = tmp_path / "o.jsonl"
-    journal_only(job, out, monkeypatch)
+    journal_of(out).write_bytes(ended)
     before = journal_of(out).read_bytes()
     assert main(arguments(job, out)) == 2
     error = capsys.readouterr().err
@@ -109,9 +112,9 @@ def test_without_resume_a_journal_is_an_error_that_says_the_ways_out(job: Path, 
     assert journal_of(out).read_bytes() == before
 
 
-def test_a_journal_of_something_else_is_refused(job: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_journal_of_something_else_is_refused(job: Path, tmp_path: Path, ended, capsys) -> None:
     out = tmp_path / "o.jsonl"
-    journal_only(job, out, monkeypatch)
+    journal_of(out).write_bytes(ended)
     before = journal_of(out).read_bytes()
     other = tmp_path / "other.jsonl"
     other.write_text((job / "p.jsonl").read_text().replace('"id": "n7"', '"id": "x7"'))
@@ -162,9 +165,9 @@ def test_resume_without_an_output_begins(job: Path, tmp_path: Path, capsys) -> N
 
 @pytest.mark.processes
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_a_run_is_continued_on_another_number_of_processes(job: Path, tmp_path: Path, ranks: int, monkeypatch) -> None:
+def test_a_run_is_continued_on_another_number_of_processes(job: Path, tmp_path: Path, ranks: int, ended) -> None:
     out = tmp_path / "o.jsonl"
-    journal_only(job, out, monkeypatch)
+    journal_of(out).write_bytes(ended)
     stopped_after(out, 11)
     done = torchrun(ranks, "-m", "coterie", *arguments(job, out, "--resume"))
     assert done.returncode == 0, done.stderr[-3000:]

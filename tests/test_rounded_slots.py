@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from lines import Child
 from packed_models import bytes_in, damage, files_in
 from test_cached import PROMPTS, logits
 from tiny_models import make_model
@@ -184,27 +185,26 @@ def test_generate_with_a_budget_writes_what_all_in_memory_does(tmp_path: Path, c
     arguments = ["generate", str(folder), "--prompts", str(tmp_path / "p.jsonl"), "--json", "--max-new-tokens", "8"]
     arguments += ["--quantise", "int8"]
 
-    def generate(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "coterie", *arguments, *more], capture_output=True, text=True, cwd=ROOT)
-
     assert main(["pack", str(folder), "--out", str(tmp_path / "packed"), "--quantise", "int8"]) == 0
     assert f"--packed {tmp_path / 'packed'} --quantise int8" in capsys.readouterr().err
     assert main(arguments) == 0
     alone = json.loads(capsys.readouterr().out)
     packed = ["--packed", str(tmp_path / "packed")]
-    refused = generate(*packed, "--memory", "1k")
-    least = re.search(r"--memory: found 1.0 KB, expected ([0-9.]+) MB or more", refused.stderr)
-    assert refused.returncode == 2 and least is not None, refused.stderr
-    budget = ["--memory", f"{float(least[1]) + 8}MB"]
-    ran = generate(*packed, *budget)
+    with Child() as child:
+        refused = child.run(*arguments, *packed, "--memory", "1k")
+        least = re.search(r"--memory: found 1.0 KB, expected ([0-9.]+) MB or more", refused.stderr)
+        assert refused.returncode == 2 and least is not None, refused.stderr
+        budget = ["--memory", f"{float(least[1]) + 8}MB"]
+        told = child.run(*arguments, *packed, *budget, "--dry-run")
+        unpacked = child.run(*arguments, *budget)
+        ran = child.run(*arguments, *packed, *budget)
     found = json.loads(ran.stdout)
     assert found["outputs"] == alone["outputs"] and found["stats"]["hit_rate"] < 1
     assert found["stats"]["peak_memory_bytes"] < 1.03 * (float(least[1]) + 8) * 1e6
     (room,) = re.findall(r"room for (\d+) of 24 experts at once", ran.stderr)
     assert int(room) > 3 + 8e6 / (4 * 3 * 256 * 4096), "more than of plain experts"
-    dry = json.loads(generate(*packed, *budget, "--dry-run").stdout)["memory"]["ranks"][0]
+    dry = json.loads(told.stdout)["memory"]["ranks"][0]
     assert abs(dry["experts"] - int(room) * (3 * 256 * 4096 + 4 * (2 * 4096 + 256))) < 4_000_000
-    unpacked = generate(*budget)
     assert unpacked.returncode == 2
     assert "--memory: found less room than for all experts" in unpacked.stderr
     assert "coterie pack MODEL --out DIR --quantise int8, then --packed DIR" in unpacked.stderr

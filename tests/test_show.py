@@ -83,5 +83,5 @@ def test_a_plan_and_a_trace_of_different_models_are_not_drawn_together(tmp_path:
 
 def test_without_matplotlib_the_way_out_is_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r"matplotlib is not installed.*pip install 'coterie\[plot\]'"):
+    with pytest.raises(InputError, match=r"matplotlib is not installed.*pip install -c constraints.txt -e '.\[plot\]'"):
         write_report(tmp_path / "r.html", None, make_trace())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dispatch import random_experts, random_plan, random_routing, share_of
+from test_processes import expected_texts, tokens
 from thread_ranks import load, on_ranks
 from tiny_models import ISSUE_FAMILIES, make_model
 
@@ -26,6 +29,7 @@ from coterie.placement.topology import Topology
 
 HIDDEN, TOP_K, EXPERTS = 8, 3, 9
 NEVER = 1 << 62
+PROMPTS = [tokens(n, n) for n in (5, 1, 60, 9, 17)]
 BESIDE = "hierarchical, beside"
 WAYS = {**MADE, BESIDE: lambda group: Hierarchical(group, 0)}
 
@@ -159,37 +163,50 @@ def expected_rows(name, ids, maps, ranks, width, free, counts) -> tuple[int, int
     return 2 * remote, 2 * leaving
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Callable[[str], tuple[Path, list[list[int]]]]:
+    """By family: a model, and transformers' text of PROMPTS."""
+
+    @cache
+    def of(family: str) -> tuple[Path, list[list[int]]]:
+        folder = make_model(family, tmp_path_factory.mktemp(family))
+        return folder, expected_texts(folder, PROMPTS, 7)[0]
+
+    return of
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 @pytest.mark.parametrize("name", list(MADE))
-def test_every_strategy_writes_transformers_text(tmp_path: Path, name: str, ranks: int) -> None:
-    from test_processes import expected_texts, tokens
-
-    prompts = [tokens(n, n) for n in (5, 1, 60, 9, 17)]
+def test_every_strategy_writes_transformers_text(name: str, ranks: int, written) -> None:
     for family in ISSUE_FAMILIES if ranks == 4 else ("qwen3_moe",):
-        folder = make_model(family, tmp_path / family)
-        expected = expected_texts(folder, prompts, 7)[0]
+        folder, expected = written(family)
 
         def work(group: Group, folder: Path = folder):
             model = load(folder, strategy=name, dtype="float32", group=group)
             limits = [7, 3, 7, 5, 7]
-            asked = [coterie.Prompt(token_ids=tuple(p), max_new_tokens=n) for p, n in zip(prompts, limits, strict=True)]
+            asked = [coterie.Prompt(token_ids=tuple(p), max_new_tokens=n) for p, n in zip(PROMPTS, limits, strict=True)]
             return [list(o.token_ids) for o in model.generate(asked, 7, batch_size=2)[0]]
 
         for texts in on_ranks(ranks, work, 2 if ranks % 2 == 0 else ranks):
             assert texts == [e[:n] for e, n in zip(expected, (7, 3, 7, 5, 7), strict=True)], family
 
 
-@pytest.mark.parametrize("name", list(MADE))
-def test_prompts_of_one_to_two_thousand_tokens_run_together(tmp_path: Path, name: str) -> None:
-    from test_processes import expected_texts, tokens
+LONG_PROMPTS = [tokens(n, n) for n in (1, 2000, 17, 400)]
 
-    folder = make_model("qwen3_moe", tmp_path / "m", max_position_embeddings=4096)
-    prompts = [tokens(n, n) for n in (1, 2000, 17, 400)]
-    expected = expected_texts(folder, prompts, 4)[0]
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory) -> tuple[Path, list[list[int]]]:
+    folder = make_model("qwen3_moe", tmp_path_factory.mktemp("long"), max_position_embeddings=4096)
+    return folder, expected_texts(folder, LONG_PROMPTS, 4)[0]
+
+
+@pytest.mark.parametrize("name", list(MADE))
+def test_prompts_of_one_to_two_thousand_tokens_run_together(name: str, long) -> None:
+    folder, expected = long
 
     def work(group: Group):
         model = load(folder, strategy=name, dtype="float32", group=group)
-        asked = [coterie.Prompt(token_ids=tuple(p)) for p in prompts]
+        asked = [coterie.Prompt(token_ids=tuple(p)) for p in LONG_PROMPTS]
         return [list(o.token_ids) for o in model.generate(asked, 4, batch_size=4)[0]]
 
     assert on_ranks(3, work) == [expected] * 3

@@ -103,13 +103,16 @@ def check(experts: FusedExperts, x: torch.Tensor, ids: torch.Tensor, tiles: tupl
     weights = torch.rand(ids.shape)
     x, on, beside = x.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE)
     got = experts(x, on, beside, tiles)
-    assert torch.equal(got, experts(x, on, beside, tiles)), "a repeat run differs"
+    if DEVICE != "cpu":  # under the interpreter programs run one after another
+        assert torch.equal(got, experts(x, on, beside, tiles)), "a repeat run differs"
     right = expected(experts, x, ids, weights)
     norms = right.norm(dim=1)
     error = (got.double().cpu() - right).norm(dim=1)
     assert torch.isfinite(got).all() and not error[norms == 0].any()
-    rounding = (expected(experts, x, ids, weights, x.dtype).to(x.dtype).double() - right).norm(dim=1)  # all else exact
-    allowed = torch.maximum(TOLERANCE[x.dtype] * norms, 1.5 * rounding if x.dtype == torch.bfloat16 else 0 * norms)
+    allowed = TOLERANCE[x.dtype] * norms
+    if x.dtype == torch.bfloat16:
+        rounding = (expected(experts, x, ids, weights, x.dtype).to(x.dtype).double() - right).norm(dim=1)  # all else exact
+        allowed = torch.maximum(allowed, 1.5 * rounding)
     assert error.le(allowed)[norms > 0].all(), (error / norms).max()
 
 

@@ -1,0 +1,10 @@
+"""`coterie`, but ranks that do not come are waited for 3 s instead of 25."""
+
+from __future__ import annotations
+
+import coterie.launch.assembly
+from coterie.launch.cli import entry
+
+if __name__ == "__main__":
+    coterie.launch.assembly.START_SECONDS = 3.0
+    entry()
