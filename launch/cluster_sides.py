@@ -136,7 +136,8 @@ class Ours:
         self.token_ids, length = token_ids, token_ids.shape[1]
         requests = [Request(i, tuple(row[:prefill].tolist()), length - prefill) for i, row in enumerate(token_ids)]
         self.replay.at([], 0, 0)  # what is rehearsed before the choice goes by the routers themselves
-        choice = made.dispatcher.choice(requests, len(requests), made.transformers, made.context)  # all run at once
+        all_at_once = len(requests)
+        choice = made.dispatcher.choice(requests, all_at_once, made.transformers, made.context, homes)
         self.strategy = choice.name
         times = {"prefill": (choice.prefill_seconds, choice.prefill), "decode": (choice.decode_seconds, choice.decode)}
         self.predicted = {phase: seconds[name] for phase, (seconds, name) in times.items() if seconds}

@@ -55,8 +55,13 @@ class Dispatcher:
             self._made[chosen] = make_strategy(chosen, self.group)
         return self._made[chosen]
 
-    def choice(self, requests: Sequence[Request], batch_size: int, model: Any, context: StepContext) -> Choice:
-        """For these prompts. What was not asked for is predicted from measured links and from steps that are rehearsed."""
+    def choice(
+        self, requests: Sequence[Request], batch_size: int, model: Any, context: StepContext, homes: Sequence[int] | None = None
+    ) -> Choice:
+        """For these prompts. What was not asked for is predicted from measured links and from steps that are rehearsed.
+
+        homes: the rank of each prompt, where that is known already.
+        """
         if self.asked is not None or self.group.size == 1:
             name = self.strategy(self.asked).name
             return Choice("all_to_all" if name == "coherent" else name, name, {}, {})
@@ -66,7 +71,9 @@ class Dispatcher:
         without = self.without if self.shape.config.model_type in FAMILIES else self.without | {"coherent"}
         if context.least_rows > 1:  # batch-invariant: coherent does not keep blocks of rows
             without |= {"coherent"}
-        return self._decided(load, without, self._rehearsal(load, model, context))
+        ranks = [i % self.group.size for i in range(len(requests))] if homes is None else homes
+        rehearsal = self._rehearsal(load, model, context, [(r.token_ids, at) for r, at in zip(requests, ranks, strict=True)])
+        return self._decided(load, without, rehearsal, homes is not None)
 
     def changed(self, plan: PlacementPlan) -> None:
         """From now on experts lie as `plan` says: what was rehearsed was another's."""
@@ -81,12 +88,17 @@ class Dispatcher:
         steps = sum(r.max_new_tokens for r in requests) / count
         return Load(prompt_tokens, rows, steps, min(1.0, min(batch_size, count) / (ranks * rows)))
 
-    def _decided(self, load: Load, without: frozenset[str], rehearsal: Rehearsal | None) -> Choice:
-        """As predicted, once all that promise about as much as the best were tried, too."""
+    def _decided(self, load: Load, without: frozenset[str], rehearsal: Rehearsal | None, at_home: bool) -> Choice:
+        """As predicted, once all that promise about as much as the best were tried, too.
+
+        at_home: whether what was rehearsed was where it will run; else the plan knows better how much will be sent.
+        """
         assert self._weight_bytes and self.links is not None
         traits = traits_of(self.shape, self.plan, self._weight_bytes, self._dense_seconds)
         if rehearsal is None:
             return decide(traits, self.links, self.group, load, without)
+        if at_home or self.plan.homes is None:
+            traits = rehearsal.seen
         choice = decide(traits, self.links, self.group, load, without, rehearsal.trial)
         while names := untried(choice, rehearsal.trial, load):
             rehearsal.compare([self.strategy(name) for name in names])
@@ -103,8 +115,13 @@ class Dispatcher:
         self._dense_seconds = dense_seconds_per_weight(weight.device, weight.dtype, self.group)
         self._on_disk = any(self.group.gather(any(hasattr(module, "coterie_cache") for module in model.modules())))
 
-    def _rehearsal(self, load: Load, model: Any, context: StepContext) -> Rehearsal | None:
-        """Of steps about as large as these; None with experts on disk: it would fill the cache with what nobody asked for."""
+    def _rehearsal(
+        self, load: Load, model: Any, context: StepContext, prompts: Sequence[tuple[tuple[int, ...], int]]
+    ) -> Rehearsal | None:
+        """Of steps about as large as these; None with experts on disk: it would fill the cache with what nobody asked for.
+
+        prompts: token ids, and the rank that runs them.
+        """
         from coterie.moe.rehearsal import MOST_TOKENS, Rehearsal
 
         if self._on_disk:
@@ -114,7 +131,8 @@ class Dispatcher:
             assert self.links is not None
             traits = traits_of(self.shape, self.plan, self._weight_bytes, self._dense_seconds)
             first = self.strategy("all_to_all")
-            self._rehearsed[size] = Rehearsal(model, context, first, traits, self.links, load.decode, load.prefill)
+            own = [[ids for ids, at in prompts if at == rank] for rank in range(self.group.size)]
+            self._rehearsed[size] = Rehearsal(model, context, first, traits, self.links, load.decode, load.prefill, own)
         return self._rehearsed[size]
 
     def executor(self, model: Any, context: StepContext, choice: Choice, recorder: Recorder | None) -> Executor:

@@ -54,10 +54,12 @@ class UseCounter:
         self.tokens += len(expert_ids)
 
 
-def find_home_ranks(model: Model, homes: Homes, requests: Sequence[Request], batch_size: int, strategy: str) -> HomeRanks:
+def find_home_ranks(
+    model: Model, homes: Homes, requests: Sequence[Request], batch_size: int, strategy: str = "all_to_all"
+) -> HomeRanks:
     """The home rank of every request under the model's plan. Every rank calls it with the same requests.
 
-    strategy: the name of the one that runs prompts.
+    strategy: the name of the one that runs prompts, where any has to be run.
     """
     started, rows = time.perf_counter(), model.group.traffic.rows
     by_index = sorted(requests, key=lambda r: r.index)

@@ -143,10 +143,15 @@ class Model:
 
         None where the plan has no homes or they mean nothing: on one rank, or if every rank runs all requests.
         """
-        self.choice = choice = self.dispatcher.choice(requests, batch_size, self.transformers, self.context)
-        if not use_homes or self.plan.homes is None or self.group.size == 1 or choice.shared:
+        homes = self.plan.homes if use_homes and self.group.size > 1 else None
+        found = None
+        if homes is not None and homes.token_ids is not None:  # nothing has to run for it
+            found = find_home_ranks(self, homes, requests, batch_size)
+        at = None if found is None else found.ranks
+        self.choice = choice = self.dispatcher.choice(requests, batch_size, self.transformers, self.context, at)
+        if homes is None or choice.shared:
             return choice, None
-        return choice, find_home_ranks(self, self.plan.homes, requests, batch_size, choice.prefill)
+        return choice, found or find_home_ranks(self, homes, requests, batch_size, choice.prefill)
 
     def follow(self, wish: PlacementPlan | str, say: Callable[[str], None]) -> None:
         """From the next run on, take over the plan `wish` while generating, or plan anew when the load drifts ("auto").

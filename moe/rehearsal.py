@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -45,10 +46,11 @@ class Step:
 
 @dataclass
 class Rehearsal:
-    """Steps with `rows` (a decode step) up to `tokens` (a prompt's) tokens on every rank, with what they tell each other first.
+    """Steps with `rows` (a decode step) up to `tokens` (a prompt's) tokens on every rank, with what they say to each other.
 
-    first: `AllToAll`, which all others are compared with. trial: what was found so far. Nothing of the steps is counted, and
-    nothing of the model changes. Every rank must do the same, and finds the same.
+    first: `AllToAll`, which all others are compared with. prompts: token ids of what is to run, by home rank: steps are made
+    of them, since other text would visit other experts. trial: what was found so far; seen: traits as measured. Nothing of the
+    steps is counted, and nothing of the model changes. Every rank must do the same, and finds the same.
     """
 
     model: Any
@@ -58,6 +60,7 @@ class Rehearsal:
     links: Links
     rows: int
     tokens: int
+    prompts: Sequence[Sequence[tuple[int, ...]]]
 
     def __post_init__(self) -> None:
         self.group = self.first.group
@@ -152,10 +155,13 @@ class Rehearsal:
             sequence.new_tokens.append(token)
 
     def _drawn(self, rows: int, length: int) -> list[list[Running]]:
-        """Sequences of every rank."""
-        vocabulary, draw = self.model.config.get_text_config().vocab_size, torch.Generator().manual_seed(rows)
-        drawn = torch.randint(vocabulary, (self.group.size, rows, length), generator=draw).tolist()
-        return [[Running(Request(i, tuple(ids), 1), rank) for i, ids in enumerate(own)] for rank, own in enumerate(drawn)]
+        """Sequences of every rank, each a prompt of its own, cut or repeated; of all prompts where it has none."""
+        whole = [ids for own in self.prompts for ids in own]
+        drawn = [list(islice(cycle(own or whole), rows)) for own in self.prompts]
+        return [
+            [Running(Request(i, tuple(islice(cycle(ids), length)), 1), rank) for i, ids in enumerate(own)]
+            for rank, own in enumerate(drawn)
+        ]
 
     def _step(self, run: Run, tokens: int, steps: int) -> Step:
         """The median of that many steps; of one, where it takes long."""

@@ -19,6 +19,7 @@ from coterie.moe.probe import measure
 from coterie.moe.rehearsal import Rehearsal, Run
 from coterie.moe.strategy import Strategy
 from coterie.moe.traits import Traits
+from coterie.placement.homes import HomeClass, Homes
 from coterie.placement.topology import Link
 from coterie.routing.errors import InputError
 
@@ -28,6 +29,7 @@ LINKS = Links(Link(1e9, 1e-6), Link(1e8, 1e-5))
 PLAIN = Traits(row_bytes=1000, back_bytes=900, ranks=2.0, nodes=0.9, moves=3.0, top_k=2)
 COMPUTING = Pace(8, 2.08e-3, 40, 2.4e-3)  # 2 ms and 10 us a token
 LOAD = Load(40, 8)
+PROMPTS = [[(1, 2, 3), (4, 5)], [], [(6, 7, 8, 9, 10)]]  # by rank
 
 
 def flat(seconds: float) -> Pace:
@@ -84,7 +86,7 @@ def rehearsed(folder: Path, group: Group) -> tuple[Trial, bool]:
     before = {name: getattr(traffic, name) for name in ("rows", "bytes", "overhead", "step", "layer")}
     context = dict(vars(model.context))
     strategy = model.dispatcher.strategy
-    rehearsal = Rehearsal(model.transformers, model.context, strategy("all_to_all"), PLAIN, LINKS, 2, 9)
+    rehearsal = Rehearsal(model.transformers, model.context, strategy("all_to_all"), PLAIN, LINKS, 2, 9, PROMPTS[: group.size])
     rehearsal.compare([strategy("overlapped"), strategy("coherent"), strategy("all_gather")])
     unchanged = all(getattr(traffic, name) == value for name, value in before.items())
     same = all(vars(model.context)[name] is value for name, value in context.items())
@@ -98,6 +100,46 @@ def test_a_rehearsal_is_the_same_on_all_ranks_and_leaves_no_mark(tmp_path: Path)
     assert all(clean for _, clean in found)
     assert trials.count(trials[0]) == 3 and set(trials[0].waits) == {"all_to_all", "overlapped", "all_gather", "coherent"}
     assert trials[0].computing.seconds(8) > 0 and trials[0].layers == 3
+
+
+def test_steps_are_made_of_what_is_to_run_where_it_will_run(tmp_path: Path) -> None:
+    make_model("mixtral", tmp_path)
+
+    def drawn(group: Group) -> list[list[tuple[int, ...]]]:
+        model = load(tmp_path, dtype="float32", group=group)
+        first = model.dispatcher.strategy("all_to_all")
+        made = Rehearsal(model.transformers, model.context, first, PLAIN, LINKS, 2, 8, PROMPTS)
+        return [[sequence.request.token_ids for sequence in own] for own in made._drawn(3, 4)]
+
+    (found, *others) = on_ranks(3, drawn)
+    assert found[0] == [(1, 2, 3, 1), (4, 5, 4, 5), (1, 2, 3, 1)]
+    assert found[1] == [(1, 2, 3, 1), (4, 5, 4, 5), (6, 7, 8, 9)]  # it has none of its own
+    assert found[2] == [(6, 7, 8, 9)] * 3 and others == [found] * 2
+
+
+def test_rows_are_predicted_from_the_prompts_unless_homes_are_yet_to_be_told(tmp_path: Path, monkeypatch) -> None:
+    make_model("mixtral", tmp_path)
+    heard: dict[int, list[Traits]] = {0: [], 1: []}
+
+    def decided(traits, links, group, load, without, trial):
+        heard[group.rank].append(traits)
+        return Choice("all_to_all", "all_to_all", {"all_to_all": 1.0}, {"all_to_all": 1.0})
+
+    monkeypatch.setattr("coterie.moe.dispatcher.decide", decided)
+
+    def told(group: Group) -> list[bool]:
+        model = load(tmp_path, dtype="float32", group=group)
+        dispatcher = model.dispatcher
+        requests = [Request(i, (1, 2, 3), 4) for i in range(2)]
+        dispatcher.choice(requests, 2, model.transformers, model.context)
+        homed = Homes((HomeClass(0, 1.0, (0.0,)), HomeClass(1, 1.0, (0.0,))), ((0, 1),), 8)
+        dispatcher.plan = replace(dispatcher.plan, homes=homed)
+        for homes in (None, [0, 1]):
+            dispatcher.choice(requests, 2, model.transformers, model.context, homes)
+        (rehearsal,) = dispatcher._rehearsed.values()
+        return [traits is rehearsal.seen for traits in heard[group.rank]]
+
+    assert on_ranks(2, told) == [[True, False, True]] * 2
 
 
 def test_what_was_rehearsed_is_predicted_as_it_went(tmp_path: Path, monkeypatch) -> None:
@@ -121,7 +163,9 @@ def test_what_was_rehearsed_is_predicted_as_it_went(tmp_path: Path, monkeypatch)
     def speeds(group: Group) -> list[list[float]]:
         model = load(tmp_path, dtype="float32", group=group)
         strategy = model.dispatcher.strategy
-        rehearsal = Rehearsal(model.transformers, model.context, strategy("all_to_all"), PLAIN, LINKS, 2, 8)
+        rehearsal = Rehearsal(
+            model.transformers, model.context, strategy("all_to_all"), PLAIN, LINKS, 2, 8, PROMPTS[: group.size]
+        )
         rehearsal.compare([strategy("overlapped")])
         rehearsal.compare([strategy("coherent")])
         trial, found = rehearsal.trial, []
@@ -218,7 +262,16 @@ def test_on_gpus_an_exchange_is_what_the_links_account_for(tmp_path: Path, monke
         model = load(tmp_path, dtype="float32", group=group)
         monkeypatch.setattr(Rehearsal, "_timed", lambda self, run: (0.08, 0.07, 64))
         monkeypatch.setattr(Group, "device", torch.device("cuda"))
-        made = Rehearsal(model.transformers, model.context, model.dispatcher.strategy("all_to_all"), PLAIN, LINKS, 2, 8)
+        made = Rehearsal(
+            model.transformers,
+            model.context,
+            model.dispatcher.strategy("all_to_all"),
+            PLAIN,
+            LINKS,
+            2,
+            8,
+            PROMPTS[: group.size],
+        )
         return made.trial, made._accounted(made.first, 8)
 
     for found, accounted in on_ranks(2, trial):
