@@ -34,7 +34,7 @@ MADE: dict[str, Callable[[Group], Strategy]] = {
     "overlapped": Overlapped, "coherent": Coherent,
 }  # fmt: skip
 STRATEGIES = ("local", *MADE)
-EQUAL = 1.03  # times the least seconds of a layer: of strategies so near the simplest is chosen
+EQUAL = 1.07  # times the least seconds of a layer: of strategies so near, about what a trial is off by, the simplest is chosen
 CLOSE = 1.25  # and so near they are tried before one is chosen
 APART = 4  # times as many tokens in the larger of two steps that tell how time grows
 TRIED = ("hierarchical", "overlapped", "all_gather", "coherent")  # beside all_to_all; `replicated` is another layout of a batch
