@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))  # its fonts are listed once, for all runs
+CACHE = tempfile.TemporaryDirectory(prefix="coterie-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name  # links measured here, on busy cores, are nobody else's
 
 import numpy as np
 import pytest
