@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_processes import tokens
 from thread_ranks import load, on_ranks
-from tiny_models import ISSUE_FAMILIES, make_model
+from tiny_models import FOUR_RANK_FAMILIES, make_model
 
 import coterie
 from coterie.kernels.experts import grouped_experts
@@ -40,7 +40,7 @@ def logits_by_prompt(folder: Path, group: Group, prompts: list[list[int]], batch
     return {index: torch.stack(rows) for index, rows in found.items()}
 
 
-@pytest.mark.parametrize("family", ISSUE_FAMILIES)
+@pytest.mark.parametrize("family", FOUR_RANK_FAMILIES)
 def test_logits_do_not_depend_on_batch_or_ranks(tmp_path: Path, family: str) -> None:
     folder = make_model(family, tmp_path / family)
     prompts = [tokens(n, n) for n in (3, 21, 1, 40, 9, 17, 30)]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors import safe_open
-from tiny_models import ISSUE_FAMILIES, make_model
+from tiny_models import FOUR_RANK_FAMILIES, make_model
 from transformers import AutoModelForCausalLM
 
 import coterie
@@ -95,7 +95,7 @@ def share_bytes(folder: Path, experts_by_layer: dict[int, list[int]], num_expert
 def test_four_ranks_equal_transformers_on_every_family_with_and_without_a_plan(tmp_path: Path) -> None:
     prompts = [tokens(n, n) for n in (17, 3, 40, 1, 9, 22)]
     cases, expected, plans = [], [], []
-    for family in ISSUE_FAMILIES:
+    for family in FOUR_RANK_FAMILIES:
         folder = make_model(family, tmp_path / family)
         texts, reference = expected_texts(folder, prompts, 12)
         with torch.no_grad():

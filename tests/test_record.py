@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import ISSUE_FAMILIES, make_model
+from tiny_models import FOUR_RANK_FAMILIES, make_model
 from transformers import AutoModelForCausalLM
 
 import coterie
@@ -50,7 +50,7 @@ def test_recorded_experts_are_the_routers_top_k(folder: Path, tmp_path: Path, no
             assert trace.router_weights[mine, layer].sum(1) == pytest.approx(np.ones(mine.sum()), abs=2e-3)
 
 
-@pytest.mark.parametrize("family", ISSUE_FAMILIES)
+@pytest.mark.parametrize("family", FOUR_RANK_FAMILIES)
 def test_any_family_can_be_recorded_and_a_plan_for_it_loads(family: str, tmp_path: Path) -> None:
     model = coterie.load(make_model(family, tmp_path / "model"))
     out = tmp_path / "t.safetensors"

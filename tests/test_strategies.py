@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_dispatch import random_experts, random_plan, random_routing, share_of
 from test_processes import expected_texts, tokens
 from thread_ranks import load, on_ranks
-from tiny_models import ISSUE_FAMILIES, make_model
+from tiny_models import FOUR_RANK_FAMILIES, make_model
 
 import coterie
 from coterie.kernels.experts import grouped_experts, reference_experts
@@ -178,7 +178,7 @@ def written(tmp_path_factory) -> Callable[[str], tuple[Path, list[list[int]]]]:
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 @pytest.mark.parametrize("name", list(MADE))
 def test_every_strategy_writes_transformers_text(name: str, ranks: int, written) -> None:
-    for family in ISSUE_FAMILIES if ranks == 4 else ("qwen3_moe",):
+    for family in FOUR_RANK_FAMILIES if ranks == 4 else ("qwen3_moe",):
         folder, expected = written(family)
 
         def work(group: Group, folder: Path = folder):
