@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))  # its fonts are listed once, for all runs
-CACHE = tempfile.TemporaryDirectory(prefix="coterie-tests-")
-os.environ["XDG_CACHE_HOME"] = CACHE.name  # links measured here, on busy cores, are nobody else's
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
+    prefix="coterie-tests-"
+)  # links measured here, on busy cores, are nobody else's
 
 import numpy as np
 import pytest
@@ -22,6 +24,10 @@ if not torch.cuda.is_available():
 from coterie.routing.trace import RoutingTrace, save_trace
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def make_trace(
