@@ -142,16 +142,16 @@ def _in_turns(layer: Any, tokens: int, packages: dict[str, Any]) -> tuple[dict[s
 
     A kernel, others' or one tile of ours, may fail as it likes: that must not cost all other figures.
     """
-    from coterie.launch.kernel_cases import median, prepared
+    from coterie.launch.kernel_cases import median, prepared, shared_pool
 
-    inputs = layer.inputs(tokens)
+    inputs, pool = layer.inputs(tokens), shared_pool(layer.device)
     asked = [(OURS, lambda: layer.ours(inputs)), *layer.peers(inputs, packages)]
     ready: dict[str, Callable[[], float]] = {}
     failures = [f"{name}: {made}" for name, made in asked if isinstance(made, str)]
     for name, made in asked:
         try:
             if not isinstance(made, str):
-                ready[name] = prepared(made(), layer.copies, layer.device)
+                ready[name] = prepared(made(), layer.copies, layer.device, pool)
         except Exception as error:
             failures.append(f"{name}: {_said(error)}")
     taken: dict[str, list[float]] = {name: [] for name in ready}

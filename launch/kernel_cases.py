@@ -92,10 +92,15 @@ def timed(call: Call, turns: int, device: str, repeats: int) -> list[float]:
     return [once() for _ in range(repeats)]
 
 
-def prepared(call: Call, turns: int, device: str) -> Callable[[], float]:
+def shared_pool(device: str) -> Any:
+    """Memory for several `prepared` calls that are replayed in the order in which they were prepared; None off GPUs."""
+    return torch.cuda.graph_pool_handle() if device == "cuda" else None
+
+
+def prepared(call: Call, turns: int, device: str, pool: Any = None) -> Callable[[], float]:
     """What returns the seconds of one call whenever it is called; call is given 0 to turns - 1 in turn.
 
-    On a GPU all turns are one CUDA graph, as many rounds of them as make launching it small beside it.
+    On a GPU all turns are one CUDA graph, as many rounds of them as make launching it small beside it. pool: `shared_pool`'s.
     """
     if device != "cuda":
 
@@ -118,7 +123,7 @@ def prepared(call: Call, turns: int, device: str) -> Callable[[], float]:
     turns *= max(1, min(MOST_ROUNDS, round(GRAPH_SECONDS / (time.perf_counter() - started) / turns)))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         for turn in range(turns):
             call(turn)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
