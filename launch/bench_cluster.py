@@ -186,10 +186,11 @@ def coherent_rows(case: Case, layout: Layout, cells: dict[float, dict[str, Any]]
         value = _speed(cell, STAYING, "decode", tokens)
         yield Row(where, f"decode: {STAYING}", "tokens/s", value, None, theirs, higher=True, why=_why(cell, STAYING, EP))
         bar = COHERENT_BAR if layout.seconds >= RULING else None
-        yield Row(where, f"decode: {STAYING} over {RETURNING}", "x", _over(value, theirs[RETURNING]), bar, higher=True)
-        chosen = _speed(cell, CHOSEN, "decode", tokens)
-        best = max(v for v in (value, theirs[RETURNING]) if v is not None)
-        yield Row(where, f"decode: {_labelled(cell, CHOSEN)}", "tokens/s", chosen, NEAR * best, higher=True)
+        over = _faster(cell, STAYING, RETURNING, "decode")
+        yield Row(where, f"decode: {STAYING} over {RETURNING}", "x", over, bar, higher=True)
+        yield Row(where, f"decode: {_labelled(cell, CHOSEN)}", "tokens/s", _speed(cell, CHOSEN, "decode", tokens), higher=True)
+        over = _over_best(cell, CHOSEN, (STAYING, RETURNING), "decode")
+        yield Row(where, f"decode: {CHOSEN} over the better of both", "x", over, NEAR, higher=True)
     worst = max(cell["sides"][RETURNING]["difference"] for cell in cells.values())
     yield Row(name, f"logits: {RETURNING} against {STAYING}", "", worst, EQUAL)
 
@@ -213,22 +214,17 @@ def _sent_rows(name: str, bars: Bars, cell: dict[str, Any]) -> Iterator[Row]:
 def _speed_rows(name: str, case: Case, rate: float, bars: Bars, cell: dict[str, Any]) -> Iterator[Row]:
     for phase, tokens in (("prefill", case.prefill), ("decode", case.decode)):
         peers = {peer: _speed(cell, peer, phase, tokens * case.sequences) for peer in PEERS}
-        best = max((p for p in peers.values() if p is not None), default=None)
         for side in _there(cell):
             value = _speed(cell, side, phase, tokens * case.sequences)
-            bar = best * NEVER_BELOW if best is not None and side == CHOSEN else None
             label = _labelled(cell, side)
-            yield Row(name, f"{phase}: {label}", "tokens/s", value, bar, peers, higher=True, why=_why(cell, side, *PEERS))
-        limits = _limits(phase, rate, bars)
-        value = _speed(cell, CHOSEN, phase, tokens * case.sequences)
-        others = [_speed(cell, side, phase, tokens * case.sequences) for side in ALIKE]
-        best_alike = max((speed for speed in others if speed is not None), default=None)
-        yield Row(
-            name, f"{phase}: {CHOSEN} over the best strategy with its plan", "x", _over(value, best_alike), NEAR, higher=True
-        )
-        for peer, bar in limits.items():
-            yield Row(name, f"{phase}: {CHOSEN} over {peer}", "x", _over(value, peers[peer]), bar, higher=True,
-                      why=_why(cell, CHOSEN, peer))  # fmt: skip
+            yield Row(name, f"{phase}: {label}", "tokens/s", value, None, peers, higher=True, why=_why(cell, side, *PEERS))
+        over = _over_best(cell, CHOSEN, ALIKE, phase)
+        yield Row(name, f"{phase}: {CHOSEN} over the best strategy with its plan", "x", over, NEAR, higher=True)
+        over, why = _over_best(cell, CHOSEN, tuple(PEERS), phase), _why(cell, CHOSEN, *PEERS)
+        yield Row(name, f"{phase}: {CHOSEN} over the best peer", "x", over, NEVER_BELOW, higher=True, why=why)
+        for peer, bar in _limits(phase, rate, bars).items():
+            over, why = _faster(cell, CHOSEN, peer, phase), _why(cell, CHOSEN, peer)
+            yield Row(name, f"{phase}: {CHOSEN} over {peer}", "x", over, bar, higher=True, why=why)
 
 
 def _predicted_rows(name: str, case: Case, cell: dict[str, Any]) -> Iterator[Row]:
@@ -288,6 +284,20 @@ def _sent(cell: dict[str, Any], side: str, phase: str) -> float | None:
 def _speed(cell: dict[str, Any], side: str, phase: str, tokens: int) -> float | None:
     found = cell["sides"].get(side)
     return None if found is None else tokens / statistics.median(found[f"{phase}_seconds"])
+
+
+def _faster(cell: dict[str, Any], side: str, other: str, phase: str) -> float | None:
+    """How many times as fast as another side: the median over turns, in each of which all sides run; machines drift."""
+    if side not in cell["sides"] or other not in cell["sides"]:
+        return None
+    mine, theirs = (cell["sides"][name][f"{phase}_seconds"] for name in (side, other))
+    return statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
+
+
+def _over_best(cell: dict[str, Any], side: str, others: Sequence[str], phase: str) -> float | None:
+    """`_faster` than the one of `others` that it is least faster than."""
+    found = [over for over in (_faster(cell, side, other, phase) for other in others) if over is not None]
+    return min(found, default=None)
 
 
 def _over(value: float | None, other: float | None) -> float | None:

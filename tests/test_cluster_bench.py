@@ -257,7 +257,9 @@ def test_rows_hold_each_figure_to_its_bar_and_say_why_one_is_missing() -> None:
     assert (over.value, over.bar, over.met) == (2.0, 2.8, False)
     assert by_metric[f"decode: chosen over {bench_cluster.EP}"].met
     chosen = by_metric["prefill: chosen (all_to_all)"]
-    assert (chosen.value, chosen.ratio, chosen.met) == (8.0, 2.0, True)  # 4 sequences of 2 tokens in a second
+    assert (chosen.value, chosen.ratio) == (8.0, 2.0)  # 4 sequences of 2 tokens in a second
+    best = by_metric["prefill: chosen over the best peer"]
+    assert (best.value, best.bar, best.met) == (2.0, 0.97, True)
     off = [by_metric[f"{phase}: the predicted tokens/s, off by a factor of"] for phase in ("prefill", "decode")]
     assert [(row.value, row.bar, row.met) for row in off] == [(1.25, 1.25, True), (1.0, 1.25, True)]  # 8 and 4 in a second
     told = [by_metric[f"{phase}: the predicted communication, off by a factor of"] for phase in ("prefill", "decode")]
@@ -266,6 +268,27 @@ def test_rows_hold_each_figure_to_its_bar_and_say_why_one_is_missing() -> None:
     assert (missing.value, missing.bar, missing.met) == (None, 0.28, None)
     assert "not built yet" in missing.why
     assert all(row.why for row in rows if row.value is None)
+
+
+def test_a_machine_that_becomes_slower_changes_no_ratio() -> None:
+    slow = {"a": [1.0, 1.0, 4.0, 4.0, 4.0], "b": [1.1, 1.1, 4.4, 4.4, 4.4], "c": [0.5, 0.5, 2.0, 8.0, 8.0]}
+    cell = {"sides": {name: {"decode_seconds": seconds} for name, seconds in slow.items()}}
+    assert bench_cluster._faster(cell, "a", "b", "decode") == pytest.approx(1.1)
+    assert bench_cluster._faster(cell, "a", "c", "decode") == 0.5
+    assert bench_cluster._over_best(cell, "a", ("b", "c", "gone"), "decode") == 0.5
+    assert bench_cluster._over_best(cell, "a", ("gone",), "decode") is None
+
+
+def test_one_expert_a_token_is_held_to_its_bar_where_latency_rules() -> None:
+    cell = {"sides": {bench_cluster.STAYING: found(1.0, 1.0), bench_cluster.RETURNING: found(1.5, 1.0),
+                      bench_cluster.CHOSEN: found(1.2, 1.0)}, "skipped": {bench_cluster.EP: "not there"}}  # fmt: skip
+    for seconds, bar in ((1e-3, None), (bench_cluster.RULING, 1.3)):
+        layout = bench_cluster.Layout(4, 1, (1e9,), ("single",), seconds)
+        by_metric = {row.metric: row for row in bench_cluster.coherent_rows(a_case(), layout, {1e9: cell})}
+        over = by_metric[f"decode: {bench_cluster.STAYING} over {bench_cluster.RETURNING}"]
+        assert (over.value, over.bar) == (1.5, bar)
+        chosen = by_metric["decode: chosen over the better of both"]
+        assert (chosen.value, chosen.met) == (pytest.approx(1 / 1.2), False)
 
 
 def test_sides_of_a_case_run_every_sequence_once(tmp_path: Path) -> None:
