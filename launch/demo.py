@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 import coterie
 from coterie.launch.commands import say
 from coterie.launch.show import check_plotting, write_report
@@ -20,7 +23,7 @@ from coterie.launch.tables import table
 from coterie.moe.collectives import Group
 from coterie.moe.families import EMBEDDED, EMBEDDED_FOLDER, inspect
 from coterie.placement.plan import PlacementPlan, save_plan
-from coterie.placement.planner import PlanRequest, compare
+from coterie.placement.planner import PlanRequest, baseline_plan, compare
 from coterie.placement.planner import plan as make_plan
 from coterie.placement.topology import Topology
 from coterie.routing.errors import CoterieError, InputError
@@ -82,7 +85,7 @@ def _tour(options: argparse.Namespace) -> dict[str, Any]:
         "text_equal": measured["text_equal"], "offload": offload, "seconds": time.perf_counter() - started,
     }  # fmt: skip
     if not options.json:
-        _print(result, plan, measured["sample"])
+        _print(result, plan, held_out, measured["sample"])
     if not measured["text_equal"] or measured["max_logit_difference"] > LOGIT_TOLERANCE or not offload["text_equal"]:
         raise CoterieError(
             f"demo: text equal: {measured['text_equal']}, with experts on disk {offload['text_equal']}, both expected; "
@@ -196,7 +199,33 @@ def _run_job(folder: Path, ranks: int) -> dict[str, Any]:
     return found
 
 
-def _print(result: dict[str, Any], plan: PlacementPlan, sample: dict[str, str]) -> None:
+def company(plan: PlacementPlan, trace: RoutingTrace) -> list[str]:
+    """Lines for people: the layer where the plan brings most of a token's experts together, who is where, and one reason."""
+    contiguous = baseline_plan("contiguous", trace, plan.topology, plan.strategy)
+    shares = [_together(made.holds(), trace.expert_ids) for made in (contiguous, plan)]
+    layer = int(np.argmax(shares[1] - shares[0]))
+    picked = (trace.expert_ids[:, layer, :, None] == np.arange(plan.num_experts)).any(1).astype(float)
+    both = picked.T @ picked / len(picked)
+    rank_of = plan.holds()[layer].argmax(1)
+    inside = np.triu(rank_of[:, None] == rank_of[None], 1)
+    by_chance = np.outer(picked.mean(0), picked.mean(0))
+    first, second = np.unravel_index(np.argmax(np.where(inside, both - by_chance, -1.0)), both.shape)
+    ranks = "; ".join(f"rank {r}: {' '.join(map(str, plan.experts_on(layer, r)))}" for r in range(plan.ranks))
+    return [
+        f"{f'experts of layer {plan.layer_ids[layer]}':<29} {ranks}",
+        f"{'one reason':<29} {both[first, second]:.0%} of tokens pick both {first} and {second}, "
+        f"{by_chance[first, second]:.1%} if picks were independent",
+        f"{'both experts on one rank':<29} for {shares[1][layer]:.0%} of tokens, {shares[0][layer]:.0%} if dealt in order",
+    ]
+
+
+def _together(holds: NDArray[np.bool_], ids: NDArray[np.int16]) -> NDArray[np.float64]:
+    """By layer the share of tokens whose experts are all on one rank. holds `[L, E, R]`; ids `[T, L, K]`."""
+    found = [holds[layer][ids[:, layer]].all(1).any(1).mean() for layer in range(ids.shape[1])]
+    return np.array(found)
+
+
+def _print(result: dict[str, Any], plan: PlacementPlan, held_out: RoutingTrace, sample: dict[str, str]) -> None:
     plans, speed = result["plans"], result["tokens_per_second"]
     fields = ("remote_rows", "busiest_rank", "load")
     rows = [[name, *(plans[name][f] for f in fields), speed[name]] for name in ("contiguous", "plan")]
@@ -204,6 +233,8 @@ def _print(result: dict[str, Any], plan: PlacementPlan, sample: dict[str, str]) 
     saved = 1 - plans["plan"]["remote_rows"] / plans["contiguous"]["remote_rows"]
     print(f"\ncoterie-tiny on {plan.ranks} ranks, judged on text that neither the model nor the planner saw{gap}\n")
     print(table(["placement", "rows sent / token / layer", "busiest rank", "load", "tokens/s"], rows))
+    print()
+    print("\n".join(company(plan, held_out)))
     print(f"\nrows saved by the plan        {saved:.1%}")
     print(f"text equal to transformers'   {'yes, to the last token' if result['text_equal'] else 'NO'}")
     print(f"largest logit difference      {result['max_logit_difference']:.1e} of the largest logit")

@@ -22,8 +22,8 @@ from tiny_models import make_model
 import coterie
 from coterie.launch import commands
 from coterie.launch.cli import build_parser, main
-from coterie.placement.baselines import baseline_plan
 from coterie.placement.plan import read_plan
+from coterie.placement.planner import baseline_plan
 from coterie.placement.topology import Topology
 from coterie.routing.files import sha256
 from coterie.routing.trace import LoadStatistics, read_routing, save_load, save_trace
@@ -236,7 +236,7 @@ def test_import_refuses_what_a_trace_cannot_hold(tmp_path: Path, capsys, arrays,
     [
         ({"positions": [0, 2**32 + 1]}, "positions: found 0 to 4294967297"),
         ({"extend_seq_lens": [3]}, "extend_seq_lens: found 3 tokens together, expected 2"),
-        ({"topk_ids_of_layer": np.full((1, 2, 1), -65533)}, "expert_ids: found -65533"),
+        ({"topk_ids_of_layer": np.array([[[0], [-65533]]])}, "expert_ids: found -65533"),
     ],
 )
 def test_import_refuses_records_that_would_wrap_around(tmp_path: Path, capsys, change, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 from conftest import make_trace
 
 import coterie
+from coterie.launch.demo import company
 from coterie.launch.show import write_report
 from coterie.placement.planner import baseline_plan
 from coterie.placement.topology import Topology
 from coterie.routing.errors import InputError
-from coterie.routing.trace import LoadStatistics
+from coterie.routing.trace import LoadStatistics, RoutingTrace
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -85,3 +87,15 @@ def test_without_matplotlib_the_way_out_is_named(tmp_path: Path, monkeypatch) ->
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"matplotlib is not installed.*pip install -c constraints.txt -e '.\[plot\]'"):
         write_report(tmp_path / "r.html", None, make_trace())
+
+
+def test_the_demo_says_which_experts_are_together_and_why() -> None:
+    """Two layers; in the second, experts 0 and 3 are always picked together, 1 and 2 never but by chance."""
+    ids = np.array([[[0, 1], [0, 3]], [[2, 3], [0, 3]], [[1, 2], [0, 3]], [[0, 3], [1, 2]]], dtype=np.int16)
+    trace = RoutingTrace(ids, np.arange(4, dtype=np.int32), np.zeros(4, dtype=np.int32), "m", 4, (5, 7))
+    plan = replace(baseline_plan("contiguous", trace, Topology(1, 2), "all_to_all"),
+                   physical_to_logical=np.array([[0, 1, 2, 3], [0, 3, 1, 2]], dtype=np.int32))  # fmt: skip
+    who, why, share = company(plan, trace)
+    assert who.split(maxsplit=4)[3:] == ["7", "rank 0: 0 3; rank 1: 1 2"]
+    assert "75% of tokens pick both 0 and 3, 56.2% if picks were independent" in why
+    assert "for 100% of tokens, 0% if dealt in order" in share
