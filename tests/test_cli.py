@@ -22,7 +22,7 @@ from tiny_models import make_model
 import coterie
 from coterie.launch import commands
 from coterie.launch.cli import build_parser, main
-from coterie.placement.plan import read_plan
+from coterie.placement.plan import Objective, read_plan
 from coterie.placement.planner import baseline_plan
 from coterie.placement.topology import Topology
 from coterie.routing.files import sha256
@@ -56,8 +56,11 @@ def fails(capsys, *arguments: object) -> str:
 def plan_file(tmp_path: Path, trace_file: Path) -> Path:
     """A plan of the trace, as `coterie plan` writes it, but not searched for."""
     path = tmp_path / "plan.json"
-    made = baseline_plan("packed", coterie.read_trace(trace_file), Topology(1, 2), "all_to_all")
-    coterie.save_plan(replace(made, inputs=({"file": str(trace_file), "sha256": sha256(trace_file)},)), path)
+    trace = coterie.read_trace(trace_file)
+    made = baseline_plan("packed", trace, Topology(1, 2), "all_to_all")
+    objective = Objective("dispatch", coterie.evaluate(made, trace).dispatch, None)
+    inputs = ({"file": str(trace_file), "sha256": sha256(trace_file)},)
+    coterie.save_plan(replace(made, objective=objective, inputs=inputs), path)
     return path
 
 
