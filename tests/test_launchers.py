@@ -204,14 +204,16 @@ def complaints(err: str) -> list[str]:
 
 def test_an_unreachable_master_is_named_with_what_to_check(prompts: Path) -> None:
     port = free_port()
-    ((code, out, err),) = by_hand([torch_environment(1, 2, port)], arguments(prompts), None, IMPATIENT)
+    ((code, out, err),) = by_hand([torch_environment(1, 2, port)], [*arguments(prompts), "--timeout", "8"], None, IMPATIENT)
     assert code == 1 and out == ""
     (said,) = complaints(err)
     assert f"127.0.0.1:{port} cannot be reached from {socket.gethostname()} within 3 s" in said and "firewall" in said
 
 
 def test_a_rank_that_never_starts_is_named(prompts: Path) -> None:
-    ((code, _, err),) = by_hand([torch_environment(0, 2, free_port())], arguments(prompts), None, IMPATIENT)
+    ((code, _, err),) = by_hand(
+        [torch_environment(0, 2, free_port())], [*arguments(prompts), "--timeout", "8"], None, IMPATIENT
+    )
     assert code == 1 and complaints(err) == ["coterie: rank 1 of 2 did not start within 3 s"]
     assert START_SECONDS == 25.0
 
