@@ -211,8 +211,11 @@ def company(plan: PlacementPlan, trace: RoutingTrace) -> list[str]:
     by_chance = np.outer(picked.mean(0), picked.mean(0))
     first, second = np.unravel_index(np.argmax(np.where(inside, both - by_chance, -1.0)), both.shape)
     ranks = "; ".join(f"rank {r}: {' '.join(map(str, plan.experts_on(layer, r)))}" for r in range(plan.ranks))
+    who = f"{f'experts of layer {plan.layer_ids[layer]}':<29} {ranks}"
+    if not inside.any():  # an expert a rank
+        return [who]
     return [
-        f"{f'experts of layer {plan.layer_ids[layer]}':<29} {ranks}",
+        who,
         f"{'one reason':<29} {both[first, second]:.0%} of tokens pick both {first} and {second}, "
         f"{by_chance[first, second]:.1%} if picks were independent",
         f"{'both experts on one rank':<29} for {shares[1][layer]:.0%} of tokens, {shares[0][layer]:.0%} if dealt in order",

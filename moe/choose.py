@@ -271,9 +271,11 @@ def decide(
         )
     before = times([*names, *({"overlapped"} - set(without))], load.prefill)
     after = times([*names, *({"coherent"} - set(without))], load.decode)
-    t = _Times(links, group.size, group.ranks_per_node, load.prefill, group.free_bytes, group.counts_inside)
-    sharing = t.shared(traits.kv_bytes)  # keys and values of the prompts, before tokens can be decoded by `coherent`
-    weighed = {n: s + (sharing / max(load.steps, 1.0) if n == "coherent" else 0.0) for n, s in after.items()}
+    prefill = _Times(links, group.size, group.ranks_per_node, load.prefill, group.free_bytes, group.counts_inside)
+    sharing = prefill.shared(traits.kv_bytes)  # keys and values of the prompts, before tokens can be decoded by `coherent`
+    weighed = dict(after)
+    if "coherent" in weighed:
+        weighed["coherent"] += sharing / max(load.steps, 1.0)
     rest = [trial.computing.seconds(tokens) if trial else 0.0 for tokens in (load.prefill, load.decode)]
     first, then = choose(before, rest[0]), choose(weighed, rest[1])
     if "replicated" in (first, then):  # it is another layout of the batch: both phases or none

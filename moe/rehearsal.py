@@ -99,13 +99,12 @@ class Rehearsal:
         with _aside(self.context, self.group.traffic):
             few = self._in_turns([self._decoding(side)[0] for side in (self.first, *strategies)], DECODE_STEPS)
             more = self._in_turns([self._prompts(side, self.tried)[0] for side in (self.first, *both)], STEPS) if both else []
-        decode, prefill = (
-            {s.name: mine + seconds / self.layers for s, seconds in zip(tried, longer, strict=True)}
-            for mine, tried, longer in zip(self.spent, (strategies, both), (few, more), strict=True)
-        )
-        for strategy in strategies:
-            found = [times[strategy.name] for times in (decode, prefill) if strategy.name in times]
-            waits[strategy.name] = self._beyond(strategy, found)
+        longer = {strategy.name: [seconds] for strategy, seconds in zip(strategies, few, strict=True)}
+        for strategy, seconds in zip(both, more, strict=True):
+            longer[strategy.name].append(seconds)
+        for strategy in strategies:  # decode steps, and prompts where they were tried
+            found = zip(self.spent, longer[strategy.name], strict=False)
+            waits[strategy.name] = self._beyond(strategy, [mine + seconds / self.layers for mine, seconds in found])
         self.trial = replace(self.trial, waits=waits)
 
     def _beyond(self, strategy: Strategy, spent: Sequence[float]) -> Pace:

@@ -25,6 +25,7 @@ from coterie.offload.copies import AS_STORED, AsStored, check_fields, leave_cach
 from coterie.offload.sidecar import FORMAT, INDEX, JOURNAL, Sidecar, Source, aligned
 from coterie.offload.transfer import Piece, Record
 from coterie.routing.errors import CoterieError, InputError
+from coterie.routing.files import onto_disk
 
 JOURNAL_FORMAT = "coterie.pack-journal.v1"
 FILE_BYTES = 4 << 30  # the next file begins before one is longer, unless a single expert is
@@ -322,9 +323,7 @@ class Writer:
         finally:
             temporary.unlink(missing_ok=True)
         (self.folder / JOURNAL).unlink()
-        folder = os.open(self.folder, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        onto_disk(self.folder)
 
 
 def _put(descriptor: int, view: memoryview, offset: int) -> int:

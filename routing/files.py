@@ -25,17 +25,17 @@ def atomic_output(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
-        _onto_disk(temporary)
+        onto_disk(temporary)
         temporary.replace(path)
-        _onto_disk(path.parent)
+        onto_disk(path.parent)
     except OSError as error:
         raise CoterieError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _onto_disk(path: Path) -> None:
-    """So that what is told to be written, or a folder's new name, outlives a loss of power."""
+def onto_disk(path: Path) -> None:
+    """Wait until a file, or what a folder lists, outlives a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -108,9 +108,6 @@ def _trace(
         raise InputError(f"num_experts: found {experts}, expected 1 to {MAX_EXPERTS}")
     if ids.max() >= experts:
         raise InputError(f"expert_ids: found {ids.max()}, expected less than num_experts = {experts}")
-    for name, values in (("expert_ids", ids), ("sequence_ids", sequence), ("positions", positions)):
-        if values.min() < -1 or values.max() > 2**31 - 1:
-            raise InputError(f"{name}: found {values.min()} to {values.max()}, expected -1 to {2**31 - 1}")
     return RoutingTrace(
         expert_ids=ids.astype(np.int16),
         sequence_ids=sequence.astype(np.int32),
@@ -226,4 +223,6 @@ def _sglang_records(found: dict[str, Any], options: ImportOptions) -> RoutingTra
     ids = ids[:, routed][:, :, : int(slots.max()) + 1 if slots.size else 0]
     layer_ids = tuple(int(i) for i in routed)
     stated = None if to_logical is None else int(np.asarray(to_logical).max()) + 1
-    return _trace(ids, np.concatenate(sequence_parts), np.concatenate(position_parts), options, stated, layer_ids)
+    sequence, positions = np.concatenate(sequence_parts), np.concatenate(position_parts)
+    ids, sequence = _integers(ids, "expert_ids", 3), _integers(sequence, "sequence_ids", 1)
+    return _trace(ids, sequence, _integers(positions, "positions", 1), options, stated, layer_ids)

@@ -99,3 +99,5 @@ def test_the_demo_says_which_experts_are_together_and_why() -> None:
     assert who.split(maxsplit=4)[3:] == ["7", "rank 0: 0 3; rank 1: 1 2"]
     assert "75% of tokens pick both 0 and 3, 56.2% if picks were independent" in why
     assert "for 100% of tokens, 0% if dealt in order" in share
+    (alone,) = company(baseline_plan("contiguous", trace, Topology(1, 4), "all_to_all"), trace)
+    assert "rank 0: 0; rank 1: 1; rank 2: 2; rank 3: 3" in alone  # there is nothing that is together
