@@ -291,7 +291,7 @@ def _faster(cell: dict[str, Any], side: str, other: str, phase: str) -> float | 
     if side not in cell["sides"] or other not in cell["sides"]:
         return None
     mine, theirs = (cell["sides"][name][f"{phase}_seconds"] for name in (side, other))
-    return statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
+    return float(statistics.median(b / a for a, b in zip(mine, theirs, strict=True)))
 
 
 def _over_best(cell: dict[str, Any], side: str, others: Sequence[str], phase: str) -> float | None:
