@@ -16,6 +16,7 @@ Widening is exact, so the panel's products are those of the stored weights, summ
 from __future__ import annotations
 
 import hashlib
+import threading
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
@@ -56,14 +57,23 @@ def widens(weight: torch.Tensor, rows: int) -> bool:
     return weight.dtype in (torch.bfloat16, torch.float16) and rows > FEW_ROWS and not multiplies_bfloat16()
 
 
-_panels: dict[torch.device, torch.Tensor] = {}
+class _Scratch(threading.local):
+    """Each thread's own, so that two models can compute at once."""
+
+    def __init__(self) -> None:
+        self.panels: dict[torch.device, torch.Tensor] = {}
+
+
+_scratch = _Scratch()
 
 
 def panel(count: int, device: torch.device) -> torch.Tensor:
-    """Float32 `[count]` to be overwritten: the same memory each time, as large as the largest asked for."""
-    if device not in _panels or _panels[device].numel() < count:
-        _panels[device] = torch.empty(count, dtype=torch.float32, device=device)
-    return _panels[device][:count]
+    """Float32 `[count]` to be overwritten: the same memory each time in one thread, as large as the largest asked for."""
+    found = _scratch.panels.get(device)
+    if found is None or found.numel() < count:
+        with torch.inference_mode(False):  # an inference tensor could not be written to where that mode is off
+            found = _scratch.panels[device] = torch.empty(count, dtype=torch.float32, device=device)
+    return found[:count]
 
 
 def widened(matrix: torch.Tensor) -> torch.Tensor:

@@ -297,6 +297,7 @@ def assembled(
     """The model from what `share.read` returned on this rank. strategy: as `asked_strategy` says. Every rank must call it."""
     check_invariant(batch_invariant, strategy, share.quantise)
     group.ranks_per_node = share.plan.topology.ranks_per_node  # the plan says what its nodes are
+    read.requires_grad_(False)  # our kernels have no gradients
     made = Model(share.shape, read, share.checkpoint, share.plan, group, strategy, text)
     if batch_invariant:
         make_invariant(read)

@@ -90,7 +90,7 @@ def test_products_on_a_cpu(format: str, shape: tuple[int, int], kind: type, dtyp
 @pytest.mark.parametrize("transposed", [True, False])
 def test_bfloat16_without_instructions_for_it_is_widened_into_one_panel(monkeypatch, instructions, transposed) -> None:
     monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: instructions)
-    monkeypatch.setattr(cpu, "_panels", {})
+    monkeypatch.setattr(cpu._scratch, "panels", {})
     torch.manual_seed(0)
     first, second = torch.randn(3, 32, 24).bfloat16(), torch.randn(3, 24, 16).bfloat16()
     if transposed:
@@ -100,8 +100,8 @@ def test_bfloat16_without_instructions_for_it_is_widened_into_one_panel(monkeypa
     ids[:40] = 1
     got = grouped_experts(experts, x, ids, weights)
     torch.testing.assert_close(got, reference_experts(experts, x, ids, weights), rtol=2e-2, atol=5e-2)
-    assert bool(cpu._panels) != instructions
-    assert sum(p.numel() for p in cpu._panels.values()) == (0 if instructions else 32 * 24)
+    assert bool(cpu._scratch.panels) != instructions
+    assert sum(p.numel() for p in cpu._scratch.panels.values()) == (0 if instructions else 32 * 24)
 
 
 @settings(max_examples=30, deadline=None)

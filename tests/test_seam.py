@@ -11,6 +11,7 @@ from tiny_models import FAMILIES, make_model
 from transformers import AutoModelForCausalLM
 
 import coterie
+from coterie.kernels import cpu
 from coterie.kernels.experts import fused
 from coterie.kernels.formats import LARGEST, quantise
 from coterie.moe.layer import _known_activation, stacked
@@ -75,6 +76,24 @@ def test_rounded_experts_compute_with_the_rounded_weights(name: str, format: str
     assert module.down_proj.numel() == 0
     ids = IDS.to(rounded.device)
     torch.testing.assert_close(rounded.transformers(ids).logits, replaced.transformers(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("quantise", [None, "int8"])
+def test_a_loaded_model_runs_in_every_autograd_mode(
+    monkeypatch: pytest.MonkeyPatch, quantise: str | None, tmp_path: Path
+) -> None:
+    """Whichever is first: scratch memory made in inference mode is used outside of it, too."""
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(cpu._scratch, "panels", {})
+    model = coterie.load(make_model("qwen3_moe", tmp_path), dtype="bfloat16", quantise=quantise).transformers
+    ids, found = torch.cat([IDS, IDS], 1), []
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            found += [model(part).logits for part in (ids, ids[:, :1])]
+    assert not any(logits.requires_grad for logits in found)
+    for step, logits in enumerate(found):
+        assert torch.equal(logits, found[step % 2])
+    assert bool(cpu._scratch.panels) == (quantise is None)
 
 
 def test_text_from_rounded_experts(tmp_path: Path) -> None:
