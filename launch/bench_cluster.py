@@ -11,6 +11,7 @@ import contextlib
 import statistics
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -228,26 +229,25 @@ def _speed_rows(name: str, case: Case, rate: float, bars: Bars, cell: dict[str, 
 
 
 def _predicted_rows(name: str, case: Case, cell: dict[str, Any]) -> Iterator[Row]:
-    """What the chooser predicts of whole steps and of a layer's communication, beside what was measured of them."""
-    found = cell["sides"].get(CHOSEN, {})
+    """What the chooser predicts of whole steps and of a layer's communication, beside what was measured right after it."""
+    found = cell["sides"].get(CHOSEN)
+    if found is None:
+        return
     for phase, tokens in (("prefill", case.prefill), ("decode", case.decode)):
-        if promised := found.get("promised", {}).get(phase):
-            speed = _speed(cell, CHOSEN, phase, tokens * case.sequences)
-            assert speed is not None
-            over = speed / promised
-            yield Row(name, f"{phase}: tokens/s, measured over predicted", "x", over)
-            yield Row(name, f"{phase}: the predicted tokens/s, off by a factor of", "x", max(over, 1 / over), OFF)
-    for phase, seconds in found.get("predicted", {}).items():
-        measured = found["communication"][phase]
-        if seconds <= 0:
-            why = "steps that were tried took no longer than computing"
-            yield Row(name, f"{phase}: the predicted communication, off by a factor of", "x", None, OFF, why=why)
-            continue
-        over = measured / seconds
-        yield Row(name, f"{phase}: communication of a layer, measured over predicted", "x", over)
-        yield Row(
-            name, f"{phase}: the predicted communication, off by a factor of", "x", max(over, 1 / over) if over else None, OFF
-        )
+        speeds = [tokens * case.sequences / seconds for seconds in found[f"{phase}_seconds"]]
+        yield from _off(name, phase, "tokens/s", speeds, [turn.get(phase) for turn in found["promised"]])
+    for phase, seconds in found["communication"].items():
+        yield from _off(name, phase, "communication of a layer", seconds, [turn.get(phase) for turn in found["predicted"]])
+
+
+def _off(name: str, phase: str, what: str, measured: Sequence[float], predicted: Sequence[float | None]) -> Iterator[Row]:
+    """Medians over the turns that predict anything: exchanges may take no longer than computing alone."""
+    overs = [m / p for m, p in zip(measured, predicted, strict=True) if p and p > 0 and m > 0]
+    over = statistics.median(overs) if overs else None
+    why = "" if overs else "steps that were tried took no longer than computing"
+    yield Row(name, f"{phase}: {what}, measured over predicted", "x", over, why=why)
+    factor = max(over, 1 / over) if over else None
+    yield Row(name, f"{phase}: the predicted {what}, off by a factor of", "x", factor, OFF, why=why)
 
 
 def _limits(phase: str, rate: float, bars: Bars) -> dict[str, float]:
@@ -271,9 +271,12 @@ def _there(cell: dict[str, Any]) -> list[str]:
 
 
 def _labelled(cell: dict[str, Any], side: str) -> str:
-    """With the strategy that coterie chose."""
-    found = cell["sides"].get(side, {}).get("strategy")
-    return f"{side} ({found})" if side in (CHOSEN, CHOSEN_GLOO) and found else side
+    """With the strategies that coterie chose, how often each if they differ."""
+    if side not in (CHOSEN, CHOSEN_GLOO) or side not in cell["sides"]:
+        return side
+    found = Counter(cell["sides"][side]["strategy"])
+    told = [name if len(found) == 1 else f"{name} {times}" for name, times in found.most_common()]
+    return f"{side} ({', '.join(told)})"
 
 
 def _sent(cell: dict[str, Any], side: str, phase: str) -> float | None:

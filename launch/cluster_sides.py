@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 import coterie
+from coterie.launch.replay import Replay
 from coterie.moe.batch import Request, Running, Scored
 from coterie.moe.collectives import Group
 from coterie.moe.families import resolve_model
@@ -63,6 +64,10 @@ class Loaded(Protocol):
         """Seconds spent in the layers' collectives so far; 0 where that is not known."""
         ...
 
+    def choose(self, homes: Sequence[int], token_ids: torch.Tensor, prefill: int) -> None:
+        """Choose what is left to be chosen for such a run as `start` begins, as if nothing had run before."""
+        ...
+
     def start(self, homes: Sequence[int], token_ids: torch.Tensor, prefill: int) -> None:
         """Begin a run of the sequences `token_ids` `[sequences, positions]`, homes: by sequence, the rank that runs it."""
         ...
@@ -74,40 +79,6 @@ class Loaded(Protocol):
     def decode(self, position: int) -> Logits:
         """One position more."""
         ...
-
-
-@dataclass
-class Replay:
-    """Routing of a trace in the place of the routers' own; their weights stay, the largest for a token's first expert.
-
-    ids: int64 `[sequences, positions, layers, K]`, or None: the routers' own. rows: of the current call, `[tokens, layers, K]`.
-    """
-
-    ids: torch.Tensor | None
-    rows: torch.Tensor | None = field(default=None)
-
-    def at(self, sequences: list[int], first: int, length: int) -> None:
-        """Tell which tokens the next call is about: `length` positions from `first` on, of these sequences.
-
-        A rank without sequences runs a token that does not count, by its own routing.
-        """
-        self.rows = None
-        if self.ids is not None and sequences:
-            self.rows = self.ids[sequences, first : first + length].flatten(0, 1)
-
-    def layer(self, number: int, own: torch.Tensor) -> torch.Tensor:
-        """The experts `[tokens, K]` of the current call in the number-th layer with experts; own: the router's."""
-        return own if self.rows is None else self.rows[:, number]
-
-    def attach(self, model: nn.Module) -> None:
-        """Replace the routers' choice before every experts module of `model`."""
-        for number, (_, module) in enumerate(expert_modules(model).values()):
-            module.register_forward_pre_hook(functools.partial(self._replace, number), with_kwargs=True)
-
-    def _replace(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if "top_k_index" in kwargs:
-            return args, kwargs | {"top_k_index": self.layer(number, kwargs["top_k_index"])}
-        return (args[0], self.layer(number, args[1]), *args[2:]), kwargs
 
 
 def load_side(side: Side, model: str, replay: Replay, group: Group) -> Loaded:
@@ -130,18 +101,23 @@ class Ours:
         """As `Loaded`."""
         return self.made.group.traffic.exchanging()
 
-    def start(self, homes: Sequence[int], token_ids: torch.Tensor, prefill: int) -> None:
-        """As `Loaded`; the strategies are chosen here, outside the timing."""
-        made, ranks = self.made, self.made.group.size
-        self.token_ids, length = token_ids, token_ids.shape[1]
-        requests = [Request(i, tuple(row[:prefill].tolist()), length - prefill) for i, row in enumerate(token_ids)]
-        self.replay.at([], 0, 0)  # what is rehearsed before the choice goes by the routers themselves
+    def choose(self, homes: Sequence[int], token_ids: torch.Tensor, prefill: int) -> None:
+        """As `Loaded`: links are measured and steps rehearsed anew."""
+        made, requests = self.made, self._requests(token_ids, prefill)
+        made.dispatcher.forget()
         all_at_once = len(requests)
-        choice = made.dispatcher.choice(requests, all_at_once, made.transformers, made.context, homes)
-        self.strategy = choice.name
+        with self.replay.by_text():
+            choice = made.dispatcher.choice(requests, all_at_once, made.transformers, made.context, homes)
+        self.choice, self.strategy = choice, choice.name
         times = {"prefill": (choice.prefill_seconds, choice.prefill), "decode": (choice.decode_seconds, choice.decode)}
         self.predicted = {phase: seconds[name] for phase, (seconds, name) in times.items() if seconds}
         self.promised = choice.tokens_per_second
+
+    def start(self, homes: Sequence[int], token_ids: torch.Tensor, prefill: int) -> None:
+        """As `Loaded`; `choose` must have been called."""
+        made, ranks, choice = self.made, self.made.group.size, self.choice
+        requests = self._requests(token_ids, prefill)
+        self.token_ids = token_ids
         self.executor = made.dispatcher.executor(made.transformers, made.context, choice, None)
         shared = choice.shared
         assigned = [[Running(r, 0 if shared else rank) for r in requests if shared or homes[r.index] == rank]
@@ -158,6 +134,10 @@ class Ours:
         agreed = self.executor.agree(0, 0)
         self._tell(self.executor.sequences, position, 1)
         return self._grown(self.executor.decode(agreed.running))
+
+    def _requests(self, token_ids: torch.Tensor, prefill: int) -> list[Request]:
+        left = token_ids.shape[1] - prefill
+        return [Request(i, tuple(row[:prefill].tolist()), left) for i, row in enumerate(token_ids)]
 
     def _tell(self, sequences: Sequence[Running], first: int, length: int) -> None:
         self.replay.at([s.request.index for s in sequences], first, length)
@@ -184,6 +164,9 @@ class Peer:
     def communication(self) -> float:
         """Not known."""
         return 0.0
+
+    def choose(self, homes: Sequence[int], token_ids: torch.Tensor, prefill: int) -> None:
+        """Nothing is."""
 
     def start(self, homes: Sequence[int], token_ids: torch.Tensor, prefill: int) -> None:
         """As `Loaded`."""
@@ -212,7 +195,7 @@ def _coterie(side: Side, model: str, replay: Replay, group: Group) -> Loaded:
     transport = group.transport if side.transport == "gloo" else _tcp()
     own = Group(transport, group.ranks_per_node)  # counters of its own
     made = coterie.load(model, plan, dtype="float32", strategy=side.strategy, device="cpu", group=own)
-    made.dispatcher.remember = False  # links are measured anew in every cell
+    made.dispatcher.remember = False  # links differ from cell to cell
     if replay.ids is not None:
         made.dispatcher.without = frozenset({"coherent"})  # it asks the routers themselves
     return Ours(side, made, replay)

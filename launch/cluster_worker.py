@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -23,10 +22,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from coterie.launch.cluster_sides import OURS, Loaded, Logits, Replay, Side, load_side
+from coterie.launch.cluster_sides import Loaded, Logits, Side, load_side
 from coterie.launch.distributed import job, leave
 from coterie.launch.netns import SENT
 from coterie.launch.quiet import quiet_transformers
+from coterie.launch.replay import Replay
 from coterie.moe.collectives import Group
 from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
@@ -39,7 +39,7 @@ class Turn:
     """One side's run of one cell on this rank. bytes: sent by this node, told by its first rank only, else 0.
 
     first, last: logits after the prompts and after the last step, by sequence. communication: seconds in the layers'
-    collectives, 0 where that is not known.
+    collectives, 0 where that is not known. strategy, predicted, promised: as `Loaded` had them.
     """
 
     prefill_seconds: float
@@ -51,6 +51,9 @@ class Turn:
     prefill_communication: float
     decode_communication: float
     decode_steps: int
+    strategy: str | None
+    predicted: dict[str, float]
+    promised: dict[str, float]
 
 
 class Worker:
@@ -67,7 +70,7 @@ class Worker:
         """Which sides cannot be had, and why."""
         tensors = load_file(Path(case) / "case.safetensors")
         self.model, self.token_ids = model, tensors["token_ids"]
-        self.replay = Replay(tensors.get("expert_ids"))
+        self.replay = Replay(tensors.get("expert_ids"), self.token_ids)
         self.sides = [Side(**{**side, "homes": tuple(side["homes"])}) for side in sides]
         self.loaded, self.skipped = {}, {}
         for side in self.sides:
@@ -81,11 +84,10 @@ class Worker:
             self.skipped[side.name] = str(error)
 
     def cell(self, prefill: int, decode: int, repeats: int) -> dict[str, Any]:
-        """Seconds and bytes by side, one entry per repeat, and how far the logits are from the first side's."""
-        for side in self.sides:  # what chooses by measuring the links has to see those of this cell
-            if side.kind == OURS and side.strategy is None and side.name in self.loaded:
-                self._load(side)
-                self.loaded[side.name].start(side.homes, self.token_ids[:, : prefill + decode], prefill)  # measured for this
+        """Seconds and bytes by side, one entry per repeat, and how far the logits are from the first side's.
+
+        Every turn is a job of its own: what is left to be chosen is chosen in it.
+        """
         sides = [side for side in self.sides if side.name in self.loaded]
         turns: dict[str, list[Turn]] = {side.name: [] for side in sides}
         for side in sides:
@@ -98,15 +100,15 @@ class Worker:
         first = logits[sides[0].name]
         for name, values in logits.items():
             found[name]["difference"] = float((values - first).abs().max() / first.abs().max())
-            found[name]["strategy"] = self.loaded[name].strategy
-            found[name]["predicted"] = self.loaded[name].predicted
-            found[name]["promised"] = self.loaded[name].promised
+            for told in ("strategy", "predicted", "promised"):
+                found[name][told] = [getattr(turn, told) for turn in turns[name]]
             found[name]["communication"] = self._communication(self.loaded[name], turns[name])
         return {"sides": found, "skipped": self.skipped}
 
     @torch.inference_mode()
     def _turn(self, side: Side, prefill: int, decode: int) -> Turn:
         loaded = self.loaded[side.name]
+        loaded.choose(side.homes, self.token_ids[:, : prefill + decode], prefill)
         loaded.start(side.homes, self.token_ids[:, : prefill + decode], prefill)
         before = loaded.communication()
         with self._measured() as prefilling:
@@ -116,7 +118,8 @@ class Worker:
             for position in range(prefill, prefill + decode):
                 last = loaded.decode(position)
         spent = between - before, loaded.communication() - between
-        return Turn(prefilling.seconds, decoding.seconds, prefilling.bytes, decoding.bytes, first, last, *spent, decode)
+        return Turn(prefilling.seconds, decoding.seconds, prefilling.bytes, decoding.bytes, first, last, *spent, decode,
+                    loaded.strategy, loaded.predicted, loaded.promised)  # fmt: skip
 
     def _measured(self) -> _Measured:
         return _Measured(self.counts_bytes)
@@ -141,14 +144,14 @@ class Worker:
                 known.update(more)
         return torch.stack([torch.stack([known[s] for known in both]) for s in sorted(both[0])])
 
-    def _communication(self, loaded: Loaded, turns: list[Turn]) -> dict[str, float]:
-        """Median seconds in collectives per layer with experts and call, by phase; of the rank that waits least."""
+    def _communication(self, loaded: Loaded, turns: list[Turn]) -> dict[str, list[float]]:
+        """Seconds in collectives per layer with experts and call, by phase and turn; of the rank that waits least."""
         layers = max(1, len(expert_modules(loaded.model)))  # a peer may have put its own in their place
         calls = max(1, turns[0].decode_steps) * layers
-        mine = (statistics.median(t.prefill_communication for t in turns) / layers,
-                statistics.median(t.decode_communication for t in turns) / calls)  # fmt: skip
+        mine = {"prefill": [t.prefill_communication / layers for t in turns],
+                "decode": [t.decode_communication / calls for t in turns]}  # fmt: skip
         said = self.group.gather(mine)
-        return {"prefill": min(p for p, _ in said), "decode": min(d for _, d in said)}
+        return {phase: [min(values) for values in zip(*(theirs[phase] for theirs in said), strict=True)] for phase in mine}
 
     def transfer(self, bytes: int) -> dict[str, Any]:
         """Bits per second that rank 0 gets through to the last rank, which is on another node."""

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from coterie.launch.bench_experts import random_model
-from coterie.launch.cluster_sides import Replay
 from coterie.launch.llama_peer import LlamaModel, missing, write_gguf
+from coterie.launch.replay import Replay
 from coterie.moe.collectives import Group
 from coterie.moe.model import Model, assembled
 from coterie.moe.prepare import prepare

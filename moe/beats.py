@@ -41,7 +41,7 @@ def seat_here(rank: int, node: str, local_rank: int = 0, device: str = "", versi
     with suppress(OSError):  # no /proc: the system is then not asked about other ranks
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    return Seat(rank, node, socket.gethostname(), pid, machine, _process(pid)[1], local_rank, device, version)
+    return Seat(rank, node, socket.gethostname(), pid, machine, _process(pid)[1], local_rank, device, version, transport)
 
 
 def _process(pid: int) -> tuple[str, str]:

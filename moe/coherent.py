@@ -152,10 +152,13 @@ class Stack(nn.Module):
             y = compute_experts(stacked(part.experts), x, ids, weights)
         total = self._combine(y, sequence, anchor, stays, step.count) if top_k > 1 else y[stays]
         step.at, order = sequence[stays].sort()
+        if not len(order):
+            return residual[:, None]
         self.context.routed = total[order]
-        out = part.finish(residual[order][:, None], normed[order][:, None]) if len(order) else residual[:, None]
-        self.context.routed = None
-        return out
+        try:
+            return part.finish(residual[order][:, None], normed[order][:, None])
+        finally:
+            self.context.routed = None
 
     def _combine(
         self, y: torch.Tensor, sequence: torch.Tensor, anchor: torch.Tensor, stays: torch.Tensor, count: int

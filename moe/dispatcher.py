@@ -80,6 +80,11 @@ class Dispatcher:
         self.plan = plan
         self._rehearsed.clear()
 
+    def forget(self) -> None:
+        """The next choice measures everything anew. Every rank must call it."""
+        self.links = None
+        self._rehearsed.clear()
+
     def _load(self, requests: Sequence[Request], batch_size: int) -> Load:
         ranks, count = self.group.size, len(requests)
         rows = max(1, min(batch_size, -(-count // ranks)))

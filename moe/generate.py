@@ -38,6 +38,9 @@ KNOWN_SETTINGS = {
 }  # fmt: skip
 
 
+LEAST_TEMPERATURE = 1e-6  # logits that are divided by less leave float32
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. temperature 0 is greedy; seed and prompt number fix a sequence's draws on any rank."""
@@ -50,8 +53,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 32:
             raise InputError(f"--seed: found {self.seed}, expected 0 to {(1 << 32) - 1}")
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"--temperature: found {self.temperature}, expected 0 (greedy) or more")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise InputError(f"--temperature: found {self.temperature}, expected 0 (greedy), or {LEAST_TEMPERATURE:g} or more")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"--top-k: found {self.top_k}, expected 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -147,7 +150,7 @@ class Generator:
                 sequence.finish_reason = "stop"
             elif len(sequence.new_tokens) >= sequence.request.max_new_tokens:
                 sequence.finish_reason = "length"
-            if self.on_token is not None:
+            if self.on_token is not None and sequence.home == self.group.rank:
                 self.on_token(sequence.request.index, token)
 
     def _chosen(self, scored: Scored) -> list[tuple[Running, int]]:
@@ -189,10 +192,10 @@ def _processors(config: GenerationConfig, sampling: Sampling) -> LogitsProcessor
     if penalty is not None and not (isinstance(penalty, int | float) and penalty > 0):
         raise InputError(f"generation_config.json: repetition_penalty: found {penalty!r}, expected a number above 0")
     chosen: list[LogitsProcessor] = []
-    if config.repetition_penalty not in (None, 1.0):
-        chosen.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if penalty not in (None, 1.0):
+        chosen.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
     if sampling.temperature > 0:
-        chosen.append(TemperatureLogitsWarper(sampling.temperature))
+        chosen.append(TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_k is not None:
             chosen.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p is not None:

@@ -95,7 +95,9 @@ class Model:
     ) -> tuple[list[Output], Statistics]:  # fmt: skip
         """Continue every prompt; all ranks call this with the same prompts and all get the same outputs, in order.
 
-        streamer: a transformers streamer, for a single prompt, fed on the rank that runs it.
+        streamer: a transformers streamer, for a single prompt, fed on the rank that runs it: the prompt, as transformers'
+        own `generate` does (`skip_prompt`), then each new token; its end on every rank, also of a run that fails. on_token: as
+        the streamer, (prompt index, token id) of each new token.
         """
         asked = [Prompt(text=p) if isinstance(p, str) else p for p in prompts]
         if streamer is not None and len(asked) != 1:
@@ -104,16 +106,18 @@ class Model:
             raise InputError(f"--max-new-tokens: found {max_new_tokens}, expected 1 or more")
         positive("--batch-size", batch_size)
         requests = self.scheduled(self.text.requests(asked, max_new_tokens), batch_size)
-        watch = _streaming(streamer, on_token)
+        watch = on_token if streamer is None else _streaming(streamer, requests[0], on_token)
         rows = self.group.traffic.rows
         started = time.perf_counter()
-        choice, homes = self.settle(requests, batch_size)
-        at = None if homes is None else homes.ranks
-        mine = self.run(requests, batch_size, sampling or Sampling(), choice, watch, homes=at, boundary=self.boundary)
-        finished = [r for part in self.group.gather(mine) for r in part]
+        try:
+            choice, homes = self.settle(requests, batch_size)
+            at = None if homes is None else homes.ranks
+            mine = self.run(requests, batch_size, sampling or Sampling(), choice, watch, homes=at, boundary=self.boundary)
+            finished = [r for part in self.group.gather(mine) for r in part]
+        finally:
+            if streamer is not None:
+                streamer.end()
         seconds = time.perf_counter() - started
-        if streamer is not None:
-            streamer.end()
         ordered = sorted(finished, key=lambda r: r.request.index)
         outputs = [self._output(asked[r.request.index], r) for r in ordered]
         counts = sum(len(r.request.token_ids) for r in ordered), sum(len(r.new_tokens) for r in ordered)
@@ -143,6 +147,8 @@ class Model:
 
         None where the plan has no homes or they mean nothing: on one rank, or if every rank runs all requests.
         """
+        if self.group.rank == 0:
+            self.text.warn_of_length(requests)
         homes = self.plan.homes if use_homes and self.group.size > 1 else None
         found = None
         if homes is not None and homes.token_ids is not None:  # nothing has to run for it
@@ -224,6 +230,7 @@ class Model:
             asked = [replace(p, max_new_tokens=0) for p in asked]
         positive("--batch-size", batch_size)
         requests = self.text.requests(asked, max_new_tokens)
+        self.text.warn_of_length(requests)
         writer = TraceWriter(out, metadata, len(self.shape.layer_ids), self.shape.top_k, token_ids)
         recorder = Recorder(self.transformers, writer, self.shape.num_experts, phase, max_tokens)
         choice = self.dispatcher.choice(requests, batch_size, self.transformers, self.context)
@@ -321,11 +328,15 @@ def _maps_on(plan: PlacementPlan, rank: int, device: torch.device) -> list[Any]:
     return [m.to(device) for m in maps]
 
 
-def _streaming(streamer: Any, on_token: OnToken | None) -> OnToken | None:
-    if streamer is None:
-        return on_token
+def _streaming(streamer: Any, request: Request, on_token: OnToken | None) -> OnToken:
+    """Feeds the streamer as transformers' own `generate` would; only the rank that runs the request is told of tokens."""
+    begun = False
 
     def put(index: int, token: int) -> None:
+        nonlocal begun
+        if not begun:
+            streamer.put(torch.tensor([request.token_ids]))
+            begun = True
         streamer.put(torch.tensor([token]))
         if on_token is not None:
             on_token(index, token)

@@ -29,7 +29,7 @@ from coterie.routing.record import expert_modules
 
 WARM, STEPS, DECODE_STEPS = 1, 5, 9  # steps that are not timed, and that are: of prompts, and that decode
 TRIED_TOKENS = 64  # of a prompt that is tried first, to see how many can be afforded
-MOST_TOKENS = 512  # of a rank in one step; a longer prompt's times are taken to grow on
+MOST_TOKENS = 1024  # of a rank in one step; a longer prompt's times are taken to grow on
 MOST_SECONDS = 0.3  # a step; fewer tokens where it would take longer
 Run = Callable[[], object]  # a step
 

@@ -29,6 +29,7 @@ DRIFTED = 1.1  # busiest rank over mean from which a new plan is looked for
 BETTER = 0.97  # a new plan must bring the load below this times the present one
 MOVES_SHARE = 0.1  # of all experts, that a new plan may move
 PLAN_SECONDS = 5
+COMPLAINTS = "complaints.txt"  # of the planner, in its folder
 
 
 class Boundary(Protocol):
@@ -67,7 +68,7 @@ class TakeOver:
             self.done()
 
     def close(self) -> None:
-        """Nothing is open; what has not been taken over yet is left."""
+        """What has not been taken over yet is left to the next run."""
 
 
 class AutoReplan:
@@ -84,7 +85,7 @@ class AutoReplan:
         self.model, self.group, self.context, self.plan = model, group, context, plan
         self.say, self.taken, self.interval = say, taken, interval
         self.steps = 0
-        self._planner: subprocess.Popen[str] | None = None
+        self._planner: subprocess.Popen[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._relocation: Relocation | None = None
         device = next(model.parameters()).device
@@ -131,9 +132,10 @@ class AutoReplan:
                    "--topology", str(folder / "topology.json"), "--objective", "load", "--from", str(folder / "old.json"),
                    "--max-moves", str(moves), "--workers", "1", "--time-limit", str(PLAN_SECONDS),
                    "--out", str(folder / "new.json")]  # fmt: skip
-        self._planner = subprocess.Popen(
-            command, env=_alone(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
-        )
+        with (folder / COMPLAINTS).open("w") as complaints:  # a pipe could fill up
+            self._planner = subprocess.Popen(
+                command, env=_alone(), stdout=subprocess.DEVNULL, stderr=complaints, stdin=subprocess.DEVNULL
+            )
 
     def _decide(self) -> None:
         """Every rank learns the plan that rank 0's planner made, if it is better, and begins to take it over."""
@@ -147,9 +149,9 @@ class AutoReplan:
         """The new plan, or None if it is not worth its moves."""
         assert self._planner is not None and self._folder is not None
         folder = Path(self._folder.name)
-        _, complaint = self._planner.communicate()
-        failed, self._planner = self._planner.returncode, None
+        failed, self._planner = self._planner.wait(), None
         if failed:
+            complaint = (folder / COMPLAINTS).read_text(errors="replace")
             self.say(f"load: the planner failed, the plan is kept: {complaint.strip()[-300:]}")
             self._folder.cleanup()
             return None
@@ -168,7 +170,7 @@ class AutoReplan:
         self.context.loads = None
         if self._planner is not None:
             self._planner.kill()
-            self._planner.communicate()
+            self._planner.wait()
             self._planner = None
         if self._folder is not None:
             self._folder.cleanup()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +47,9 @@ class Text:
 
     def __init__(self, shape: ModelShape) -> None:
         self.folder = shape.folder
-        self.vocabulary: int = shape.config.get_text_config().vocab_size
+        config = shape.config.get_text_config()
+        self.vocabulary: int = config.vocab_size
+        self.positions: int | None = getattr(config, "max_position_embeddings", None)
         self.tokenizer = _tokenizer(shape.folder)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -60,10 +64,13 @@ class Text:
         ids = prompt.token_ids if prompt.token_ids is not None else self.tokenizer(prompt.text or "")["input_ids"]
         if not len(ids):
             raise InputError("found no token, expected at least one")
-        wrong = next((i for i in ids if not 0 <= i < self.vocabulary), None)
-        if wrong is not None:
-            raise InputError(f"token_ids: found {wrong}, expected 0 to {self.vocabulary - 1}")
-        return tuple(int(i) for i in ids)
+        known = [_integer(i) for i in ids]
+        for given, number in zip(ids, known, strict=True):
+            if number is None:
+                raise InputError(f"token_ids: found {given!r}, expected integers")
+            if not 0 <= number < self.vocabulary:
+                raise InputError(f"token_ids: found {number}, expected 0 to {self.vocabulary - 1}")
+        return tuple(number for number in known if number is not None)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out; empty without a tokenizer."""
@@ -80,6 +87,17 @@ class Text:
         limits = [max_new_tokens if p.max_new_tokens is None else p.max_new_tokens for p in prompts]
         return [Request(i, self._of(i, p), n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
 
+    def warn_of_length(self, requests: Sequence[Request]) -> None:
+        """Says it of the longest request if it goes beyond what the model was made for: it runs, and its text may be poor."""
+        longest = max(requests, key=lambda r: len(r.token_ids) + r.max_new_tokens)
+        tokens = len(longest.token_ids), longest.max_new_tokens
+        if self.positions is not None and sum(tokens) > self.positions:
+            told = (
+                f"prompt {longest.index} (counted from 0): {tokens[0]} tokens and {tokens[1]} new ones, more than the model's"
+            )
+            limit = f"{self.positions} positions (max_position_embeddings): its text may be poor; shorten it, or ask for fewer"
+            warnings.warn(f"{told} {limit}", RuntimeWarning, stacklevel=3)
+
     def _of(self, number: int, prompt: Prompt) -> tuple[int, ...]:
         """`encode`, with the prompt named in errors."""
         try:
@@ -94,6 +112,14 @@ class Text:
         text = prompt.text if prompt.text is not None else self.decode(request.token_ids)
         name = request.index if prompt.id is None else prompt.id
         return Output(name, text, self.decode(token_ids), tuple(token_ids), finish_reason)
+
+
+def _integer(value: object) -> int | None:
+    """An integer of any library; None of anything else."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _named(number: int, prompt: Prompt) -> str:

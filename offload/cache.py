@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,6 +21,7 @@ from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import LEAST, HostTier, Misses
 from coterie.offload.transfer import aligned_empty, usual_shift
 from coterie.offload.whole_path import CONTEXT_BYTES, MOST, TOKENS, Context
+from coterie.routing.errors import CoterieError
 
 DEFAULT = "coterie"
 DEPTH = 3  # layers ahead that experts are read for
@@ -84,9 +86,11 @@ class ExpertCache:
         self.statistics = CacheStatistics()
         self.samples: list[Sample] | None = None  # a step each, where a timeline is recorded
         self.coming: dict[int, Future[None]] = {}  # experts that have a slot and are still being read
+        self.early = np.zeros(layers * experts, dtype=bool)  # read ahead, and not asked for since
         self.reserved: dict[int, set[int]] = {}  # by layer, what was read for its next turn
         self.expected: tuple[int, Sequence[int], bool] | None = None
         self.guesser = Guesser(layers, experts)
+        self._turn, self._whose = threading.Lock(), 0  # of the thread whose step is between `announce` and its last arrival
 
     def read(self, step: Sequence[Context]) -> None:
         """What the next step reads, before its first layer: each token's id and those before it, in the order of its rows.
@@ -107,17 +111,25 @@ class ExpertCache:
         self.statistics.policy_seconds += time.perf_counter() - began
 
     def announce(self, layer: int, experts: Sequence[int]) -> None:
-        """All experts that a step of this layer will ask for, each once; reading those that free slots can take begins."""
+        """All experts that a step of this layer will ask for, each once; reading those that free slots can take begins.
+
+        Raises CoterieError while another thread's step is under way: what that one waits for would give way.
+        """
+        if not self._turn.acquire(blocking=False) and self._whose != threading.get_ident():
+            raise CoterieError("another thread is computing with this model, whose experts are on disk; one thread at a time")
+        self._whose = threading.get_ident()
         if layer == 0 and self.samples is not None:
             s = self.statistics
             now = Sample(time.perf_counter(), s.requests, s.transfers, self.store.counter.bytes, s.stalled_seconds)
             self.samples.append(now)
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
         missing = at[self.slot_of[at] < 0].tolist()
+        unread = len(missing) + int(self.early[at].sum())
+        self.early[at] = False
         self.reserved = {ahead: held for ahead, held in self.reserved.items() if layer < ahead <= layer + DEPTH}
         self._start((self._give_way(at) + missing if missing else [])[: len(self.free)])
         began = time.perf_counter()
-        self.policy.observe(layer, np.asarray(experts, dtype=np.int64), len(missing))
+        self.policy.observe(layer, np.asarray(experts, dtype=np.int64), unread)
         self.guesser.observe(layer, experts)
         self.statistics.policy_seconds += time.perf_counter() - began
         self.statistics.requests += len(experts)
@@ -128,6 +140,13 @@ class ExpertCache:
         A group's slots are valid until the next one is asked for; with few slots its experts may give way to later ones.
         Reading what was expected gives way to what is needed, and goes on behind it.
         """
+        try:
+            yield from self._arrivals(layer, experts)
+        finally:
+            if self._turn.locked() and self._whose == threading.get_ident():
+                self._turn.release()
+
+    def _arrivals(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
         left = dict(zip(at.tolist(), range(len(at)), strict=True))
         missing = [one for one in left if self.slot_of[one] < 0]
@@ -140,6 +159,10 @@ class ExpertCache:
             there = [one for one in left if self.slot_of[one] >= 0 and one not in self.coming]
             if not there:
                 if not self.coming:  # nothing is under way for want of room: what was read ahead has it
+                    if not self.reserved:
+                        raise CoterieError(
+                            f"{len(self.free)} of {self.slots} slots for experts are free after reads that failed"
+                        )
                     self.reserved.clear()
                     continue
                 first = next((one for one in left if one in self.coming), None)
@@ -167,6 +190,7 @@ class ExpertCache:
             worth = self.policy.keep()
             least = worth[self.slot_of >= 0].min()
             self._prefetch(layer, [experts[place] for place in chosen if worth[at[place]] > least], at)
+            self.early[at] = False  # they were asked for
 
     def expect(self, layer: int, experts: Sequence[int], sure: bool = False) -> None:
         """What the next step's router would pick now, likeliest first: read behind what is needed, as room allows.
@@ -199,6 +223,7 @@ class ExpertCache:
         missing = at[self.slot_of[at] < 0][: max(0, room)].tolist()
         started = self._start_some(missing, np.concatenate([held, at]), ahead=True)
         self.reserved.setdefault(layer, set()).update(missing[:started])
+        self.early[missing[:started]] = True
         self.statistics.prefetched += started
 
     def _start_some(self, missing: list[int], kept: Collection[int], ahead: bool = False) -> int:
@@ -236,7 +261,9 @@ class ExpertCache:
             try:
                 slot = self.slot_of[one] = self.free.pop()
                 self.coming[one] = self.source.start(one // self.experts, one % self.experts, self.slot[slot], ahead)
-            except BaseException:  # such as ctrl-C: it is not there, and whether something is written to the slot is not known
+            except BaseException as error:  # such as ctrl-C: whether something is written to the slot is not known then
+                if isinstance(error, Exception):
+                    self.free.append(slot)
                 self.slot_of[one] = -1
                 raise
 
@@ -278,6 +305,7 @@ class ExpertCache:
     def _forget(self, experts: np.ndarray | list[int]) -> None:
         self.free += self.slot_of[experts].tolist()
         self.slot_of[experts] = -1
+        self.early[experts] = False
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, shift: int) -> torch.Tensor:

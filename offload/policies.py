@@ -37,7 +37,10 @@ class EvictionPolicy(Protocol):
     name: str
 
     def observe(self, layer: int, experts: Ids, missing: int = 0) -> None:
-        """A step's experts, each once, resident or not; how many of them were not. Called before `keep`."""
+        """A step's experts, each once, resident or not. Called before `keep`.
+
+        missing: how many of them would not be, if nothing had been read ahead.
+        """
         ...
 
     def keep(self) -> Scores:

@@ -88,7 +88,9 @@ class AsyncReader:
         job = Job(transfer)
         with self._lock:
             if self._closing:
-                raise RuntimeError("reading was closed")
+                raise CoterieError(
+                    "experts cannot be read any more: the model was closed, or an earlier read failed; load it again"
+                )
             try:
                 (self._later if ahead else self._wanted).append(job)
                 self._send()

@@ -92,7 +92,7 @@ def simulate(
             requests += len(at)
             missed += len(missing)
             began = time.process_time()
-            policy.observe(layer, picked, len(missing))
+            policy.observe(layer, picked, len(missing) + int(waiting[at].sum()))  # as if nothing had been read ahead
             tags.admit(at, missing, policy)
             if ahead is not None:
                 ahead.observe(layer, picked)

@@ -37,7 +37,7 @@ def alternate(task: Task) -> Solution:
     solvers, shares = ((solve.hops,), (0.8,)) if few else ((solve.hops, dispatch), (0.3, 0.35))
     halves = [replaced(task, task.deadline.share(share), prove=False) for share in shares]
     plain = task.slots if task.short_of_memory else -(-scenarios[0].load.shape[1] // task.ranks)
-    starts = [s(replace(half, slots=plain)) for s, half in zip(solvers, halves, strict=True)]
+    starts = [s(replace(half, slots=plain, fills=False)) for s, half in zip(solvers, halves, strict=True)]
     begun = [s.holds.argmax(2) for s in starts]
     searching = task.deadline.share(0.8) if task.prove else task.deadline
     made = sum(s.iterations for s in starts)

@@ -32,9 +32,10 @@ def memory_limit(topology: Topology, layers: int, experts: int, slots: int) -> L
     short = experts - room.sum(1)
     if (short > 0).any():
         missing = float((np.maximum(short, 0) * size).sum())
+        whole = " as far as was found, experts staying whole" if size.sum() * experts <= memory.sum() else ""
         raise InputError(
             f"topology: memory_bytes: the experts need {size.sum() * experts:.0f} bytes in all, the ranks hold "
-            f"{memory.sum():.0f}: {missing:.0f} bytes of experts have no place; give more ranks or more memory"
+            f"{memory.sum():.0f}: {missing:.0f} bytes of experts have no place{whole}; give more ranks or more memory"
         )
     weights = np.repeat(size[:, None], experts, axis=1)
     return Limit(weights, room * size[:, None], memory=True)

@@ -100,6 +100,8 @@ def violated(matrix: Array) -> NDArray[np.int64]:
     matrix: `[n, n]`, symmetric; arms ascending, n where there is none.
     """
     n = len(matrix)
+    if n < 2:
+        return np.zeros((0, 1 + ARMS), dtype=np.int64)
     near, arms, excess = _grown(matrix)
     centre, begin = np.nonzero(excess > VIOLATION)
     excess = excess[centre, begin]

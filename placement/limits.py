@@ -72,7 +72,8 @@ def load_caps(load: NDArray[np.float64], ranks: int, slots: int, max_load: float
     if (reached > caps * (1 + 1e-9)).any():
         worst = float((reached / np.where(mean > 0, mean, 1)).max())
         raise InputError(
-            f"--max-load: found {max_load:g}, but the evenest packing found of one layer has {worst:.4f}; give that or more"
+            f"--max-load: found {max_load:g}, but the evenest packing found of one layer, without copies, has {worst:.4f}; "
+            "give that or more"
         )
     return np.asarray(caps)
 
@@ -118,7 +119,7 @@ def start(problem: Problem, tries: int = 20) -> Assignment:
         return packed(np.zeros((problem.layers, problem.experts)), problem.ranks)
     weights = np.stack([limit.weights for limit in problem.limits], 1)  # [L, limits, E]
     caps = np.stack([limit.caps for limit in problem.limits], 1)
-    relative = weights / np.maximum(np.where(np.isfinite(caps), caps, np.inf).mean(2), 1e-300)[:, :, None]
+    relative = weights / np.maximum(caps.mean(2), 1e-300)[:, :, None]
     found = packed(relative.sum(1), problem.ranks)
     for layer in range(problem.layers):
         best, least = found[layer], np.inf

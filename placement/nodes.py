@@ -84,7 +84,7 @@ def into_ranks(problem: Problem, at: Assignment, otherwise: Assignment) -> Assig
 
     A layer that breaks a limit so, even after swaps, is taken from `otherwise`.
     """
-    caps = [np.where(np.isfinite(limit.caps), limit.caps, np.inf).mean(1, keepdims=True) for limit in problem.limits]
+    caps = [limit.caps.mean(1, keepdims=True) for limit in problem.limits]
     weights = [limit.weights / np.maximum(cap, 1e-300) for limit, cap in zip(problem.limits, caps, strict=True)]
     heavy = np.sum(weights, axis=0) if weights else np.zeros(at.shape)
     found = np.empty_like(at)

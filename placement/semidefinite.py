@@ -155,8 +155,11 @@ def _most(gain: Array, each: int) -> float:
 
 
 def _large_eigh(matrix: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """As `numpy.linalg.eigh`; with 512 rows in half the time, which is worth importing torch for."""
-    import torch
+    """As `numpy.linalg.eigh`; with 512 rows in half the time, which is worth importing torch for, where it is there."""
+    try:
+        import torch
+    except ImportError:
+        return np.linalg.eigh(matrix)
 
     values, vectors = torch.linalg.eigh(torch.from_numpy(matrix))
     return values.numpy(), vectors.numpy()

@@ -16,7 +16,7 @@ from coterie.placement.plan import holders
 from coterie.placement.problem import Problem, hops_problem
 from coterie.placement.recombine import recombined
 from coterie.placement.rows import dispatch, time, within_caps
-from coterie.placement.spread import Child
+from coterie.placement.spread import Child, ended
 from coterie.placement.task import (
     Solution,
     Solver,
@@ -46,12 +46,13 @@ def hops(task: Task) -> Solution:
     arguments = {"problem": problem, "iterations": iterations_for(task, problem)}
     own = {"target": proof.cheap, "report": lambda cost, made: task.progress(cost * problem.scale, proof.bound, made)}
     spread = Spread(task, "coterie.placement.chain:search", arguments)
-    found = spread.run(chain.search, searching, max(0, task.request.workers - 1 - (proof.child is not None)), **own)
-    best, made = min((a for a, _ in found), key=by_cost(problem)), sum(n for _, n in found)
-    if len(found) > 1 and problem.interchangeable:
-        best = min(best, recombined(problem, [a for a, _ in found]), key=by_cost(problem))
-    check_feasible(problem, best, task)
-    best, bound = proof.finish(best)
+    with ended(proof.child):
+        found = spread.run(chain.search, searching, max(0, task.request.workers - 1 - (proof.child is not None)), **own)
+        best, made = min((a for a, _ in found), key=by_cost(problem)), sum(n for _, n in found)
+        if len(found) > 1 and problem.interchangeable:
+            best = min(best, recombined(problem, [a for a, _ in found]), key=by_cost(problem))
+        check_feasible(problem, best, task)
+        best, bound = proof.finish(best)
     holds = copies.held(best, task.ranks)
     if task.copied:
         holds = within_caps(task, holds, copies.for_hops(np.asarray(problem.transitions), holds, task.open_slots))
@@ -143,11 +144,12 @@ def load(task: Task) -> Solution:
 def _check_even(task: Task, holds: np.ndarray) -> None:
     """A load cap is what this objective minimises: it is met, or cannot be as far as the search knows."""
     most = task.request.max_load
-    share = holds / np.maximum(holds.sum(2, keepdims=True), 1)
+    if most is None:
+        return
     for s in task.scenarios:
-        held = np.einsum("le,ler->lr", s.load, share)
+        held = s.report(task.planned(holds)).rank_load
         worst = float((held.max(1) / np.maximum(held.mean(1), 1e-300)).max())
-        if most is not None and worst > most * (1 + 1e-9):
+        if worst > most * (1 + 1e-9):
             raise InputError(
                 f"--max-load: found {most:g}, but the evenest layer found in {s.name} has {worst:.4f}; give that or more"
             )
@@ -158,7 +160,7 @@ def coherent(task: Task) -> Solution:
     from coterie.placement.anchors import alternate
 
     if all(s.trace is not None and s.trace.top_k == 1 and (s.trace.expert_ids >= 0).all() for s in task.scenarios):
-        return hops(task)  # the same number then
+        return hops(task)  # the same number then, copies aside
     return alternate(task)
 
 

@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -81,6 +81,11 @@ class Child:
             if self._ready and self._stopping and not before and self._process.poll() is None:
                 self._process.send_signal(signal.SIGINT)
 
+    def kill(self) -> None:
+        """End it without an answer."""
+        self._process.kill()
+        self._process.wait()
+
     def result(self) -> Any:
         """What the call returned, waited for until its deadline and a little longer. Raises CoterieError if it failed."""
         while self._reader.is_alive() and not self.deadline.passed():
@@ -100,6 +105,18 @@ class Child:
         if kind == "error":
             raise CoterieError(f"{self.function}: a worker failed: {value}")
         return value
+
+
+@contextmanager
+def ended(*children: Child | None) -> Iterator[None]:
+    """What is raised inside ends the children too: nobody will ask for their answers."""
+    try:
+        yield
+    except BaseException:
+        for child in children:
+            if child is not None:
+                child.kill()
+        raise
 
 
 def _is_checkout() -> bool:

@@ -19,7 +19,7 @@ from coterie.placement.plan import PlacementPlan, slots_from_holders
 from coterie.placement.prices import Prices, minimised, prices_of
 from coterie.placement.problem import Limit, Problem
 from coterie.placement.scenarios import Scenario, summarised
-from coterie.placement.spread import Child, World
+from coterie.placement.spread import Child, World, ended
 from coterie.routing.affinity import Patterns
 from coterie.routing.errors import CoterieError, InputError
 
@@ -37,7 +37,8 @@ Progress = Callable[[float | None, float | None, int], None]  # value, bound (bo
 class Task:
     """What a solver is given.
 
-    weights: of the scenarios in the mixture that is minimised, sum 1; limits: see `problem.Limit`; prove: also state a bound.
+    weights: of the scenarios in the mixture that is minimised, sum 1; limits: see `problem.Limit`; prove: also state a bound;
+    fills: slots beyond the experts with copies.
     """
 
     request: PlanRequest
@@ -49,6 +50,7 @@ class Task:
     world: World = field(default_factory=World)
     progress: Progress = lambda value, bound, iterations: None
     prove: bool = True
+    fills: bool = True
 
     @property
     def ranks(self) -> int:
@@ -62,8 +64,8 @@ class Task:
 
     @property
     def copied(self) -> bool:
-        """Whether there are slots beyond the experts."""
-        return bool(self.ranks * self.slots > self.scenarios[0].load.shape[1])
+        """Whether there are slots beyond the experts, for copies."""
+        return self.fills and bool(self.ranks * self.slots > self.scenarios[0].load.shape[1])
 
     @property
     def short_of_memory(self) -> bool:
@@ -78,13 +80,14 @@ class Task:
 
     def evaluated(self, holds: NDArray[np.bool_]) -> float:
         """What `evaluate` prints for the objective, over all scenarios."""
-        return summarised(self._plan(holds), self.scenarios, self.request.objective_name, self.request.robust)
+        return summarised(self.planned(holds), self.scenarios, self.request.objective_name, self.request.robust)
 
     def minimised(self, holds: NDArray[np.bool_]) -> float:
         """What the search minimises, as evaluated: see `prices.minimised`."""
-        return minimised(self._plan(holds), self.scenarios, self.request)
+        return minimised(self.planned(holds), self.scenarios, self.request)
 
-    def _plan(self, holds: NDArray[np.bool_]) -> PlacementPlan:
+    def planned(self, holds: NDArray[np.bool_]) -> PlacementPlan:
+        """A plan that is to be evaluated, without homes."""
         topology, first = self.request.topology, self.scenarios[0]
         layers = tuple(range(len(first.load))) if first.trace is None else first.trace.layer_ids
         if first.statistics is not None:
@@ -135,8 +138,9 @@ class Spread:
         for number in range(helpers):
             arguments = {**self.arguments, "seed": base + SEED_STRIDE * (number + 1)}
             self.children.append(Child(self.function, arguments, deadline).start())
-        mine = search(**self.arguments, seed=base, deadline=deadline, **own)
-        found = [mine, *(answer for child in self.children if (answer := _answer(child)) is not None)]
+        with ended(*self.children):
+            mine = search(**self.arguments, seed=base, deadline=deadline, **own)
+            found = [mine, *(answer for child in self.children if (answer := _answer(child)) is not None)]
         return [pair for pairs in self.task.world.gather(found) for pair in pairs]
 
 

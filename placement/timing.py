@@ -37,7 +37,7 @@ class LayerTime:
         per_home = rows * self.tokens / max(t.ranks - 1, 1)  # from each other rank
         total = per_home.sum(1, keepdims=True)
         near, far = t.ranks_per_node - 1, t.ranks - t.ranks_per_node
-        by_node = per_home.reshape(len(rows), t.nodes, -1).sum(2)
+        by_node = per_home.reshape(len(rows), t.nodes, t.ranks_per_node).sum(2)
         own = np.repeat(by_node, t.ranks_per_node, axis=1)
         within = np.maximum((per_home * near).max(1), (own - per_home).max(1))
         between = np.maximum((by_node * far).max(1), ((total - by_node) * t.ranks_per_node).max(1))

@@ -302,7 +302,7 @@ def _load(s: Search) -> NDArray[np.bool_]:
     tilts = TILTS if worst else TILTS[:1]
     for turn, tilt in enumerate(tilts):
         peaks = _peaks(relative, found[-1])
-        mix = mix * np.exp(tilt * (peaks / peaks.max() - 1))
+        mix = mix * np.exp(tilt * (peaks / max(peaks.max(), 1e-300) - 1))
         found.append(_evened(s, relative, mix / mix.sum(), 1 / (len(tilts) - turn)))
     return min(found, key=value)
 

@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import ReadCounter
 from coterie.offload.store import ExpertStore
 from coterie.offload.transfer import Part, Piece
-from coterie.routing.errors import InputError
+from coterie.routing.errors import CoterieError, InputError
 from coterie.routing.record import expert_modules
 
 PROMPTS = torch.randint(1, 97, (8, 9), generator=torch.Generator().manual_seed(0))
@@ -147,6 +149,86 @@ def test_slots_hold_what_they_say_whatever_was_expected(slots: int, tmp_path: Pa
         assert sorted(held + cache.free) == list(range(slots)) and len(cache.coming) <= slots
     assert (slots >= 4) <= cache.statistics.prefetched < cache.statistics.transfers
     cache.store.close()
+
+
+class Ready:
+    """A store whose experts are there at once, all zeros; fails while `broken`."""
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.records, self.broken = [[{}] * experts] * layers, False
+
+    def start(self, *args: object) -> Future[None]:
+        if self.broken:
+            raise CoterieError("no disk")
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+        future.set_result(None)
+        return future
+
+
+def test_the_default_policy_learns_although_guesses_are_read_ahead() -> None:
+    """Experts that were read ahead in time are no hits of the policy: else it would never find that lru does worse."""
+    layers, experts, top_k = 6, 16, 2
+    rng = np.random.default_rng(0)
+    hot = [rng.permutation(experts)[:4] for _ in range(layers)]  # more than lru keeps, fewer than there are slots
+    transfers = {}
+    for policy in ("lru", "coterie"):
+        cache = ExpertCache(Ready(layers, experts), experts, 24, {"w": (1,)}, torch.float32, top_k, policy)
+        rng = np.random.default_rng(1)
+        for _ in range(300):
+            picks = [
+                rng.choice(hot[layer] if rng.random() < 0.8 else experts, top_k, replace=False).tolist()
+                for layer in range(layers)
+            ]
+            for layer, picked in enumerate(picks):
+                cache.announce(layer, picked)
+                if layer + 1 < layers:
+                    cache.expect(layer + 1, picks[layer + 1], sure=True)
+                assert sorted(place for group in cache.arrivals(layer, picked) for place, _ in group) == [0, 1]
+        transfers[policy] = cache.statistics.transfers
+    assert cache.policy.learning
+    assert transfers["coterie"] < 0.9 * transfers["lru"]
+
+
+def test_reads_that_cannot_begin_cost_no_slot_and_never_hang() -> None:
+    store = Ready(2, 6)
+    cache = ExpertCache(store, 6, 3, {"w": (1,)}, torch.float32, 2)
+    for _ in range(5):
+        store.broken = True
+        with pytest.raises(CoterieError, match="no disk"):
+            cache.announce(0, [0, 1])
+            list(cache.arrivals(0, [0, 1]))
+        store.broken = False
+        cache.announce(1, [4, 5])
+        assert sorted(place for group in cache.arrivals(1, [4, 5]) for place, _ in group) == [0, 1]
+        cache.announce(0, [2, 3])
+        assert sorted(place for group in cache.arrivals(0, [2, 3]) for place, _ in group) == [0, 1]
+
+
+def test_one_thread_at_a_time_computes_with_experts_on_disk(tmp_path: Path) -> None:
+    """Another is refused, and never gets wrong values."""
+    folder = make_model("qwen3_moe", tmp_path)
+    resident, made = model(folder, None), model(folder, 3)
+    right = [logits(resident, 0)]
+    told: list[str] = []
+
+    def run() -> None:
+        for _ in range(8):
+            try:
+                same = all(torch.equal(a, b) for a, b in zip(logits(made, 0), right[0], strict=True))
+                told.append("right" if same else "wrong")
+            except CoterieError as error:
+                told.append(str(error))
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert "right" in told and "wrong" not in told
+    assert all("one thread at a time" in one for one in told if one != "right")
+    assert all(torch.equal(a, b) for a, b in zip(logits(made, 0), right[0], strict=True))
 
 
 def test_generate_within_a_budget_writes_the_same_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

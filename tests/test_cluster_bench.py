@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from coterie.launch import bench_cluster, cluster_cases, netns
-from coterie.launch.cluster_sides import Replay, Side
+from coterie.launch.cluster_sides import Side
+from coterie.launch.replay import Replay
 from coterie.routing.errors import CoterieError, InputError
 
 HAVE = os.name == "posix" and os.geteuid() == 0 and all(shutil.which(program) for program in ("ip", "tc"))
@@ -218,6 +219,34 @@ def test_replay_gives_each_layer_the_traces_experts_by_sequence_and_position(by_
         assert seen.tolist() == torch.cat([ids[2, 1:4, layer], ids[0, 1:4, layer]]).tolist()
 
 
+def test_replay_by_text_knows_sequences_by_their_tokens_and_positions() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Experts()])
+
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> list[list[int]]:
+            count = input_ids.numel()
+            self.layers[0](torch.zeros(count, 1), torch.full((count, 1), 99), torch.ones(count, 1))
+            seen = self.layers[0].seen
+            return seen[:, 0].view(input_ids.shape).tolist()  # type: ignore[no-any-return]
+
+    token_ids = torch.tensor([[5, 5, 1, 2], [5, 6, 3, 4], [7, 7, 7, 7]])
+    replay, model = Replay(torch.arange(12).view(3, 4, 1, 1), token_ids), Model()
+    replay.attach(model)
+
+    def run(tokens: list[list[int]], first: int) -> list[list[int]]:
+        ids = torch.tensor(tokens)
+        return model(input_ids=ids, position_ids=torch.arange(first, first + ids.shape[1]).expand(ids.shape))  # type: ignore[no-any-return]
+
+    with replay.by_text():
+        assert run([[5, 6], [7, 7], [5, 5]], 0) == [[4, 5], [8, 9], [0, 1]]
+        assert run([[0], [0], [0]], 2) == [[6], [10], [2]]
+        assert run([[0], [0], [0]], 5) == [[5], [9], [1]]
+        assert run([[5, 6, 3, 4, 5, 6]], 0) == [[4, 5, 6, 7, 4, 5]]
+    assert run([[5, 6]], 0) == [[99, 99]]
+
+
 def test_without_replay_the_routers_choice_stays() -> None:
     assert all(seen is not None and (seen == 9).all() for seen in called(Replay(None)))
 
@@ -234,7 +263,7 @@ def test_synthetic_sequences_keep_company() -> None:
 
 def found(seconds: float, sent: float) -> dict[str, object]:
     return {"prefill_seconds": [seconds] * 5, "decode_seconds": [seconds] * 5, "prefill_bytes": [sent] * 5,
-            "decode_bytes": [sent] * 5, "difference": 1e-7, "strategy": "all_to_all"}  # fmt: skip
+            "decode_bytes": [sent] * 5, "difference": 1e-7, "strategy": ["all_to_all"] * 5}  # fmt: skip
 
 
 def a_case() -> cluster_cases.Case:
@@ -244,8 +273,11 @@ def a_case() -> cluster_cases.Case:
 
 
 def test_rows_hold_each_figure_to_its_bar_and_say_why_one_is_missing() -> None:
-    seconds = {"predicted": {"prefill": 0.0, "decode": 0.5}, "communication": {"prefill": 0.1, "decode": 0.25}}
-    promised = {"promised": {"prefill": 10.0, "decode": 4.0}, **seconds}
+    seconds = {
+        "predicted": [{"prefill": 0.0, "decode": 0.5}] * 5,
+        "communication": {"prefill": [0.1] * 5, "decode": [0.25] * 5},
+    }
+    promised = {"promised": [{"prefill": 10.0, "decode": 4.0}] * 5, **seconds}
     sides = {
         name: found(1.0, 2e6) | promised for name in (*bench_cluster.OURS[3:], bench_cluster.CHOSEN, bench_cluster.CHOSEN_GLOO)
     } | {bench_cluster.EP: found(2.0, 8e6)}
@@ -262,12 +294,26 @@ def test_rows_hold_each_figure_to_its_bar_and_say_why_one_is_missing() -> None:
     assert (best.value, best.bar, best.met) == (2.0, 0.97, True)
     off = [by_metric[f"{phase}: the predicted tokens/s, off by a factor of"] for phase in ("prefill", "decode")]
     assert [(row.value, row.bar, row.met) for row in off] == [(1.25, 1.25, True), (1.0, 1.25, True)]  # 8 and 4 in a second
-    told = [by_metric[f"{phase}: the predicted communication, off by a factor of"] for phase in ("prefill", "decode")]
+    told = [
+        by_metric[f"{phase}: the predicted communication of a layer, off by a factor of"] for phase in ("prefill", "decode")
+    ]
     assert [(row.value, row.met) for row in told] == [(None, None), (2.0, False)]
     missing = by_metric[f"sent between nodes, prefill: {bench_cluster.HOMED} over {bench_cluster.EP}"]
     assert (missing.value, missing.bar, missing.met) == (None, 0.28, None)
     assert "not built yet" in missing.why
     assert all(row.why for row in rows if row.value is None)
+
+
+def test_predictions_are_held_against_the_turn_that_they_were_made_for() -> None:
+    turns = {"promised": [{"decode": 4.0}, {"decode": 2.0}, {"decode": 1.0}], "decode_seconds": [1.0, 2.0, 4.0],
+             "prefill_seconds": [1.0] * 3, "predicted": [{"decode": 0.0}, {}, {"decode": 0.25}],
+             "communication": {"decode": [9.0, 9.0, 0.5]}, "strategy": ["overlapped", "all_to_all", "all_to_all"]}  # fmt: skip
+    turns["promised"] = [turn | {"prefill": 8.0} for turn in turns["promised"]]
+    cell = {"sides": {bench_cluster.CHOSEN: turns}, "skipped": {}}
+    values = {row.metric: row.value for row in bench_cluster._predicted_rows("m", a_case(), cell)}
+    assert values["decode: tokens/s, measured over predicted"] == 1.0  # 4 sequences, one token each
+    assert values["decode: the predicted communication of a layer, off by a factor of"] == 2.0
+    assert bench_cluster._labelled(cell, bench_cluster.CHOSEN) == "chosen (all_to_all 2, overlapped 1)"
 
 
 def test_a_machine_that_becomes_slower_changes_no_ratio() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,28 @@ def test_settings_that_are_not_carried_out_are_refused(folder: Path) -> None:
         model.generate(PROMPTS, 2)
 
 
+def test_numbers_of_other_kinds_are_taken_or_refused(model: coterie.Model) -> None:
+    with pytest.raises(InputError, match="--temperature: found 1e-39, expected 0 .greedy., or 1e-06 or more"):
+        Sampling(temperature=1e-39)
+    prompt = coterie.Prompt(token_ids=tuple(torch.tensor([5, 7, 9])))  # type: ignore[arg-type]
+    whole, _ = model.generate([prompt], 4, Sampling(temperature=1))
+    assert (
+        whole[0].token_ids
+        == model.generate([coterie.Prompt(token_ids=(5, 7, 9))], 4, Sampling(temperature=1.0))[0][0].token_ids
+    )
+    with pytest.raises(InputError, match=r"token_ids: found 5\.7, expected integers"):
+        model.generate([coterie.Prompt(token_ids=(5.7, 6))], 4)  # type: ignore[arg-type]
+
+
+def test_text_beyond_the_models_positions_is_warned_about(tmp_path: Path) -> None:
+    model = coterie.load(make_model("qwen3_moe", tmp_path, max_position_embeddings=32))
+    with pytest.warns(RuntimeWarning, match=r"prompt 1 .*: 30 tokens and 4 new ones, more than the model's 32 positions"):
+        model.generate([coterie.Prompt(token_ids=(1,) * 3), coterie.Prompt(token_ids=(1,) * 30)], 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate([coterie.Prompt(token_ids=(1,) * 28)], 4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -107,9 +130,10 @@ def test_wrong_sampling_says_what_is_allowed(settings, message) -> None:
 
 def test_transformers_streamers_get_every_token_as_it_comes() -> None:
     model = coterie.load("coterie-tiny")
-    streamer = TextIteratorStreamer(model.tokenizer, skip_special_tokens=True, timeout=30)
-    (output,), _ = model.generate(["import os\nimport "], 24, streamer=streamer)
-    assert "".join(streamer) == output.text and len(output.token_ids) == 24
+    for skip_prompt in (True, False):
+        streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True, timeout=30)
+        (output,), _ = model.generate(["import os\nimport "], 24, streamer=streamer)
+        assert "".join(streamer) == ("" if skip_prompt else "import os\nimport ") + output.text and len(output.token_ids) == 24
     with pytest.raises(InputError, match="streamer: found 2 prompts, expected one"):
         model.generate(["a", "b"], 2, streamer=streamer)
 

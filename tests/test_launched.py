@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from coterie.launch.assembly import check_seats, ranks_per_node
 from coterie.launch.distributed import choose_transport
 from coterie.launch.launched import FIRST_PORT, PORTS, Launch, expand_nodes, find_launch, slurm_port
-from coterie.moe.beats import Seat
+from coterie.moe.beats import Seat, seat_here
 from coterie.routing.errors import InputError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500", "GROUP_RANK": "1"}
@@ -130,7 +132,9 @@ def test_ranks_must_run_one_version_and_not_share_a_gpu() -> None:
     with pytest.raises(
         InputError, match=r"--transport: rank 1 \(host b\) found tcp and rank 0 \(host a\) nccl, expected the same"
     ):
-        check_seats([*seats("a", transport="nccl"), Seat(1, "b", "b", 1, "", "", transport="tcp")])
+        check_seats(
+            [replace(seat_here(0, "a", transport="nccl"), host="a"), replace(seat_here(1, "b", transport="tcp"), host="b")]
+        )
     with pytest.raises(InputError, match=r"nccl: rank 0 \(host a, pid 0\) and rank 1 share a GPU"):
         check_seats(seats("a", "a", device="GPU-1"))
 

@@ -119,7 +119,9 @@ def test_the_default_caps_of_several_scenarios_can_be_kept_together(seed, shape)
 def test_a_cap_that_packing_cannot_reach_says_what_it_does() -> None:
     load = np.array([[9.0, 1.0, 1.0, 1.0]])
     assert limits.balanced_peak(load[0], 2, 2) == 10
-    with pytest.raises(InputError, match=r"--max-load: found 1\.5, but the evenest packing found of one layer has 1\.6667"):
+    with pytest.raises(
+        InputError, match=r"--max-load: found 1\.5, but the evenest packing found of one layer, without copies, has 1\.6667"
+    ):
         limits.load_caps(load, 2, 2, 1.5)
     assert limits.load_caps(load, 2, 2, 1.7) == pytest.approx(10.2)
 

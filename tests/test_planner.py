@@ -175,6 +175,68 @@ def test_a_load_cap_holds_in_every_scenario_with_copies() -> None:
         assert (load.max(1) / load.mean(1)).max() <= 1.3 * (1 + 1e-6)
 
 
+@pytest.mark.parametrize(("experts", "ranks", "cap"), [(6, 4, 1.3), (5, 2, 1.2)])
+def test_a_load_cap_holds_where_experts_do_not_divide_evenly(experts: int, ranks: int, cap: float) -> None:
+    """Where the plans that `coherent` begins from would have copies."""
+    for seed in range(3):
+        trace = make_trace(layers=4, experts=experts, top_k=2, tokens=300, seed=seed)
+        request = PlanRequest(Topology(1, ranks), strategy="coherent", objective="coherent", max_load=cap, time_limit=0.3)
+        try:
+            held = evaluate(plan(trace, request), trace).rank_load
+        except InputError as error:
+            assert "max-load" in str(error)
+            continue
+        assert (held.max(1) <= 1.03 * cap * held.mean(1)).all()  # copies are planned for homes that are equally likely
+
+
+def test_the_evenest_load_keeps_to_its_cap_as_the_dispatcher_uses_copies() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.where(rng.random((400, 2, 1)) < 0.5, 0, rng.integers(1, 8, (400, 2, 1))).astype(np.int16)
+    trace = replace(make_trace(layers=2, experts=8, top_k=1, tokens=400), expert_ids=ids)
+    request = PlanRequest(Topology(1, 4), objective="load", slots_per_rank=4, time_limit=1.0)
+    best = evaluate(plan(trace, request), trace).rank_load
+    worst = float((best.max(1) / best.mean(1)).max())
+    with pytest.raises(InputError, match=f"the evenest layer found in scenario 0 has {worst:.4f}; give that or more"):
+        plan(trace, replace(request, max_load=worst - 0.05))
+
+
+def test_a_refused_plan_leaves_no_process_behind(trace, monkeypatch) -> None:
+    made: list[Child] = []
+    begin = Child.start
+    monkeypatch.setattr(Child, "start", lambda self: made.append(self) or begin(self))
+
+    def refuse(*args: object) -> None:
+        raise InputError("not within the cap")
+
+    monkeypatch.setattr("coterie.placement.solve.check_feasible", refuse)
+    monkeypatch.setattr("coterie.placement.exact.fits", lambda problem: False)
+    with pytest.raises(InputError, match="not within the cap"):
+        plan(trace, PlanRequest(Topology(1, 4), objective="hops", workers=2, time_limit=20))
+    assert made and all(child._process.poll() is not None for child in made)
+
+
+def test_a_model_of_one_expert_and_a_recording_of_no_picks_are_planned() -> None:
+    trace = make_trace(layers=3, experts=2, top_k=1, tokens=50)
+    alone = replace(trace, num_experts=1, expert_ids=np.zeros_like(trace.expert_ids))
+    for objective in ("hops", "dispatch", "load"):
+        assert plan(alone, PlanRequest(Topology(1, 1), objective=objective, time_limit=0.5)).objective.value in (0, 1)
+    nobody, request = (
+        replace(trace, expert_ids=np.full_like(trace.expert_ids, -1)),
+        PlanRequest(Topology(1, 2), objective="load", time_limit=0.5),
+    )
+    old = plan(nobody, request)
+    with np.errstate(all="raise"):
+        again = plan(nobody, replace(request, previous=old, max_moves=2))
+    assert again.objective.value == old.objective.value
+
+
+def test_time_is_planned_anew_on_one_rank() -> None:
+    trace = make_trace(layers=2, experts=4, top_k=2, tokens=60)
+    request = PlanRequest(Topology(1, 1), objective="time", time_limit=0.5)
+    old = plan(trace, request)
+    assert same(plan(trace, replace(request, previous=old, max_moves=1)), old)
+
+
 def test_a_lost_proof_costs_the_bound_and_not_the_plan(monkeypatch) -> None:
     def lost(self: Child) -> float:
         raise CoterieError("a worker ended without an answer (exit code -9)")
@@ -303,7 +365,10 @@ def test_progress_tells_of_values_and_iterations() -> None:
         (dict(topology=Topology(2, 8)), "--topology: found 16 ranks, expected at most 8: the model has that many experts"),
         (dict(slots_per_rank=1), "--slots-per-rank: found 1, expected 2 "),
         (dict(slots_per_rank=9), "--slots-per-rank: found 9, expected 2 .* to 8"),
-        (dict(max_load=1.0), r"--max-load: found 1, but the evenest packing found of one layer has 1\.\d+; give that or more"),
+        (
+            dict(max_load=1.0),
+            r"--max-load: found 1, but the evenest packing found of one layer, without copies, has 1\.\d+; give that or more",
+        ),
         (dict(max_load=0.5), "--max-load: found 0.5, expected at least 1"),
         (dict(strategy="x"), "--strategy: found 'x', expected all_to_all"),
         (dict(method="x"), "--method: found 'x', expected auto, contiguous"),
