@@ -93,7 +93,7 @@ def test_settings_that_are_not_carried_out_are_refused(folder: Path) -> None:
 
 
 def test_numbers_of_other_kinds_are_taken_or_refused(model: coterie.Model) -> None:
-    with pytest.raises(InputError, match="--temperature: found 1e-39, expected 0 .greedy., or 1e-06 or more"):
+    with pytest.raises(InputError, match=r"--temperature: found 1e-39, expected 0 \(greedy\), or 1e-06 or more"):
         Sampling(temperature=1e-39)
     prompt = coterie.Prompt(token_ids=tuple(torch.tensor([5, 7, 9])))  # type: ignore[arg-type]
     whole, _ = model.generate([prompt], 4, Sampling(temperature=1))
