@@ -221,7 +221,7 @@ def make_sides(case: Case, nodes: int, ranks_per_node: int, folder: Path, second
         coterie.save_plan(made, path)
         transport = "gloo" if name == CHOSEN_GLOO else "tcp"
         at = dealt if made.homes is None else homes if made is not plans.get(COPIED) else _homes(made, case.prompts)
-        sides.append(Side(name, OURS, at, str(path), strategies.get(name), transport))
+        sides.append(Side(name, OURS, at, str(path), strategies.get(name), transport, once=name == CHOSEN_GLOO))
     return sides + [Side(name, kind, dealt) for name, kind in PEERS.items()]
 
 

@@ -38,7 +38,8 @@ LEAST_WEIGHT = 1e-30
 class Side:
     """What is measured. kind: OURS, TRANSFORMERS or DEEPSPEED; plan: a plan file; strategy: ours, None: as coterie chooses.
 
-    homes: the rank that runs each sequence, by sequence; transport: ours, tcp or gloo, which is what the peers use.
+    homes: the rank that runs each sequence, by sequence; transport: ours, tcp or gloo, which is what the peers use. once: what
+    is chosen is chosen once for a cell, not in every turn.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Side:
     plan: str | None = None
     strategy: str | None = None
     transport: str = "tcp"
+    once: bool = False
 
 
 Logits = dict[int, torch.Tensor]  # by sequence, `[vocabulary]`; those that this rank computed

@@ -86,14 +86,17 @@ class Worker:
     def cell(self, prefill: int, decode: int, repeats: int) -> dict[str, Any]:
         """Seconds and bytes by side, one entry per repeat, and how far the logits are from the first side's.
 
-        Every turn is a job of its own: what is left to be chosen is chosen in it.
+        Every turn is a job of its own: what is left to be chosen is chosen right before it.
         """
         sides = [side for side in self.sides if side.name in self.loaded]
         turns: dict[str, list[Turn]] = {side.name: [] for side in sides}
         for side in sides:
+            self._choose(side, prefill, decode)
             self._turn(side, *WARM_UP)
         for repeat in range(repeats):
             for side in sides[repeat % len(sides) :] + sides[: repeat % len(sides)]:
+                if not side.once:
+                    self._choose(side, prefill, decode)
                 turns[side.name].append(self._turn(side, prefill, decode))
         found: dict[str, dict[str, Any]] = {name: self._summary(those) for name, those in turns.items()}
         logits = {side.name: self._gathered(turns[side.name][-1]) for side in sides}
@@ -105,10 +108,12 @@ class Worker:
             found[name]["communication"] = self._communication(self.loaded[name], turns[name])
         return {"sides": found, "skipped": self.skipped}
 
+    def _choose(self, side: Side, prefill: int, decode: int) -> None:
+        self.loaded[side.name].choose(side.homes, self.token_ids[:, : prefill + decode], prefill)
+
     @torch.inference_mode()
     def _turn(self, side: Side, prefill: int, decode: int) -> Turn:
         loaded = self.loaded[side.name]
-        loaded.choose(side.homes, self.token_ids[:, : prefill + decode], prefill)
         loaded.start(side.homes, self.token_ids[:, : prefill + decode], prefill)
         before = loaded.communication()
         with self._measured() as prefilling:

@@ -31,6 +31,8 @@ WARM, STEPS, DECODE_STEPS = 1, 5, 9  # steps that are not timed, and that are: o
 TRIED_TOKENS = 64  # of a prompt that is tried first, to see how many can be afforded
 MOST_TOKENS = 1024  # of a rank in one step; a longer prompt's times are taken to grow on
 MOST_SECONDS = 0.3  # a step; fewer tokens where it would take longer
+TRIAL_SECONDS = 2.0  # of steps that compare strategies, of prompts and of decoding each; the turn that passes it is the last
+FAR = 1.2  # times as long as the shortest: not tried any further
 Run = Callable[[], object]  # a step
 
 
@@ -72,10 +74,9 @@ class Rehearsal:
     def _begun(self) -> Trial:
         """Of the first strategy."""
         with _aside(self.context, self.group.traffic):
-            more = self._step(*self._prompts(self.first, min(self.tokens, TRIED_TOKENS)), STEPS)
-            affordable = min(self.tokens, MOST_TOKENS, int(more.tokens * MOST_SECONDS / max(more.seconds, 1e-9)))
-            if affordable > more.tokens:
-                more = self._step(*self._prompts(self.first, affordable), STEPS)
+            probe = self._step(*self._prompts(self.first, min(self.tokens, TRIED_TOKENS)), 1)
+            affordable = min(self.tokens, MOST_TOKENS, int(probe.tokens * MOST_SECONDS / max(probe.seconds, 1e-9)))
+            more = self._step(*self._prompts(self.first, max(affordable, min(self.tokens, TRIED_TOKENS))), STEPS)
             self.tried = more.tokens
             few = self._step(*self._decoding(self.first), DECODE_STEPS)
         ranks = more.rows / (2 * self.group.size * more.tokens * self.layers)
@@ -176,13 +177,27 @@ class Rehearsal:
         return max(ns for (ns,) in self.group.agree([int(seconds * 1e9)])) > 2 * MOST_SECONDS * 1e9
 
     def _in_turns(self, runs: Sequence[Run], steps: int) -> list[float]:
-        """By how many seconds all but the first run's steps take longer than its own: taking turns, for machines drift."""
-        found = [[self._timed(run)[0] for run in runs] for _ in range(WARM + 1)]
-        steps = 1 if self._is_slow(found[-1][0]) else steps
-        found += [[self._timed(run)[0] for run in runs] for _ in range(steps - 1)]
-        said = self.group.agree([int(seconds * 1e9) for turn in found[WARM:] for seconds in turn])
-        slowest = np.array(said).max(0).reshape(steps, len(runs)) / 1e9
-        longer: list[float] = np.median(slowest[:, 1:] - slowest[:, :1], axis=0).tolist()
+        """By how many seconds all but the first run's steps take longer than its own: taking turns, for machines drift.
+
+        What is FAR behind after two turns is left out of the others.
+        """
+        left, turns, spent = list(range(len(runs))), np.full((0, len(runs)), np.nan), 0.0
+        for number in range(WARM + steps):
+            said = self.group.agree([int(self._timed(runs[i])[0] * 1e9) for i in left])
+            turn = np.full((1, len(runs)), np.nan)
+            turn[0, left] = np.max(said, axis=0) / 1e9  # the slowest rank's, so that all ranks go on alike
+            spent += float(np.nansum(turn))
+            if number < WARM:
+                continue
+            turns = np.concatenate([turns, turn])
+            if spent > TRIAL_SECONDS:
+                break
+            if len(turns) > 1:
+                typical = np.nanmedian(turns, axis=0)
+                left = [i for i in left if i == 0 or typical[i] <= FAR * typical[left].min()]
+            if left == [0]:
+                break
+        longer: list[float] = np.nanmedian(turns[:, 1:] - turns[:, :1], axis=0).tolist()
         return longer
 
     def _timed(self, run: Run) -> tuple[float, float, int]:

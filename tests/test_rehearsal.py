@@ -328,3 +328,26 @@ def test_links_that_cannot_be_kept_end_nothing(tmp_path: Path, monkeypatch) -> N
     with pytest.warns(RuntimeWarning, match="the measured links cannot be kept"):
         found = on_ranks(2, measure)
     assert found[0] == found[1] and found[0].within.bytes_per_second > 0
+
+
+def test_what_is_far_behind_is_tried_no_further_and_a_trial_ends_in_time() -> None:
+    rehearsal = object.__new__(Rehearsal)
+    rehearsal.group = Group()
+    calls: list[int] = []
+    seconds = [0.10, 0.11, 0.30, 0.08]
+
+    def timed(run: int) -> tuple[float, float, int]:
+        calls.append(run)
+        return seconds[run], 0.0, 0
+
+    rehearsal._timed = timed  # type: ignore[method-assign, assignment]
+    assert rehearsal._in_turns([0, 1, 2, 3], 9) == pytest.approx([0.01, 0.20, -0.02])  # type: ignore[list-item]
+    assert [calls.count(run) for run in range(4)] == [5, 3, 3, 5]  # two are beyond FAR of 0.08; then 2 s are over
+    calls.clear()
+    seconds[:] = [1.0, 1.1, 3.0, 0.9]
+    rehearsal._in_turns([0, 1, 2, 3], 9)  # type: ignore[list-item]
+    assert len(calls) == 8, "a warm-up and one turn"
+    calls.clear()
+    seconds[:] = [0.01, 0.5]
+    assert rehearsal._in_turns([0, 1], 9) == pytest.approx([0.49])  # type: ignore[list-item]
+    assert calls.count(0) == 3, "nothing is left to compare"
