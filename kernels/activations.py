@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -17,7 +18,8 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu2": lambda z: F.relu(z).square(),
     "none": lambda z: z,
 }
-PROBE = torch.linspace(-20.0, 20.0, 2 * 321, dtype=torch.float64)  # even, and wide enough to reach the usual limits (7, 10)
+WIDE = 20.0  # reaches the usual limits (7, 10)
+PROBE = torch.linspace(-WIDE, WIDE, 2 * 321, dtype=torch.float64)  # even
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def recognise(
 
     limits, alphas: constants that the model has for it.
     """
-    probe = _shuffled(PROBE)
+    widest = 2 * max((abs(limit) for limit in limits if math.isfinite(limit)), default=0.0)
+    probe = _shuffled(PROBE if widest <= WIDE else torch.cat([PROBE, PROBE * (widest / WIDE)]))
     try:
         found = apply(probe)
     except (RuntimeError, TypeError, ValueError):

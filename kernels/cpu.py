@@ -95,9 +95,17 @@ class Panels:
         return self.weights.shape
 
     def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
-        """In float32."""
+        """In float32, on the panel."""
+        out.copy_(x.float() @ self._widened(expert).T)
+
+    def _widened(self, expert: int) -> torch.Tensor:
+        """As `Weights.dequantised` has it, GROUP rows at a time: float32 `[N, K]`."""
+        _, rows, columns = self.shape
+        wide = panel(rows * columns, self.weights.data.device).view(rows, columns)
         one = self.weights.expert(expert)
-        out.copy_(x.float() @ one.dequantised(torch.float32)[0].T)
+        for first in range(0, rows, GROUP):
+            wide[first : first + GROUP] = one.rows(first, first + GROUP).dequantised(torch.float32)[0]
+        return wide
 
     def vectors(self, experts: list[int], x: torch.Tensor) -> torch.Tensor:
         """One at a time."""

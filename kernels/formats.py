@@ -60,6 +60,13 @@ class Weights:
         one = slice(number, number + 1)
         return Weights(self.data[one], self.format, None if self.scale is None else self.scale[one], self.columns)
 
+    def rows(self, first: int, last: int) -> Weights:
+        """Some outputs of all of them; first: a multiple of GROUP."""
+        scale = self.scale
+        if scale is not None:
+            scale = scale[:, first // GROUP : -(-last // GROUP)] if self.format == "fp8" else scale[:, first:last]
+        return Weights(self.data[:, first:last], self.format, scale, self.columns)
+
     def dequantised(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """The weights that are computed with, `[S, N, K]`."""
         if self.scale is None:

@@ -52,7 +52,7 @@ def within_budget(asked: Asked, options: argparse.Namespace, group: Group) -> As
         if asked.share.misses == "cpu":
             raise InputError("--misses: found cpu where all experts fit, expected --memory with it: nothing is missed here")
         return asked
-    from coterie.moe.memory import most_slots
+    from coterie.moe.memory import most_held, most_slots
 
     share, (sizes, work, taken) = asked.share, _needs(asked, options, group)
     slots = most_slots(sizes, share.plan, _candidates(asked)[0], work, budget, taken)
@@ -61,7 +61,7 @@ def within_budget(asked: Asked, options: argparse.Namespace, group: Group) -> As
 
         raise InputError(not_packed("--memory", share.quantise))
     if group.rank == 0:
-        whole = len(share.shape.layer_ids) * share.shape.num_experts
+        whole = most_held(share.plan)
         unused = "" if share.packed is None else f", {options.packed} is not used"
         what = (
             f"all experts fit{unused}" if slots is None else f"room for {slots} of {whole} experts at once, the others on disk"
@@ -75,14 +75,17 @@ def within_budget(asked: Asked, options: argparse.Namespace, group: Group) -> As
 
 def _read(share: Share, sizes: ModelSizes, slots: int) -> float:
     """Bytes a token, where a cache of `slots` finds the share of experts that it holds (docs/cards.md)."""
+    from coterie.moe.memory import most_held
+
     layers, experts = len(share.shape.layer_ids), share.shape.num_experts
-    return Weights(sizes.dense, max(sizes.expert), layers, experts, sizes.top_k).read(slots / (layers * experts))
+    return Weights(sizes.dense, max(sizes.expert), layers, experts, sizes.top_k).read(slots / most_held(share.plan))
 
 
 def _sizes(share: Share) -> ModelSizes:
     from coterie.moe.sizes import sizes_of
 
-    return sizes_of(share.shape, share.empty, share.dtype, share.rounding)
+    sizes = sizes_of(share.shape, share.empty, share.dtype, share.rounding, share.checkpoint)
+    return sizes if share.device.type == "cpu" else replace(sizes, process=0, widened=0)
 
 
 def _needs(asked: Asked, options: argparse.Namespace, group: Group) -> tuple[ModelSizes, Workload, int]:
@@ -95,7 +98,7 @@ def _needs(asked: Asked, options: argparse.Namespace, group: Group) -> tuple[Mod
         return sizes, work, max(group.gather(resident_bytes()))
     import torch
 
-    return replace(sizes, process=0), work, max(group.gather(torch.cuda.memory_reserved(share.device)))
+    return sizes, work, max(group.gather(torch.cuda.memory_reserved(share.device)))
 
 
 def _budget(asked: Asked, options: argparse.Namespace, group: Group) -> int | None:
@@ -172,12 +175,14 @@ def check_memory(asked: Asked, options: argparse.Namespace, group: Group) -> Che
             error.known(alone=False)  # all ranks know what all have
             raise
     too_large = {name for name, ranks in needed.items() if any(ranks[r].total > free for r, free in (found or {}).items())}
-    if share.slots is not None and group.size > 1 and first in too_large:
+    if share.slots is not None and first in too_large:
         rank, free = min((found or {}).items(), key=lambda item: item[1])
-        raise InputError(
-            f"--memory: found {options.memory} for each process, but {free / 1e9:.2f} GB are free for rank {rank}, "
-            "as many share its machine; give at most that, or start fewer"
-        ).known(alone=False)
+        told = f"--memory: found {options.memory} for each process, but {free / 1e9:.2f} GB are free"
+        if group.size == 1:
+            raise InputError(f"{told}; give at most that")
+        raise InputError(f"{told} for rank {rank}, as many share its machine; give at most that, or start fewer").known(
+            alone=False
+        )
     return Checked(_json(needed, asked, here, found), frozenset(too_large))
 
 

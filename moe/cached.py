@@ -144,14 +144,21 @@ def _record(
         pieces = found.get((layer, expert, parameter), {})
         row = tuple(state[f"{module}.{parameter}"].shape[1:])
         dtypes = {place.dtype for place, _ in pieces.values()}
-        held = sum(piece.length for _, piece in pieces.values())
-        if len(dtypes) != 1 or held != torch.Size(row).numel() * next(iter(dtypes)).itemsize:
+        shapes = [_shape_of(place, piece) for place, piece in pieces.values()]
+        joined = [(sum(s[0] for s in shapes), *rest) for rest in {s[1:] for s in shapes}]
+        if len(dtypes) != 1 or joined != [row]:
+            found_here = " and ".join(str(list(s)) for s in shapes) or "nothing"
             raise InputError(
-                f"{shape.folder}: expert {expert} of {module}.{parameter}: found {held} bytes, expected shape {list(row)}; "
-                f"fetch the checkpoint again"
+                f"{shape.folder}: expert {expert} of {module}.{parameter}: found {found_here}, expected shape {list(row)} in "
+                f"one dtype; does config.json fit the weights?"
             )
         made[parameter] = Part(next(iter(dtypes)), row, tuple(pieces[i][1] for i in sorted(pieces)))
     return made
+
+
+def _shape_of(place: TensorPlace, piece: Piece) -> tuple[int, ...]:
+    """Of one expert's part: a tensor, or a row of a stack."""
+    return place.shape if piece.length == place.length else place.shape[1:]
 
 
 def attach_cache(model: nn.Module, cache: ExpertCache, local: Sequence[tuple[int, ...]]) -> None:

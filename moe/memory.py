@@ -45,7 +45,9 @@ class ModelSizes:
     """Of a model in a dtype of `value` bytes. dense: all but experts, bytes; expert: one of each layer with experts, bytes.
 
     eager_heads: attention heads whose scores are held, 0 where attention is fused. process: what running takes at any size.
-    rounding: what rounding an expert takes beside it, while they are loaded; 0 where experts stay as stored.
+    rounding: what rounding an expert takes beside it, while they are loaded; 0 where experts stay as stored. casting: what is
+    held as stored while the dense part is loaded and cast. widened: of one product, to float32 on a CPU (kernels/cpu.py).
+    Where a budget is a GPU's, what the host takes is 0: process, widened.
     """
 
     value: int
@@ -58,6 +60,8 @@ class ModelSizes:
     eager_heads: int
     process: int = 0
     rounding: int = 0
+    casting: int = 0
+    widened: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,11 @@ def estimate(
         states, buffers = state_bytes(sizes, strategy, work, plan.ranks), buffer_bytes(sizes, strategy, work, plan.ranks)
         layers, experts = len(plan.layer_ids), plan.num_experts
         kept = READING_BYTES + layers * experts * RECORD_BYTES + remembered_bytes(layers, experts, sizes.top_k)
-        one = RankMemory(sizes.dense, slots * max(sizes.expert), states, buffers + kept + sizes.process)
-        return [one] * plan.ranks
+        if not sizes.process:  # then it is the host's, and the budget a GPU's
+            kept = 0
+        held = slots * max(sizes.expert)
+        loading = sizes.casting - held - states  # which come afterwards
+        return [RankMemory(sizes.dense, held, states, max(buffers + kept, loading) + sizes.process)] * plan.ranks
     held = plan.holds().sum(1)  # [layers, ranks]
     experts = np.array(sizes.expert, dtype=np.int64) @ held.astype(np.int64)
     states, buffers = state_bytes(sizes, strategy, work, plan.ranks), buffer_bytes(sizes, strategy, work, plan.ranks)
@@ -126,7 +133,7 @@ def estimate(
     if sizes.rounding:  # which happens one by one
         stacking = np.full_like(stacking, sizes.rounding)
     return [
-        RankMemory(sizes.dense, int(here), states, max(buffers, int(reading) - states) + sizes.process)
+        RankMemory(sizes.dense, int(here), states, max(buffers, max(int(reading), sizes.casting) - states) + sizes.process)
         for here, reading in zip(experts, stacking, strict=True)
     ]
 
@@ -144,7 +151,12 @@ def most_slots(sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Work
             f"--memory: found {told(budget)}, expected {told(least)} or more: {told(taken)} that the process has taken, "
             f"{told(sizes.dense)} for all but the experts, room for {sizes.top_k} experts, cache and buffers"
         )
-    return sizes.top_k + (budget - least) // max(sizes.expert)
+    return int(min(sizes.top_k + (budget - least) // max(sizes.expert), most_held(plan)))
+
+
+def most_held(plan: PlacementPlan) -> int:
+    """Experts of the rank that has most, all layers together."""
+    return int(plan.holds().sum((0, 1)).max())
 
 
 def state_bytes(sizes: ModelSizes, strategy: str, work: Workload, ranks: int) -> int:
@@ -165,7 +177,7 @@ def buffer_bytes(sizes: ModelSizes, strategy: str, work: Workload, ranks: int) -
     experts = here * sizes.hidden * (sizes.top_k * FLOAT32 + 3 * sizes.value)
     growing = 2 * work.rows * max((state.bytes(work.tokens) for state in sizes.states), default=0)
     logits = work.rows * sizes.vocabulary * (sizes.value + 2 * FLOAT32)
-    return max(hidden + max(scores, experts), growing) + logits
+    return max(hidden + max(scores, experts), growing) + logits + sizes.widened
 
 
 def _expert_rows(strategy: str, tokens: int, top_k: int, ranks: int) -> int:

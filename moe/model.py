@@ -26,6 +26,7 @@ from coterie.moe.one_row import speed_up_one_row
 from coterie.moe.placement_map import layer_maps
 from coterie.moe.prepare import Share, check_slots, prepare
 from coterie.moe.replanning import AutoReplan, Boundary, TakeOver
+from coterie.moe.rotary import tell_apart
 from coterie.moe.schedule import in_order
 from coterie.moe.text import Output, Prompt, Text
 from coterie.offload.cache import ExpertCache
@@ -130,7 +131,7 @@ class Model:
         """
         layers = [getattr(module, "coterie_cache", None) for _, module in expert_modules(self.transformers).values()]
         routers = [layer.router for layer in layers if layer is not None and layer.router is not None]
-        if len(routers) < len(layers):
+        if not all(self.group.gather(len(routers) == len(layers))):
             return list(requests)
         made: Sequence[int] = []
         if self.group.rank == 0:
@@ -272,7 +273,8 @@ class Model:
 def load(
     model: str | Path, plan: PlacementPlan | None = None, dtype: str = "auto", strategy: str | None = None,
     device: str | torch.device | None = None, group: Group | None = None, batch_invariant: bool = False,
-    quantise: str | None = None, slots: int | None = None, packed: str | Path | None = None,
+    quantise: str | None = None, slots: int | None = None, packed: str | Path | None = None, host_bytes: int | None = None,
+    misses: str = "fetch",
 ) -> Model:  # fmt: skip
     """Load this rank's share of MODEL: a folder, a hub id, or `coterie-tiny`.
 
@@ -282,10 +284,13 @@ def load(
     quantise: `int8`, `int4` or `fp8` rounds the experts (kernels/formats.py); text is then no longer the checkpoint's own.
     slots: how many experts to hold in memory at once, the others being read from disk when needed; by default all.
     packed: the folder that `coterie pack` made of MODEL; experts on disk are read from it.
+    host_bytes, misses: with slots on a GPU, how much pinned memory is for experts that were read (by default for all of this
+    rank's), and what is done about what the GPU lacks: `fetch`, `cpu`, `auto` (offload/tiers.py).
     Raises InputError for a model, checkpoint or plan that is wrong or does not fit.
     """
     group = group or Group.current()
-    share = replace(prepare(model, plan, dtype, group.size, group.nodes, device, quantise, packed), slots=slots)
+    share = prepare(model, plan, dtype, group.size, group.nodes, device, quantise, packed)
+    share = replace(share, slots=slots, host_bytes=host_bytes, misses=misses)
     check_slots(share)
     asked = asked_strategy(share, strategy, group)
     return assembled(share, share.read(group.rank), asked, group, batch_invariant=batch_invariant)
@@ -306,6 +311,7 @@ def assembled(
     group.ranks_per_node = share.plan.topology.ranks_per_node  # the plan says what its nodes are
     read.requires_grad_(False)  # our kernels have no gradients
     made = Model(share.shape, read, share.checkpoint, share.plan, group, strategy, text)
+    tell_apart(read)
     if batch_invariant:
         make_invariant(read)
         made.context.least_rows = BLOCK_ROWS

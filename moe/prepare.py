@@ -126,7 +126,14 @@ class Share:
     ) -> HostTier:
         """whole: this rank's experts, all layers together."""
         one = sum(torch.Size(shape).numel() * dtypes.get(name, self.dtype).itemsize for name, shape in shapes.items())
-        slots = max(whole if self.host_bytes is None else min(whole, self.host_bytes // one), min(whole, LEAST))
+        slots, least = whole if self.host_bytes is None else min(whole, self.host_bytes // one), min(whole, LEAST)
+        if slots < least:
+            found = f"found {self.host_bytes}, expected {least * one} or more: room for {least} experts"
+            raise InputError(f"--host-memory (host_bytes): {found}")
+        if self.misses == "cpu" and slots <= LEAST < whole:
+            found = f"found cpu with room for {slots} experts on the host, expected more than {LEAST}: give more --host-memory"
+            raise InputError(f"--misses: {found}")
+        slots = max(slots, 1)  # a rank may have no expert at all
         return HostTier(store, slots, shapes, self.dtype, self.device.type == "cuda", dtypes)
 
 

@@ -11,16 +11,20 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from coterie.kernels.cpu import multiplies_bfloat16
 from coterie.moe.batch import keeps_only_attention
 from coterie.moe.families import ModelShape
+from coterie.moe.load import select
 from coterie.moe.memory import LayerState, ModelSizes
 from coterie.moe.quantise import ROUNDING_BYTES, stacked_record
+from coterie.offload.checkpoint import Checkpoint
 from coterie.offload.copies import Rounding
 from coterie.routing.errors import CoterieError, first_line
 from coterie.routing.record import expert_modules
 
 NO_EXPERTS = "coterie_none"
 PROCESS_BYTES = 40_000_000  # what coterie-tiny takes beyond its tensors: libraries that are loaded when first used
+LOADERS = 4  # threads of transformers' loader
 PROBES = (2, 4)  # tokens; what a layer keeps of them tells what it keeps of any number
 
 
@@ -31,8 +35,13 @@ def _no_experts(module: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weig
 ALL_EXPERTS_FUNCTIONS.register(NO_EXPERTS, _no_experts)
 
 
-def sizes_of(shape: ModelShape, empty: Any, dtype: torch.dtype, rounding: Rounding | None = None) -> ModelSizes:
-    """Sizes of the model in `dtype`. empty: its skeleton, which tells what attention it will run with; rounding: of experts."""
+def sizes_of(
+    shape: ModelShape, empty: Any, dtype: torch.dtype, rounding: Rounding | None = None, checkpoint: Checkpoint | None = None
+) -> ModelSizes:
+    """Sizes of the model in `dtype` on a CPU.
+
+    empty: its skeleton, which tells what attention it will run with; rounding: of experts; checkpoint: what it is read from.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(shape.config), dtype=dtype, attn_implementation="eager", experts_implementation=NO_EXPERTS
@@ -52,7 +61,24 @@ def sizes_of(shape: ModelShape, empty: Any, dtype: torch.dtype, rounding: Roundi
         eager_heads=text.num_attention_heads if eager else 0,
         process=PROCESS_BYTES,
         rounding=working,
+        casting=0 if checkpoint is None else casting_bytes(shape, empty, checkpoint, dtype),
+        widened=widened_bytes(model, dtype, rounding),
     )
+
+
+def casting_bytes(shape: ModelShape, empty: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """What is held as stored while the dense part is cast: as many of its largest tensors as transformers reads at once."""
+    stored = select(shape, empty, checkpoint, dict.fromkeys(shape.layer_ids, ())).values()
+    return sum(sorted(one.length for one in stored if one.place.dtype != dtype)[-LOADERS:])
+
+
+def widened_bytes(model: nn.Module, dtype: torch.dtype, rounding: Rounding | None) -> int:
+    """The float32 panel that products are widened into, or what many rows widen int8 to; of the largest product."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    if rounding is None and (not half or multiplies_bfloat16()):
+        return 0
+    largest = max(torch.Size(p.shape).numel() for _, m in expert_modules(model).values() for p in stacked_record(m).values())
+    return largest * (dtype.itemsize if rounding is not None and rounding.format == "int8" else torch.float32.itemsize)
 
 
 def weight_bytes(model: nn.Module, num_experts: int) -> tuple[int, tuple[int, ...]]:

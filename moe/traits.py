@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from coterie.moe.families import ModelShape
 from coterie.placement.plan import PlacementPlan
@@ -44,6 +45,15 @@ def _misses(experts: int, held: int, top_k: int) -> float:
     return float(math.comb(experts - held, top_k) / math.comb(experts, top_k))
 
 
+def _kept_of_a_token(text: Any) -> int:
+    """Values of its keys in one layer; where layers differ in their heads, as many as a head for every query would take."""
+    try:
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        return int(heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads))
+    except Exception:  # transformers' own kind, where a model has no one number
+        return int(text.hidden_size)
+
+
 def traits_of(shape: ModelShape, plan: PlacementPlan, value_bytes: int, seconds_per_weight: float = 0.0) -> Traits:
     """From the model's configuration and the plan: its planned value where that says it, else evenly drawn experts."""
     text = shape.config.get_text_config()
@@ -57,8 +67,6 @@ def traits_of(shape: ModelShape, plan: PlacementPlan, value_bytes: int, seconds_
         ranks = plan.objective.value
     if plan.objective.name in ("coherent", "hops") and plan.objective.value is not None:
         moves = plan.objective.value * (1.0 if plan.objective.name == "coherent" or shape.top_k == 1 else 2 * shape.top_k)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     hidden = text.hidden_size * value_bytes
     return Traits(
         hidden + 8 * shape.top_k,
@@ -67,7 +75,7 @@ def traits_of(shape: ModelShape, plan: PlacementPlan, value_bytes: int, seconds_
         nodes,
         moves,
         shape.top_k,
-        2 * heads * head * value_bytes,
+        2 * _kept_of_a_token(text) * value_bytes,
         dense_weights * seconds_per_weight,
         3 * text.hidden_size * inner * shape.top_k * seconds_per_weight,
     )

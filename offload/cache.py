@@ -182,7 +182,7 @@ class ExpertCache:
             return
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
         absent = [place for place, one in enumerate(at.tolist()) if self.slot_of[one] < 0][len(self.free) :]
-        chosen = [place for place in absent if self.misses.on_host(rows[place])][: self.source.slots - LEAST]
+        chosen = [place for place in absent if self.misses.on_host(rows[place])][: max(0, self.source.slots - LEAST)]
         with self.source.held(layer, [experts[place] for place in chosen]) as slots:
             yield dict(zip(chosen, slots, strict=True))
         self.statistics.on_host += len(chosen)
@@ -310,7 +310,8 @@ class ExpertCache:
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, shift: int) -> torch.Tensor:
     if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=dtype, device=device)
     return aligned_empty(shape, dtype, shift)
 
 

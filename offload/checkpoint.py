@@ -228,6 +228,8 @@ def read_header(file: Path) -> dict[str, TensorPlace]:
 
 
 def _place(file: Path, name: str, entry: Any, start: int, size: int) -> TensorPlace:
+    if isinstance(entry, dict) and isinstance(entry.get("dtype"), str) and entry["dtype"] not in DTYPES:
+        raise InputError(f"{file}: tensor {name!r}: dtype: found {entry['dtype']}, expected one of {', '.join(DTYPES)}")
     try:
         dtype, shape, (first, last) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
         whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))

@@ -17,7 +17,7 @@ from types import MappingProxyType
 import torch
 
 from coterie.offload.store import AHEAD_READERS, READERS, ExpertStore
-from coterie.offload.transfer import Record, aligned_empty
+from coterie.offload.transfer import Record, aligned_empty, usual_shift
 from coterie.routing.errors import CoterieError
 
 LEAST = READERS + AHEAD_READERS + 1  # experts: one for each reader, and one that can give way
@@ -50,7 +50,10 @@ class HostTier:
         dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         self.store, self.slots = store, slots
-        self.pools = {name: aligned_empty((slots, *shape), dtypes.get(name, dtype)) for name, shape in shapes.items()}
+        self.pools = {
+            name: aligned_empty((slots, *shape), dtypes.get(name, dtype), usual_shift(store.records, name))
+            for name, shape in shapes.items()
+        }
         self._unpin: weakref.finalize[..., HostTier] | None = None
         if pinned:
             self._pin()

@@ -262,4 +262,5 @@ def aligned_empty(shape: tuple[int, ...], dtype: torch.dtype, shift: int = 0) ->
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
         if hasattr(mmap, advice):  # not on macOS
             pages.madvise(getattr(mmap, advice))
-    return torch.frombuffer(pages, dtype=torch.uint8, count=count, offset=shift).view(dtype).view(shape)
+    with torch.inference_mode(False):  # what is made in that mode could not be written to outside of it
+        return torch.frombuffer(pages, dtype=torch.uint8, count=count, offset=shift).view(dtype).view(shape)

@@ -19,6 +19,7 @@ import thread_ranks
 import torch
 from conftest import ROOT
 from lines import Child
+from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, make_model
 
 import coterie
@@ -203,6 +204,27 @@ def test_reads_that_cannot_begin_cost_no_slot_and_never_hang() -> None:
         assert sorted(place for group in cache.arrivals(1, [4, 5]) for place, _ in group) == [0, 1]
         cache.announce(0, [2, 3])
         assert sorted(place for group in cache.arrivals(0, [2, 3]) for place, _ in group) == [0, 1]
+
+
+def test_experts_of_another_shape_are_refused_whatever_their_size(tmp_path: Path) -> None:
+    folder = make_model("qwen3_moe", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "experts" in name and name.endswith("down_proj.weight"):
+            tensors[name] = tensor.T.contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"expert 0 of .*down_proj: found \[\d+, \d+\], expected shape .*does config\.json fit"
+    ):
+        coterie.load(folder, slots=6)
+
+
+def test_a_cached_model_loaded_in_inference_mode_runs_outside_of_it(tmp_path: Path) -> None:
+    folder = make_model("qwen3_moe", tmp_path)
+    right = logits(coterie.load(folder, dtype="bfloat16"), 1)
+    with torch.inference_mode():
+        made = coterie.load(folder, dtype="bfloat16", slots=4)
+    assert all(torch.equal(a, b) for a, b in zip(logits(made, 1), right, strict=True))
 
 
 def test_one_thread_at_a_time_computes_with_experts_on_disk(tmp_path: Path) -> None:

@@ -86,6 +86,17 @@ def test_products_on_a_cpu(format: str, shape: tuple[int, int], kind: type, dtyp
     assert torch.equal(found, out)
 
 
+@pytest.mark.parametrize("format", list(LARGEST))
+@pytest.mark.parametrize("shape", [(300, 200), (40, 128), (128, 130)])
+def test_a_panel_holds_the_weights_that_are_dequantised(monkeypatch, format: str, shape: tuple[int, int]) -> None:
+    monkeypatch.setattr(cpu._scratch, "panels", {})
+    torch.manual_seed(0)
+    weights = quantise(torch.randn(2, *shape), format)
+    for expert in range(2):
+        assert torch.equal(cpu.Panels(weights)._widened(expert), weights.dequantised(torch.float32)[expert])
+    assert sum(p.numel() for p in cpu._scratch.panels.values()) == shape[0] * shape[1]
+
+
 @pytest.mark.parametrize("instructions", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_bfloat16_without_instructions_for_it_is_widened_into_one_panel(monkeypatch, instructions, transposed) -> None:

@@ -6,6 +6,7 @@ import json
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import make_model
@@ -33,6 +34,38 @@ def test_a_batch_gives_what_each_prompt_gives_alone(model: coterie.Model) -> Non
     together, _ = model.generate(PROMPTS, 12)
     for batch_size in (1, 2):
         assert model.generate(PROMPTS, 12, batch_size=batch_size)[0] == together
+
+
+HALF = 4  # frequencies of a head of the tiny models
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * HALF, "long_factor": [8.0, 4.0, 2.0, 1.5],
+    "short_mscale": 1.0, "long_mscale": 1.3, "original_max_position_embeddings": 16,
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "rope"),
+    [("phimoe", LONGROPE), ("qwen3_moe", LONGROPE), ("qwen3_moe", DYNAMIC)],
+    ids=["phimoe", "longrope", "dynamic"],
+)
+def test_frequencies_that_follow_the_length_follow_each_prompts_own(name: str, rope: dict[str, object], tmp_path: Path) -> None:
+    """Those of transformers go by the longest sequence of a batch, whoever is beside it."""
+    folder = make_model(name, tmp_path, rope_parameters=rope, max_position_embeddings=24, head_dim=2 * HALF)
+    model, plain = coterie.load(folder), AutoModelForCausalLM.from_pretrained(folder)
+    rng = np.random.default_rng(0)
+    prompts = [coterie.Prompt(token_ids=tuple(rng.integers(0, 97, n).tolist())) for n in (6, 40, 12, 30, 15)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # beyond the model's positions
+        together, _ = model.generate(prompts, 8)
+    for prompt, output in zip(prompts, together, strict=True):
+        ids, past, right = torch.tensor([prompt.token_ids]), None, []
+        for _ in range(8):
+            with torch.no_grad():
+                out = plain(ids, past_key_values=past, use_cache=True)
+            past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            right.append(int(ids))
+        assert output.token_ids == tuple(right), len(prompt.token_ids)
 
 
 def test_an_end_token_stops_a_sequence_and_no_other(folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, make_model
+from transformers import AutoModelForCausalLM
 
 import coterie
 from coterie.launch.available import system_bytes
@@ -22,7 +23,19 @@ from coterie.launch.cli import main
 from coterie.moe.batch import Batch, Request
 from coterie.moe.choose import STRATEGIES
 from coterie.moe.generate import Sampling
-from coterie.moe.memory import SLACK, LayerState, ModelSizes, RankMemory, Room, Workload, check_fits, estimate, workload
+from coterie.moe.memory import (
+    SLACK,
+    LayerState,
+    ModelSizes,
+    RankMemory,
+    Room,
+    Workload,
+    check_fits,
+    estimate,
+    most_held,
+    most_slots,
+    workload,
+)
 from coterie.moe.prepare import prepare
 from coterie.moe.sizes import _kept, sizes_of, weight_bytes
 from coterie.placement.plan import PlacementPlan, save_plan, slots_from_assignment
@@ -162,6 +175,34 @@ def test_a_model_that_does_not_fit_leaves_experts_on_disk(tmp_path: Path, capsys
     found = json.loads(captured.out)
     assert found["outputs"] == whole["outputs"] and 0 <= found["stats"]["hit_rate"] < 1
     assert "what is free, for each process" in captured.err and "experts at once, the others on disk" in captured.err
+
+
+def test_memory_that_is_not_there_is_refused_on_one_process_too(tmp_path: Path, capsys, monkeypatch) -> None:
+    folder = make_model("qwen3_moe", tmp_path, hidden_size=256, moe_intermediate_size=2048, head_dim=64)
+    monkeypatch.setattr("coterie.launch.memory.free_bytes", lambda device: 10_000_000)
+    monkeypatch.setattr("coterie.launch.memory.resident_bytes", lambda: 0)
+    (tmp_path / "p").write_text('{"token_ids": [1, 2, 3]}\n')
+    assert main(["generate", str(folder), "--prompts", str(tmp_path / "p"), "--memory", "190MB"]) == 2
+    assert "--memory: found 190MB for each process, but 0.01 GB are free; give at most that" in capsys.readouterr().err
+
+
+def test_no_more_slots_are_told_than_there_are_experts() -> None:
+    """Where reading whole layers into memory takes more than reading them into slots does."""
+    sizes, plan = replace(SIZES, expert=(10**8, 10**8), process=1), plan_of([[0] * 4, [0] * 4], 1)
+    assert most_held(plan) == 8
+    assert most_slots(sizes, plan, "local", WORK, 1_500_000_000, 0) == 8
+    assert most_slots(sizes, plan, "local", WORK, 1_700_000_000, 0) is None
+
+
+def test_what_is_held_while_it_is_cast_is_told(tmp_path: Path) -> None:
+    folder = make_model("qwen3_moe", tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    cast = prepare(tmp_path / "half", None, "float32", 1)
+    same = prepare(tmp_path / "half", None, "bfloat16", 1)
+    largest = sorted(p.numel() * 2 for n, p in model.named_parameters() if "experts" not in n)[-4:]
+    assert sizes_of(cast.shape, cast.empty, cast.dtype, None, cast.checkpoint).casting == sum(largest)
+    assert sizes_of(same.shape, same.empty, same.dtype, None, same.checkpoint).casting == 0
 
 
 def test_free_memory_is_the_least_of_the_system_and_the_control_groups(tmp_path: Path) -> None:

@@ -96,6 +96,13 @@ def test_a_loaded_model_runs_in_every_autograd_mode(
     assert bool(cpu._scratch.panels) == (quantise is None)
 
 
+def test_gradients_through_a_loaded_model_are_refused_and_not_dropped(tmp_path: Path) -> None:
+    model = coterie.load(make_model("qwen3_moe", tmp_path)).transformers
+    wished = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    with pytest.raises(InputError, match=r"hidden_states: found some that want gradients.*torch\.no_grad\(\)"):
+        model(inputs_embeds=wished)
+
+
 def test_text_from_rounded_experts(tmp_path: Path) -> None:
     model = coterie.load("coterie-tiny", quantise="int8")
     outputs, _ = model.generate(["def fibonacci(n):"], max_new_tokens=8)
