@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from itertools import accumulate, islice
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from coterie.routing.errors import CoterieError
 
 TOKEN_BYTES = 16
 RANK_BYTES = 4
+GREETING_SECONDS = 2.0  # for one that has called to say who it is
 SIZE_BYTES = 8
 STAGE_BYTES = 1 << 15  # larger blocks come in where they belong
 MOST_PARTS = 16  # that one call sends
@@ -124,14 +126,21 @@ class Mesh:
         if rank == 0:
             store.set("coterie/token", secrets.token_hex(TOKEN_BYTES))
         with socket.create_server((address, 0), backlog=size) as server:
-            server.settimeout(timeout)
             store.set(f"coterie/address/{rank}", f"{address} {server.getsockname()[1]}")
             token = bytes.fromhex(store.get("coterie/token").decode())
-            peers = {p: _call(store, p, rank, token, timeout) for p in range(rank)}
+            peers: dict[int, socket.socket] = {}
             try:
+                for peer in range(rank):
+                    peers[peer] = _call(store, peer, rank, token, timeout)
+                deadline = time.monotonic() + timeout
                 while len(peers) < size - 1:
+                    server.settimeout(max(0.001, deadline - time.monotonic()))
                     peers.update(_answer(server, token, timeout))
-            except TimeoutError as error:
+            except BaseException as error:
+                for connection in peers.values():
+                    connection.close()
+                if not isinstance(error, TimeoutError):
+                    raise
                 missing = [p for p in range(size) if p != rank and p not in peers]
                 raise CoterieError(f"rank {_listed(missing)} did not connect within {timeout:g} s") from error
         for connection in peers.values():
@@ -186,19 +195,20 @@ def _call(store: Store, peer: int, rank: int, token: bytes, timeout: float) -> s
     host, port = store.get(f"coterie/address/{peer}").decode().split()
     try:
         connection = socket.create_connection((host, int(port)), timeout=timeout)
+        connection.sendall(token + rank.to_bytes(RANK_BYTES, "little"))
     except OSError as error:
         raise CoterieError(f"rank {peer} cannot be reached at {host}:{port}: {error}") from error
-    connection.sendall(token + rank.to_bytes(RANK_BYTES, "little"))
     return connection
 
 
 def _answer(server: socket.socket, token: bytes, timeout: float) -> dict[int, socket.socket]:
-    """The next caller, if it is one of ours."""
+    """The next caller, if it is one of ours: those greet as soon as they have called."""
     connection, _ = server.accept()
-    connection.settimeout(timeout)
+    connection.settimeout(min(timeout, GREETING_SECONDS))
     said = b""
-    while len(said) < TOKEN_BYTES + RANK_BYTES and (part := connection.recv(TOKEN_BYTES + RANK_BYTES - len(said))):
-        said += part
+    with suppress(OSError):  # others may say nothing, or hang up
+        while len(said) < TOKEN_BYTES + RANK_BYTES and (part := connection.recv(TOKEN_BYTES + RANK_BYTES - len(said))):
+            said += part
     if not secrets.compare_digest(said[:TOKEN_BYTES], token) or len(said) < TOKEN_BYTES + RANK_BYTES:
         connection.close()
         return {}

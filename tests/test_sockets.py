@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,14 +101,20 @@ def test_a_rank_that_ends_or_is_silent_or_never_comes_is_named() -> None:
     assert str(on_sockets(3, silent, timeout=1, absent=(2,))[0]) == "rank 2 did not connect within 1 s"
 
 
-def test_strangers_are_turned_away() -> None:
-    store = HashStore()
+@pytest.mark.parametrize("kind", ["talks", "is silent", "hangs up"])
+def test_strangers_are_turned_away(kind: str) -> None:
+    store, kept = HashStore(), []
 
     def stranger() -> None:
         host, port = store.get("coterie/address/0").decode().split()
-        with socket.create_connection((host, int(port))) as connection:
+        connection = socket.create_connection((host, int(port)))
+        kept.append(connection)
+        if kind == "talks":
             connection.sendall(b"x" * 20)
             assert connection.recv(1) == b""
+        if kind == "hangs up":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # by a reset
+            connection.close()
 
     def rank(number: int, out: list[Any]) -> None:
         if number == 1:
@@ -121,6 +128,8 @@ def test_strangers_are_turned_away() -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    for connection in kept:
+        connection.close()
     assert out == [[[0], [1]]] * 2
 
 
