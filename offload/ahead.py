@@ -3,8 +3,8 @@
 Three guessers are followed: the next layer's own router, applied to the present layer's input (Eliseev and Mazur 2023), the
 path through the experts so far (`predictors.Path`), and, where it is told what is read, the token with those before it
 (`whole_path.WholePath`), which alone knows something before the first layer. Each guess is compared with what the layer then
-asks for, whether it was carried out or not. The best one decides; where even that is wrong more often than right, nothing is
-read ahead: a wrong guess takes as long to read as a right one saves.
+asks for, whether it was carried out or not. The best one decides, and says of each expert how likely it is: on a disk that is
+busy a wrong guess takes as long to read as a right one saves, on one that is idle next to nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from coterie.offload.predictors import Path, Predictor, likeliest
+from coterie.offload.predictors import Path, Predictor, Scores, likeliest
 from coterie.offload.whole_path import WholePath
 
-WORTH = 0.5  # share of right guesses from which on reading ahead pays
+WORTH = 0.5  # the chance from which on reading ahead pays, unless more is known of the disk
 MEMORY = 256  # guesses that count
 
 
@@ -41,19 +41,26 @@ class Guesser:
         self.made, self.here = None, layer
         self.path.observe(layer, np.asarray(experts, dtype=np.int64))
 
-    def guess(self, layer: int, router: Sequence[int], count: int, ahead: int = 1) -> Sequence[int]:
-        """The experts of `layer`, `ahead` layers on, worth reading now, likeliest first.
+    def guess(self, layer: int, router: Sequence[int], count: int, ahead: int = 1, worth: float = WORTH) -> Sequence[int]:
+        """The experts of `layer`, `ahead` layers on, whose chance is `worth` or more, likeliest first.
 
         router: that layer's own choice, if it was asked; count: how many the path is asked for.
         """
         guesses: dict[str, Sequence[int]] = {}
+        scores: dict[str, Scores] = {}
         if self.here is not None and (self.here + ahead) % self.layers == layer:  # not after a token that was not finished
-            guesses["path"] = likeliest(self.path.scores(ahead), count).tolist()
+            scores["path"] = self.path.scores(ahead)
         if self.token.foretold is not None:
-            guesses["token"] = likeliest(self.token.scores(ahead), count).tolist()
+            scores["token"] = self.token.scores(ahead)
+        for name, each in scores.items():
+            guesses[name] = likeliest(each, count).tolist()
         if router:
             guesses["router"] = router
         if ahead == 1:
             self.made = layer, guesses
         best = max(guesses, key=self.right.__getitem__, default=None)
-        return guesses[best] if best is not None and self.right[best] >= WORTH else ()
+        if best is None:
+            return ()
+        if best == "router":  # it does not say of which of its guesses it is sure
+            return router if self.right[best] >= worth else ()
+        return [one for one in guesses[best] if scores[best][one] >= worth]

@@ -27,6 +27,8 @@ DEFAULT = "coterie"
 DEPTH = 3  # layers ahead that experts are read for
 AHEAD_SHARE = 0.25  # of the slots, that may wait for later layers
 MOST_COMING = 12  # experts, from which on nothing more is read ahead
+LEAST_WORTH, MOST_WORTH = 0.25, 0.9  # of an expert's chance to be asked for, where the disk is idle and where it is busy
+BUSY_LAYERS = 64  # that tell which
 PATH_BYTES = 2 * 512  # by expert and layer: a byte for each of 512 tokens, twice (predictors.Path)
 
 
@@ -86,6 +88,7 @@ class ExpertCache:
         self.statistics = CacheStatistics()
         self.samples: list[Sample] | None = None  # a step each, where a timeline is recorded
         self.coming: dict[int, Future[None]] = {}  # experts that have a slot and are still being read
+        self.busy = 0.5  # the share of layers that began before what was read ahead had come, of late
         self.early = np.zeros(layers * experts, dtype=bool)  # read ahead, and not asked for since
         self.reserved: dict[int, set[int]] = {}  # by layer, what was read for its next turn
         self.expected: tuple[int, Sequence[int], bool] | None = None
@@ -124,6 +127,7 @@ class ExpertCache:
             self.samples.append(now)
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
         missing = at[self.slot_of[at] < 0].tolist()
+        self.busy += (any(not future.done() for future in self.coming.values()) - self.busy) / BUSY_LAYERS
         unread = len(missing) + int(self.early[at].sum())
         self.early[at] = False
         self.reserved = {ahead: held for ahead, held in self.reserved.items() if layer < ahead <= layer + DEPTH}
@@ -212,7 +216,8 @@ class ExpertCache:
             if layer + ahead - 1 == len(self.source.records) or len(self.coming) >= MOST_COMING:
                 break
             began = time.perf_counter()
-            guess = self.guesser.guess(layer + ahead - 1, router if ahead == 1 else (), count, ahead)
+            worth = min(max(self.busy, LEAST_WORTH), MOST_WORTH)
+            guess = self.guesser.guess(layer + ahead - 1, router if ahead == 1 else (), count, ahead, worth)
             self.statistics.policy_seconds += time.perf_counter() - began
             self._prefetch(layer + ahead - 1, guess, held)
 
