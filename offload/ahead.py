@@ -12,12 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coterie.offload.predictors import Path, Predictor, Scores, likeliest
 from coterie.offload.whole_path import WholePath
 
+Guess = tuple[int, int, bool]  # an expert, its grade, whether it was not there
+
 WORTH = 0.5  # the chance from which on reading ahead pays, unless more is known of the disk
 MEMORY = 256  # guesses that count
+GRADES, GRADE_MEMORY = 8, 64  # of a guess, by its score or, where it has none, its place; and how many of each count
 
 
 class Guesser:
@@ -28,39 +32,52 @@ class Guesser:
         self.path: Predictor = Path(layers, experts) if path is None else path
         self.token = WholePath(layers, experts)  # told by the cache: `read`, `observe_each`
         self.right = {"router": 0.75, "path": 0.5, "token": 0.5}  # share of guesses, as known beforehand
-        self.made: tuple[int, dict[str, Sequence[int]]] | None = None
+        self.chance = {name: [share] * GRADES for name, share in self.right.items()}  # of experts that were not there, by grade
+        self.made: tuple[int, dict[str, list[Guess]]] | None = None
         self.here: int | None = None  # the layer observed last
 
     def observe(self, layer: int, experts: Sequence[int]) -> None:
         """A step's experts, each once: the last guess is judged by them."""
         if self.made is not None and self.made[0] == layer:
             asked = set(experts)
-            for name, guess in self.made[1].items():
-                for one in guess:
+            for name, guesses in self.made[1].items():
+                chance = self.chance[name]
+                for one, grade, absent in guesses:
                     self.right[name] += ((one in asked) - self.right[name]) / MEMORY
+                    if absent:
+                        chance[grade] += ((one in asked) - chance[grade]) / GRADE_MEMORY
         self.made, self.here = None, layer
         self.path.observe(layer, np.asarray(experts, dtype=np.int64))
 
-    def guess(self, layer: int, router: Sequence[int], count: int, ahead: int = 1, worth: float = WORTH) -> Sequence[int]:
-        """The experts of `layer`, `ahead` layers on, whose chance is `worth` or more, likeliest first.
+    def guess(
+        self, layer: int, router: Sequence[int], count: int, ahead: int = 1, worth: float = WORTH,
+        absent: NDArray[np.bool_] | None = None,
+    ) -> list[int]:  # fmt: skip
+        """The experts of `layer`, `ahead` layers on, whose chance to be asked for is `worth` or more, likeliest first.
 
-        router: that layer's own choice, if it was asked; count: how many the path is asked for.
+        router: that layer's own choice, if it was asked; count: how many the others are asked for; absent: of all experts,
+        those that would have to be read; None: all. Only those are named.
         """
-        guesses: dict[str, Sequence[int]] = {}
-        scores: dict[str, Scores] = {}
+        guesses: dict[str, list[Guess]] = {}
         if self.here is not None and (self.here + ahead) % self.layers == layer:  # not after a token that was not finished
-            scores["path"] = self.path.scores(ahead)
+            guesses["path"] = _graded(self.path.scores(ahead), count, absent)
         if self.token.foretold is not None:
-            scores["token"] = self.token.scores(ahead)
-        for name, each in scores.items():
-            guesses[name] = likeliest(each, count).tolist()
+            guesses["token"] = _graded(self.token.scores(ahead), count, absent)
         if router:
-            guesses["router"] = router
+            away = [True] * len(router) if absent is None else absent[list(router)].tolist()
+            guesses["router"] = [(one, min(n, GRADES - 1), a) for n, (one, a) in enumerate(zip(router, away, strict=True))]
         if ahead == 1:
             self.made = layer, guesses
         best = max(guesses, key=self.right.__getitem__, default=None)
         if best is None:
-            return ()
-        if best == "router":  # it does not say of which of its guesses it is sure
-            return router if self.right[best] >= worth else ()
-        return [one for one in guesses[best] if scores[best][one] >= worth]
+            return []
+        chance = self.chance[best]
+        return [one for one, grade, away in guesses[best] if away and chance[grade] >= worth]
+
+
+def _graded(scores: Scores, count: int, absent: NDArray[np.bool_] | None) -> list[Guess]:
+    """The likeliest, each with the grade of its score, a share of 1, and whether it is absent."""
+    found = likeliest(scores, count)
+    grades = np.minimum(scores[found] * GRADES, GRADES - 1).astype(np.int64)
+    away = np.ones(len(found), dtype=bool) if absent is None else absent[found]
+    return list(zip(found.tolist(), grades.tolist(), away.tolist(), strict=True))

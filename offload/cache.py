@@ -217,9 +217,11 @@ class ExpertCache:
                 break
             began = time.perf_counter()
             worth = min(max(self.busy, LEAST_WORTH), MOST_WORTH)
-            guess = self.guesser.guess(layer + ahead - 1, router if ahead == 1 else (), count, ahead, worth)
+            at = layer + ahead - 1
+            absent = self.slot_of[at * self.experts : (at + 1) * self.experts] < 0
+            guess = self.guesser.guess(at, router if ahead == 1 else (), count, ahead, worth, absent)
             self.statistics.policy_seconds += time.perf_counter() - began
-            self._prefetch(layer + ahead - 1, guess, held)
+            self._prefetch(at, guess, held)
 
     def _prefetch(self, layer: int, experts: Sequence[int], held: np.ndarray) -> None:
         """What is read so stays until its layer's turn, if nothing needed wants the room."""
