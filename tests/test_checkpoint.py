@@ -113,7 +113,7 @@ def with_header(path: Path, header: object, data: bytes = bytes(64)) -> Path:
     ("header", "message"),
     [
         ([], "header: found list"),
-        ({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, "tensor 'a': found"),
+        ({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, "tensor 'a': dtype: found F99, expected one of F64"),
         (
             {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
             r"shape \[2\] does not fit data_offsets \[0, 4\]",
