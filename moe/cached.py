@@ -112,9 +112,7 @@ def index_experts(shape: ModelShape, empty: nn.Module, checkpoint: Checkpoint) -
                 piece = Piece(place.file, place.offset + expert * size, size)
                 found.setdefault((layer, expert, parameter), {})[0] = place, piece
         else:
-            raise InputError(
-                f"{place.file}: tensor {name!r}: cannot be read expert by expert; run without --memory and --quantise"
-            )
+            raise _not_by_expert(f"{place.file}: tensor {name!r}")
     records = [
         [_record(shape, state, module, layer, expert, found) for expert in range(shape.num_experts)]
         for layer, module in enumerate(shape.expert_names.values())
@@ -132,7 +130,12 @@ def _order(name: str, pattern: str, converters: list[Any]) -> int:
         if kinds == [(MergeModulelist, 0)] or kinds == [(MergeModulelist, 0), (Concatenate, 1)]:
             return sources.index(pattern)
         break
-    raise InputError(f"tensor {name!r}: its experts cannot be read one by one; run without --memory, --quantise")
+    raise _not_by_expert(f"tensor {name!r}")
+
+
+def _not_by_expert(tensor: str) -> InputError:
+    why = "cannot be read expert by expert, which --quantise, and memory for less than all experts, need"
+    return InputError(f"{tensor}: {why}; run without --quantise, where all fit")
 
 
 def _record(

@@ -23,7 +23,7 @@ def tell_apart(model: nn.Module) -> None:
         if any(
             "dynamic" in str(kind) or kind == "longrope" for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])
         ):
-            module.forward = partial(_by_length, module, module.forward)  # type: ignore[method-assign]
+            module.forward = partial(_by_length, module, module.forward)
 
 
 def _by_length(
@@ -37,7 +37,7 @@ def _by_length(
         lengths = (lengths > given["original_max_position_embeddings"]).long()
     elif "dynamic" not in kind:
         return forward(x, position_ids, **named)
-    rows = [(lengths == one).nonzero()[:, 0] for one in lengths.unique().tolist()]
+    rows = [(lengths == one).nonzero()[:, 0] for one in sorted(set(lengths.tolist()))]
     parts = []
     for own in rows:
         if "dynamic" in kind:

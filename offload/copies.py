@@ -144,7 +144,8 @@ def check_fields(path: Path, found: Mapping[str, Any], expected: Mapping[str, st
     wants = f"--quantise {expected['quantise']}" if "quantise" in expected else "no --quantise"
     ways = {
         "quantise": f"give the --quantise that it was packed with, or pack into another folder with {wants}",
-        "order": "the weights lie in an order of another processor; pack on this machine, into another folder",
+        "order": "the weights lie in an order of another processor; pack on this machine, into another folder, with "
+        "CUDA_VISIBLE_DEVICES= where there is a GPU and they are for the CPU",
     }
     for field, way in ways.items():
         is_, wanted = str(found.get(field) or "none")[:60], expected.get(field) or "none"
