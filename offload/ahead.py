@@ -3,8 +3,8 @@
 Three guessers are followed: the next layer's own router, applied to the present layer's input (Eliseev and Mazur 2023), the
 path through the experts so far (`predictors.Path`), and, where it is told what is read, the token with those before it
 (`whole_path.WholePath`), which alone knows something before the first layer. Each guess is compared with what the layer then
-asks for, whether it was carried out or not. The best one decides, and says of each expert how likely it is: on a disk that is
-busy a wrong guess takes as long to read as a right one saves, on one that is idle next to nothing.
+asks for, whether it was carried out or not. The best one decides, and says of each expert how likely it is: a wrong guess takes
+as long to read as a right one saves, and on a disk that is busy it also holds up what is needed.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ DEFAULT = "coterie"
 DEPTH = 3  # layers ahead that experts are read for
 AHEAD_SHARE = 0.25  # of the slots, that may wait for later layers
 MOST_COMING = 12  # experts, from which on nothing more is read ahead
-LEAST_WORTH, MOST_WORTH = 0.25, 0.9  # of an expert's chance to be asked for, where the disk is idle and where it is busy
+LEAST_WORTH, MOST_WORTH = 0.5, 0.9  # of an expert's chance to be asked for, where the disk is idle and where it is busy
 BUSY_LAYERS = 64  # that tell which
 PATH_BYTES = 2 * 512  # by expert and layer: a byte for each of 512 tokens, twice (predictors.Path)
 
