@@ -122,7 +122,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
                 yield Row(work, "all", "", None, why=str(error))
         for layout in filter(lambda layout: layout.works, layouts):
             known = {work: made[work] for work in layout.works if work in made}
-            yield from _layout(layout, known, root, QUICK_PLAN_SECONDS if options.quick else PLAN_SECONDS)
+            yield from _layout(layout, known, root, options.quick)
 
 
 def _cut(layout: Layout, only: str) -> Layout:
@@ -131,8 +131,8 @@ def _cut(layout: Layout, only: str) -> Layout:
     return replace(layout, works=tuple(work for work in layout.works if work in chosen))
 
 
-def _layout(layout: Layout, made: dict[str, Case], root: Path, plan_seconds: float) -> Iterator[Row]:
-    sides = {work: _planned(work, case, layout, root / work, plan_seconds) for work, case in made.items()}
+def _layout(layout: Layout, made: dict[str, Case], root: Path, quick: bool) -> Iterator[Row]:
+    sides = {work: _planned(work, case, layout, root / work, quick) for work, case in made.items()}
     far = layout.seconds > 0
     with network(layout.nodes, max(layout.rates), far) as links, workers(links, layout.ranks_per_node, root) as running:
         yield from _links(layout, links, running)
@@ -149,10 +149,12 @@ def _layout(layout: Layout, made: dict[str, Case], root: Path, plan_seconds: flo
                 yield from case_rows(case, layout, WORKS[work].bars, cells)
 
 
-def _planned(work: str, case: Case, layout: Layout, folder: Path, seconds: float) -> Any:
+def _planned(work: str, case: Case, layout: Layout, folder: Path, quick: bool) -> list[Side]:
     plans = folder / str(layout)
     plans.mkdir()
-    return WORKS[work].sides(case, layout.nodes, layout.ranks_per_node, plans, seconds)
+    seconds = QUICK_PLAN_SECONDS if quick else PLAN_SECONDS
+    sides = WORKS[work].sides(case, layout.nodes, layout.ranks_per_node, plans, seconds)
+    return [replace(side, once=side.once or quick) for side in sides]
 
 
 def _links(layout: Layout, links: Network, running: Workers) -> Iterator[Row]:
