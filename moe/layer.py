@@ -138,10 +138,10 @@ def experts_forward(
     layer: ExpertLayer | None = getattr(module, "coterie_layer", None)
     if layer is not None and layer.context.routed is not None:
         return layer.context.routed
-    if layer is not None and torch.is_grad_enabled() and hidden_states.requires_grad:
-        raise InputError("hidden_states: found some that want gradients, which a model that coterie loaded has none of; "
-                         "expected torch.no_grad(), or from_pretrained after coterie.register()")  # fmt: skip
-    if layer is None and torch.is_grad_enabled() and (hidden_states.requires_grad or _is_trained(module)):
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or (layer is None and _is_trained(module))):
+        if layer is not None:
+            raise InputError("hidden_states: found some that want gradients, which a model that coterie loaded has none of; "
+                             "expected torch.no_grad(), or from_pretrained after coterie.register()")  # fmt: skip
         own = type(module).forward.__wrapped__  # type: ignore[attr-defined]
         out: torch.Tensor = own(module, hidden_states, top_k_index, top_k_weights)
         return out

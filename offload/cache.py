@@ -121,6 +121,17 @@ class ExpertCache:
         if not self._turn.acquire(blocking=False) and self._whose != threading.get_ident():
             raise CoterieError("another thread is computing with this model, whose experts are on disk; one thread at a time")
         self._whose = threading.get_ident()
+        try:
+            self._announce(layer, experts)
+        except BaseException:
+            self._end_turn()
+            raise
+
+    def _end_turn(self) -> None:
+        if self._turn.locked() and self._whose == threading.get_ident():
+            self._turn.release()
+
+    def _announce(self, layer: int, experts: Sequence[int]) -> None:
         if layer == 0 and self.samples is not None:
             s = self.statistics
             now = Sample(time.perf_counter(), s.requests, s.transfers, self.store.counter.bytes, s.stalled_seconds)
@@ -147,8 +158,7 @@ class ExpertCache:
         try:
             yield from self._arrivals(layer, experts)
         finally:
-            if self._turn.locked() and self._whose == threading.get_ident():
-                self._turn.release()
+            self._end_turn()
 
     def _arrivals(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
@@ -212,16 +222,16 @@ class ExpertCache:
 
     def _read_guessed(self, layer: int, router: Sequence[int], count: int, held: np.ndarray) -> None:
         """What is guessed of `layer`, the next one, and those after it, `count` experts of each; `held` stay."""
+        worth = min(max(self.busy, LEAST_WORTH), MOST_WORTH)
         for ahead in range(1, DEPTH + 1):
             if layer + ahead - 1 == len(self.source.records) or len(self.coming) >= MOST_COMING:
                 break
             began = time.perf_counter()
-            worth = min(max(self.busy, LEAST_WORTH), MOST_WORTH)
-            at = layer + ahead - 1
-            absent = self.slot_of[at * self.experts : (at + 1) * self.experts] < 0
-            guess = self.guesser.guess(at, router if ahead == 1 else (), count, ahead, worth, absent)
+            later = layer + ahead - 1
+            absent = self.slot_of[later * self.experts : (later + 1) * self.experts] < 0
+            guess = self.guesser.guess(later, router if ahead == 1 else (), count, ahead, worth, absent)
             self.statistics.policy_seconds += time.perf_counter() - began
-            self._prefetch(at, guess, held)
+            self._prefetch(later, guess, held)
 
     def _prefetch(self, layer: int, experts: Sequence[int], held: np.ndarray) -> None:
         """What is read so stays until its layer's turn, if nothing needed wants the room."""

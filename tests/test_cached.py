@@ -206,6 +206,26 @@ def test_reads_that_cannot_begin_cost_no_slot_and_never_hang() -> None:
         assert sorted(place for group in cache.arrivals(0, [2, 3]) for place, _ in group) == [0, 1]
 
 
+def test_a_step_that_failed_keeps_no_other_thread_out() -> None:
+    store, failures = Ready(1, 4), []
+    cache = ExpertCache(store, 4, 4, {"w": (1,)}, torch.float32, 2)
+    store.broken = True
+
+    def fail() -> None:
+        try:
+            cache.announce(0, [0, 1])
+        except CoterieError as error:
+            failures.append(str(error))
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert failures == ["no disk"]
+    store.broken = False
+    cache.announce(0, [0, 1])
+    assert sorted(place for group in cache.arrivals(0, [0, 1]) for place, _ in group) == [0, 1]
+
+
 def test_experts_of_another_shape_are_refused_whatever_their_size(tmp_path: Path) -> None:
     folder = make_model("qwen3_moe", tmp_path)
     tensors = load_file(folder / "model.safetensors")
@@ -231,13 +251,13 @@ def test_one_thread_at_a_time_computes_with_experts_on_disk(tmp_path: Path) -> N
     """Another is refused, and never gets wrong values."""
     folder = make_model("qwen3_moe", tmp_path)
     resident, made = model(folder, None), model(folder, 3)
-    right = [logits(resident, 0)]
+    right = logits(resident, 0)
     told: list[str] = []
 
     def run() -> None:
         for _ in range(8):
             try:
-                same = all(torch.equal(a, b) for a, b in zip(logits(made, 0), right[0], strict=True))
+                same = all(torch.equal(a, b) for a, b in zip(logits(made, 0), right, strict=True))
                 told.append("right" if same else "wrong")
             except CoterieError as error:
                 told.append(str(error))
@@ -250,7 +270,7 @@ def test_one_thread_at_a_time_computes_with_experts_on_disk(tmp_path: Path) -> N
         assert not thread.is_alive()
     assert "right" in told and "wrong" not in told
     assert all("one thread at a time" in one for one in told if one != "right")
-    assert all(torch.equal(a, b) for a, b in zip(logits(made, 0), right[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(logits(made, 0), right, strict=True))
 
 
 def test_generate_within_a_budget_writes_the_same_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
