@@ -218,6 +218,11 @@ def generate(tokens: int = TOKENS) -> list[str]:
     return ["generate", "coterie-tiny", "--prompt", "The river", "--max-new-tokens", str(tokens), "--timeout", f"{TIMEOUT:g}"]
 
 
+def on_ranks() -> list[str]:
+    """The arguments of a job of several processes; how to choose a strategy is not the question."""
+    return [*generate(), "--strategy", "all_to_all"]
+
+
 def offline(folder: Path, out: Path) -> list[str]:
     """The arguments of a run over many prompts that can be resumed."""
     prompts = folder / "prompts.jsonl"
@@ -238,7 +243,7 @@ def restart(fault: Fault, expected: bytes) -> Outcome:
     """Kill a rank of a job that torchrun starts again; the output must be that of an undisturbed one, to the byte."""
     with tempfile.TemporaryDirectory(prefix="coterie-fault-") as name:
         out, journal = Path(name) / "out.jsonl", Path(name) / ".out.jsonl.journal"
-        job = Job([*launcher("torchrun", restarts=RESTARTS), *offline(Path(name), out)])
+        job = Job([*launcher("torchrun", restarts=RESTARTS), *offline(Path(name), out), "--strategy", "all_to_all"])
 
         def finished() -> int:  # behind the header
             return journal.read_bytes().count(b"\n") - 1 if journal.is_file() else 0
@@ -264,7 +269,7 @@ def undisturbed_file() -> bytes:
 
 def run(fault: Fault, expected: str) -> Outcome:
     """Start a job, do it, watch."""
-    job = Job([*launcher(fault.launcher), *generate()])
+    job = Job([*launcher(fault.launcher), *on_ranks()])
     try:
         if not wait_for(lambda: len(job.out) >= fault.after or job.process.poll() is not None, START_SECONDS):
             raise RuntimeError(f"{fault}: no text within {START_SECONDS:.0f} s: {job.err[-2000:]}")

@@ -277,11 +277,14 @@ def _one_token(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weig
     if experts.residency is None:
         y = experts.run_many([(expert, 1) for expert in picks], x.expand(len(picks), -1))
     else:
-        y, used = x.new_empty(len(picks), x.shape[1]), sorted(set(picks))
+        used, found = sorted(set(picks)), [x[0]] * len(picks)
         for group in experts.arrivals(used):
             here = {used[position]: place for position, place in group}
             rows = [row for row, expert in enumerate(picks) if expert in here]
-            y[rows] = experts.run_many([(here[picks[row]], 1) for row in rows], x.expand(len(rows), -1))
+            made = experts.run_many([(here[picks[row]], 1) for row in rows], x.expand(len(rows), -1))
+            for row, y in zip(rows, made.unbind(), strict=True):
+                found[row] = y
+        y = torch.stack(found)
     weights = weights if len(picks) == len(ids) else weights[ids >= 0]
     return (y.float() * weights[:, None].float()).sum(0, keepdim=True).to(x.dtype)
 

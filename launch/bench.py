@@ -16,14 +16,15 @@ from typing import Any
 
 from coterie.launch.available import usable_cores
 from coterie.launch.tables import table
-from coterie.routing.errors import CoterieError, InputError
+from coterie.routing.errors import InputError
 
 BENCHES = {name: f"coterie.launch.bench_{name}" for name in ("plan", "kernels", "experts", "offload", "cluster")}
 TAKES = {
     "only": ("plan", "kernels", "cluster"), "traces": ("plan", "offload", "cluster"),
     **dict.fromkeys(("tune", "peers", "compile"), ("kernels",)),
 }  # fmt: skip
-VERSIONS = ("numpy", "scipy", "PuLP", "highspy", "torch", "triton", "transformers", "deepspeed", "vllm", "sglang")
+VERSIONS = ("numpy", "scipy", "PuLP", "highspy", "torch", "triton", "transformers", "accelerate", "deepspeed", "vllm", "sglang",
+            "llama-cpp-python")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     except KeyboardInterrupt:
         found = _result(options.what, rows, started) | {"interrupted": True}
         raise Interrupted(f"interrupted; {len(rows)} rows were measured before", found) from None
-    except CoterieError as error:
+    except Exception as error:  # whatever it is, hours may have been measured
         if rows:
-            error.partial = _result(options.what, rows, started) | {"error": str(error)}
+            error.partial = _result(options.what, rows, started) | {"error": str(error)}  # type: ignore[attr-defined]
         raise
     if not options.json:
         print("\n" + _table(rows))

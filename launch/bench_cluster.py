@@ -109,7 +109,9 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     """
     check_available()
     quiet_transformers()
-    layouts = [_cut(layout, options.only) for layout in (QUICK if options.quick else FULL)]
+    layouts = QUICK if options.quick else FULL
+    chosen = named(dict.fromkeys(work for layout in layouts for work in layout.works), options.only)
+    layouts = tuple(replace(layout, works=tuple(work for work in layout.works if work in chosen)) for layout in layouts)
     with tempfile.TemporaryDirectory(prefix="coterie-cluster-") as name:
         root = Path(name)
         made: dict[str, Case] = {}
@@ -124,12 +126,6 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         for layout in filter(lambda layout: layout.works, layouts):
             known = {work: made[work] for work in layout.works if work in made}
             yield from _layout(layout, known, root, options.quick)
-
-
-def _cut(layout: Layout, only: str) -> Layout:
-    """The layout with those works alone whose name contains `only`."""
-    chosen = named(WORKS, only)
-    return replace(layout, works=tuple(work for work in layout.works if work in chosen))
 
 
 def _layout(layout: Layout, made: dict[str, Case], root: Path, quick: bool) -> Iterator[Row]:

@@ -36,7 +36,6 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     """Tokens per second: one sequence, `NEW` new tokens after a short prompt; and a prompt of 512. `quick`: a small model."""
     quiet_transformers()
     torch.set_num_threads(usable_cores())
-    repeats = 2 if options.quick else REPEATS
     models: dict[str, Any] = {_name(dtype): random_model(SMALL if options.quick else SIZES, dtype) for dtype in PLAIN}
     for format in ROUNDED:
         models[format] = _model_like(models["bfloat16"])
@@ -44,7 +43,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="coterie-experts-") as folder:
         llamas, why = _llamas(models["bfloat16"], Path(folder))
         for phase, run, length in (("decode", _decode, NEW), ("prefill", _prefill, PROMPT)):
-            speeds = _in_turns(_sides(models, llamas, phase, run, length), repeats)
+            speeds = _in_turns(_sides(models, llamas, phase, run, length), REPEATS)
             yield from _phase_rows(phase, speeds, why)
 
 

@@ -25,7 +25,7 @@ import torch
 
 from coterie.kernels import tiles
 from coterie.launch.bench import Row, named
-from coterie.routing.errors import CoterieError, InputError
+from coterie.routing.errors import CoterieError, InputError, first_line
 from coterie.routing.files import check_writable, write_text
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -121,7 +121,11 @@ def shape_rows(
     if shape.experts * shape.weights * STORED[format] > LARGEST_BYTES:
         yield Row(case, "layer", "us", None, why="its weights do not fit")
         return
-    layer = Layer(shape, format, device)
+    try:
+        layer = Layer(shape, format, device)
+    except torch.cuda.OutOfMemoryError as error:
+        yield Row(case, "layer", "us", None, why=f"its weights do not fit ({first_line(error)})")
+        return
     for count in tokens:
         floor = machine.floor(shape, count, format)
         found, failures = _in_turns(layer, count, packages or {})
@@ -166,7 +170,7 @@ def _in_turns(layer: Any, tokens: int, packages: dict[str, Any]) -> tuple[dict[s
 
 
 def _said(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return first_line(error, 200)
 
 
 def allowed(shape: Any, tokens: int, format: str, machine: Any, peer: float | None) -> float | None:
@@ -242,7 +246,7 @@ def _tuned(options: argparse.Namespace) -> Iterator[Row]:
                 try:
                     seconds = median(timed(layer.ours(layer.inputs(count), pair), layer.copies, "cuda", 5))
                 except Exception as error:  # a tile that does not compile or fit is no candidate
-                    print(f"{shape.name}, {format}, {count} tokens, {pair}: {str(error).splitlines()[0][:80]}", file=sys.stderr)
+                    print(f"{shape.name}, {format}, {count} tokens, {pair}: {first_line(error, 80)}", file=sys.stderr)
                     continue
                 best = min(best or (seconds, pair), (seconds, pair), key=lambda found: found[0])
             if best is None:

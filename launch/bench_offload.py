@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -27,10 +28,12 @@ import coterie
 from coterie.launch import offload_cases as cases
 from coterie.launch.available import usable_cores
 from coterie.launch.bench import Row
+from coterie.launch.memory import parse_bytes
 from coterie.launch.packing import contents_of
 from coterie.launch.quiet import quiet_transformers
 from coterie.moe.model import Model
 from coterie.offload.pack import pack
+from coterie.routing.errors import CoterieError
 
 SHARE = 0.25
 NEW, PEERS_NEW, WARM, REPEATS = 16, 2, 48, 5
@@ -40,7 +43,7 @@ IN_MEMORY = "all in memory"
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
-    """`quick`: a small model, one turn, and nothing that takes minutes to write."""
+    """`quick`: a small model, and nothing that takes minutes to write."""
     quiet_transformers()
     with tempfile.TemporaryDirectory(prefix=cases.PREFIX, dir=Path.cwd()) as name:  # /tmp may be memory
         folder = Path(name)
@@ -77,7 +80,7 @@ def _decoded(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
     for side in found.values():
         cases.seconds_per_token(side.sequence, cases.prompted(side.sequence, 0, WARM), cold=False)
     times: dict[str, list[float]] = {name: [] for name in (IN_MEMORY, "accelerate", "llama.cpp")}
-    for turn in range(1 if options.quick else REPEATS):
+    for turn in range(REPEATS):
         position = WARM + cases.PROMPT + turn * (NEW + cases.PROMPT)
         torch.set_num_threads(max(1, cores - 1))
         for side in found.values():
@@ -140,7 +143,10 @@ class _Ours:
 def _within_budgets(model: Path, quick: bool) -> Iterator[Row]:
     """Whole processes of `coterie generate --memory`: the most memory that each had, over its budget."""
     refused = _generate(model, 1000, "")
-    least = float(refused.stderr.split("expected ")[1].split(" ")[0]) * (1e9 if " GB or more" in refused.stderr else 1e6)
+    said = re.search(r"expected ([0-9.]+ [GM]B) or more", refused.stderr)
+    if said is None:
+        raise CoterieError(f"generate --memory 1000: {refused.stderr.strip()[-300:]}")
+    least = parse_bytes(said[1])
     for name, budget in (("the least", 1.01 * least), *(() if quick else (("1.5 times that", 1.5 * least), ("4 GB", 4e9)))):
         yield _peak(model, f"--memory of {name}", int(budget))
 

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from coterie.routing import synth
 from coterie.routing.affinity import measure
 from coterie.routing.errors import InputError
 from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing, read_trace, save_trace
+
+plan_whole = partial(plan, keep_on_interrupt=False)  # half a search would be measured as a whole one
 
 WORKERS = 2
 METHOD_SECONDS = 10.0
@@ -86,14 +89,14 @@ def _request(topology: Topology, seconds: float, **settings: Any) -> PlanRequest
 def _proven(traces: _Traces) -> Iterator[Row]:
     trace = traces.get("mixtral-8x7b-humaneval")
     started = time.perf_counter()
-    made = plan(trace, _request(Topology(1, 4), 30, objective="hops"))
+    made = plan_whole(trace, _request(Topology(1, 4), 30, objective="hops"))
     case = "mixtral 32x8, 4 ranks, hops"
     yield Row(case, "gap", "", made.objective.gap, 0.0)
     yield Row(case, "time to proof", "s", time.perf_counter() - started, 2.0)
 
 
 def _gap(traces: _Traces, ranks: int, seconds: float, bar: float) -> Row:
-    made = plan(traces.get("deepseek-v2-lite-intent"), _request(Topology(1, ranks), seconds, objective="hops"))
+    made = plan_whole(traces.get("deepseek-v2-lite-intent"), _request(Topology(1, ranks), seconds, objective="hops"))
     return Row(f"deepseek-v2-lite-intent, {ranks} ranks, hops, {seconds:g} s", "gap", "", made.objective.gap, bar)
 
 
@@ -118,7 +121,7 @@ def _homes(traces: _Traces) -> Iterator[Row]:
 def _judged_dispatch(traces: _Traces, homes: bool, bars: tuple[float | None, ...]) -> Iterator[Row]:
     seen, unseen = traces.both_domains()
     topology = Topology(1, 8)
-    made = plan(seen, _request(topology, 30, objective="dispatch", max_load=1.1, homes=homes))
+    made = plan_whole(seen, _request(topology, 30, objective="dispatch", max_load=1.1, homes=homes))
     found = evaluate(made, unseen)
     others = {name: evaluate(_peer(name, seen, topology), unseen) for name in ("contiguous", "round_robin", "packed")}
     case = f"deepseek-v2-lite both domains, 8 ranks, dispatch{' with homes' if homes else ''}, 30 s"
@@ -135,7 +138,7 @@ def _judged_dispatch(traces: _Traces, homes: bool, bars: tuple[float | None, ...
 def _peer(name: str, seen: RoutingTrace, topology: Topology, seconds: float = METHOD_SECONDS) -> Any:
     if name in ("contiguous", "round_robin", "packed"):
         return baseline_plan(name, seen, topology, "all_to_all")
-    return plan(seen, _request(topology, seconds, objective="hops", method=name))
+    return plan_whole(seen, _request(topology, seconds, objective="hops", method=name))
 
 
 def _load_quick(traces: _Traces) -> Iterator[Row]:
@@ -149,7 +152,7 @@ def _load(traces: _Traces) -> Iterator[Row]:
 
 def _load_row(traces: _Traces, topology: Topology, slots: int, seconds: float, bar: float) -> Row:
     statistics = traces.get("deepseek-v3-load")
-    made = plan(statistics, _request(topology, seconds, objective="load", robust="worst", slots_per_rank=slots))
+    made = plan_whole(statistics, _request(topology, seconds, objective="load", robust="worst", slots_per_rank=slots))
     contiguous = baseline_plan("contiguous", statistics, topology, "all_to_all")
     plans = {"contiguous": contiguous, "packed": _packed(statistics, topology, slots)}
     peers: dict[str, float | None] = {name: _worst_load(p, statistics) for name, p in plans.items()}
@@ -159,7 +162,7 @@ def _load_row(traces: _Traces, topology: Topology, slots: int, seconds: float, b
 
 def _packed(statistics: LoadStatistics, topology: Topology, slots: int) -> Any:
     """Greedy replication and packing of the scenarios' mean into as many slots."""
-    return plan(statistics, _request(topology, METHOD_SECONDS, objective="load", method="packed", slots_per_rank=slots))
+    return plan_whole(statistics, _request(topology, METHOD_SECONDS, objective="load", method="packed", slots_per_rank=slots))
 
 
 def _worst_load(made: Any, statistics: LoadStatistics) -> float:
@@ -174,7 +177,7 @@ def _left_out(traces: _Traces) -> Iterator[Row]:
             statistics, expert_load=statistics.expert_load[kept], scenarios=tuple(statistics.scenarios[i] for i in kept)
         )
         unseen = replace(statistics, expert_load=statistics.expert_load[[out]], scenarios=(name,))
-        made = plan(seen, _request(Topology(4, 8), 20, objective="load", robust="worst", slots_per_rank=9))
+        made = plan_whole(seen, _request(Topology(4, 8), 20, objective="load", robust="worst", slots_per_rank=9))
         packed = _worst_load(_packed(seen, Topology(4, 8), 9), unseen)
         yield Row(f"deepseek-v3-load, 32 ranks, 9 slots, without {name}", "load of it", "", _worst_load(made, unseen), 1.07,
                   {"packed": packed})  # fmt: skip
@@ -206,7 +209,7 @@ def scale(family: str, seconds: float, deadline: Deadline) -> dict[str, float]:
     noise = 0.0 if family == "aligned" else 0.1
     trace = synth.make(family, 20_000, 58, 256, 1, groups=64, noise=noise)
     topology = Topology(8, 8)
-    made = plan(trace, _request(topology, seconds, objective="hops"))
+    made = plan_whole(trace, _request(topology, seconds, objective="hops"))
     contiguous = evaluate(baseline_plan("contiguous", trace, topology, "all_to_all"), trace).hops
     kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {"value": made.objective.value or 0.0, "bound": made.objective.lower_bound or 0.0, "contiguous": contiguous or 0.0,
@@ -243,7 +246,7 @@ def _methods(traces: _Traces) -> Iterator[Row]:
         tied = TIED_SMALL if seen.tokens + unseen.tokens < SMALL_TRACE else TIED
         judged = gathered([unseen])
         for objective in OBJECTIVES:
-            made = plan(seen, _request(topology, METHOD_SECONDS, objective=objective))
+            made = plan_whole(seen, _request(topology, METHOD_SECONDS, objective=objective))
             ours = summarised(made, judged, objective, "mean")
             peers: dict[str, float | None] = {n: summarised(p, judged, objective, "mean") for n, p in others.items()}
             best = min(p for p in peers.values() if p is not None)

@@ -13,7 +13,7 @@ from coterie.launch.tables import table
 from coterie.offload.predictors import AHEAD
 from coterie.offload.simulate import Simulated, Simulation
 from coterie.offload.whole_path import WholePath
-from coterie.routing.errors import InputError, positive
+from coterie.routing.errors import positive
 from coterie.routing.trace import read_trace
 
 
@@ -23,10 +23,7 @@ def cache_sim(options: argparse.Namespace) -> dict[str, Any]:
     if options.max_tokens is not None:
         trace = trace.select(np.arange(min(trace.tokens, positive("--max-tokens", options.max_tokens))))
     prior = None if options.prior is None else read_trace(options.prior)
-    try:
-        simulation = Simulation(trace, options.slots, prior)
-    except InputError as error:
-        raise InputError(f"{options.trace}: {error}") from error
+    simulation = Simulation(trace, options.slots, prior)
     if simulation.contexts is None:
         say(f"{options.trace}: no token_ids, so {WholePath.name} is not played; coterie trace --token-ids records them")
     found: dict[str, Simulated] = {}

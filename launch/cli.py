@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import json
 import os
 import sys
@@ -15,15 +16,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from coterie.launch.distributed import complain, launched_rank, leave
+from coterie.launch.output import OutputGoneError, drop_output, watched_output
 from coterie.launch.planning import check_launch
 from coterie.placement.baselines import BASELINES
 from coterie.placement.exports import EXPORTS
-from coterie.placement.plan import OBJECTIVES
-from coterie.routing.errors import CoterieError, InputError
+from coterie.placement.plan import OBJECTIVES, STRATEGIES
+from coterie.routing.errors import DEFECT, CoterieError, InputError, first_line
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 NO_WAY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 MODEL_HELP = "a transformers checkpoint folder, a Hugging Face hub id, or coterie-tiny, the model inside"
 TOPOLOGY_HELP = "NODESxRANKS_PER_NODE (2x4: two nodes of four), a preset's name, or a JSON file"
 
@@ -36,11 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = build_parser().parse_args(arguments)
         check_launch(options.verb)
         command = getattr(importlib.import_module(f"coterie.launch.{options.module}"), options.function)
-        with _result_alone() if options.json else nullcontext():
-            result = command(options)
-        if options.json and result is not None and launched_rank() == 0:
-            print(json.dumps(result))
-        sys.stdout.flush()  # at exit Python would end with a code of its own where this fails
+        with watched_output():
+            with _result_alone() if options.json else nullcontext():
+                result = command(options)
+            if options.json and result is not None and launched_rank() == 0:
+                print(json.dumps(result))
+            sys.stdout.flush()  # at exit Python would end with a code of its own where this fails
         return DONE
     except (Exception, KeyboardInterrupt) as error:
         if debug:
@@ -58,17 +60,15 @@ def _told(error: BaseException) -> int:
         return WRONG_INPUT if isinstance(error, InputError) else FAILED
     if isinstance(error, KeyboardInterrupt):
         complain(str(error) or "interrupted; no output was written")
-    elif isinstance(error, BrokenPipeError):
-        _drop_output()
+    elif isinstance(error, OutputGoneError):
+        drop_output()
+        if error.errno != errno.EPIPE:  # which `| head` is allowed
+            complain(f"standard output: cannot be written: {error.strerror}")
     elif isinstance(error, OSError) and error.errno in NO_WAY and error.filename is not None:
         complain(f"{error.filename}: cannot be used: {error.strerror}")
         return WRONG_INPUT
-    elif isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:  # files are told by name
-        _drop_output()
-        complain(f"standard output: cannot be written: {error.strerror}")
     else:
-        first = (str(error).strip().splitlines() or [""])[0]
-        complain(f"{type(error).__name__}: {first[:300]}\n(this is a defect of coterie: --debug shows where it is)")
+        complain(f"{type(error).__name__}: {first_line(error, 300)}\n{DEFECT}")
     return FAILED
 
 
@@ -79,6 +79,9 @@ def entry() -> NoReturn:
             opened = os.open(os.devnull, os.O_RDWR)
             os.dup2(opened, descriptor)
             setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # text that the terminal's encoding lacks must not cost the rest
+            stream.reconfigure(errors="backslashreplace")
     leave(main())
 
 
@@ -94,10 +97,6 @@ def _result_alone() -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-
-
-def _drop_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _without_launcher(arguments: list[str]) -> list[str]:
@@ -147,7 +146,7 @@ def _verb(verbs: Any, name: str, module: str, help_text: str) -> argparse.Argume
 
 
 def _demo(verbs: Any) -> None:
-    p = _verb(verbs, "demo", "demo", "the whole tour on the model inside, in about a minute")
+    p = _verb(verbs, "demo", "demo", "the whole tour on the model inside, in one to two minutes")
     p.add_argument("--out", type=Path, default=Path("coterie-demo"), help="folder for its files (default: %(default)s)")
     p.add_argument("--ranks", type=int, default=4, help="processes to run on (default: %(default)s)")
 
@@ -199,7 +198,8 @@ def _plan(verbs: Any) -> None:
     p.add_argument("--topology", required=True, metavar="TOPOLOGY", help=TOPOLOGY_HELP)
     p.add_argument("--out", type=Path, required=True, metavar="P", help="the plan file to write")
     add = _adder(p)
-    add("--strategy", "S", "how tokens will be dispatched (default: %(default)s)", default="all_to_all")
+    told = f"how tokens will be dispatched: {', '.join(STRATEGIES)} (default: %(default)s)"
+    add("--strategy", "S", told, default="all_to_all")
     add("--objective", "O", f"{', '.join(OBJECTIVES)} (default: what the strategy pays for)")
     add("--method", "M", f"auto, {', '.join((*BASELINES, 'exflow', 'moetuner'))} (default: %(default)s)", default="auto")
     add("--robust", "R", "of several scenarios, minimise the worst or the mean (default: %(default)s)", default="mean")
@@ -209,10 +209,10 @@ def _plan(verbs: Any) -> None:
     add(
         "--iterations",
         "N",
-        "of the search, instead of as many as fit: with --workers, the same plan on every machine",
+        "of the search, instead of as many as fit: a repeat with the same --seed and --workers then finds the same placement",
         type=int,
     )
-    add("--workers", "N", "processes that search and prove (default: one per core)", type=int)
+    add("--workers", "N", "processes that search and prove (default: one per core, at most 8; under mpirun 1)", type=int)
     add("--max-moves", "N", "with --from: how many experts may move", type=int)
     p.add_argument("--from", dest="previous", type=Path, metavar="OLD", help="re-plan: the best plan within --max-moves of OLD")
     p.add_argument("--homes", action="store_true", help="also plan which sequences are at home on which rank")
@@ -258,7 +258,7 @@ def _export(verbs: Any) -> None:
 
 
 def _generate(verbs: Any) -> None:
-    p = _verb(verbs, "generate", "generating", "continue prompts, on one process or under torchrun, deepspeed or mpirun")
+    p = _verb(verbs, "generate", "generating", "continue prompts, on one process or under torchrun, deepspeed, mpirun or srun")
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     given = p.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", metavar="TEXT", help="one prompt; its text is streamed")
@@ -356,7 +356,7 @@ def _bench(verbs: Any) -> None:
         metavar="WHAT",
         help="plan, kernels (GPU), experts (CPU), offload, cluster (shaped links; root)",
     )
-    p.add_argument("--quick", action="store_true", help="a part of the cases, in under three minutes")
+    p.add_argument("--quick", action="store_true", help="a part of the cases, in about three minutes")
     p.add_argument(
         "--traces",
         type=Path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from coterie.placement.topology import Link, Topology
 from coterie.routing import synth
 from coterie.routing.errors import InputError
 from coterie.routing.trace import RoutingTrace, read_trace
+
+plan_whole = partial(plan, keep_on_interrupt=False)  # half a search would be measured as a whole one
 
 RANKS = 4
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, VOCABULARY = 8, 64, 256, 64, 512
@@ -96,8 +99,8 @@ def coherent_sides(case: Case, nodes: int, ranks_per_node: int, folder: Path, se
     dealt = tuple(sequence % RANKS for sequence in range(case.sequences))
     topology = Topology(nodes, ranks_per_node, PLANNED_WITHIN, PLANNED_BETWEEN, row_bytes=4.0 * 128)
     request = PlanRequest(topology, strategy="coherent", max_load=MAX_LOAD, time_limit=seconds, workers=2)
-    staying = plan(case.seen, request, prove=False)
-    returning = plan(case.seen, replace(request, strategy="all_to_all"), prove=False)
+    staying = plan_whole(case.seen, request, prove=False)
+    returning = plan_whole(case.seen, replace(request, strategy="all_to_all"), prove=False)
     free = replace(staying, strategy="all_to_all")  # the strategy of another plan would be taken as asked for
     sides = []
     for name, made, strategy in ((STAYING, staying, "coherent"), (RETURNING, returning, "all_to_all"), (CHOSEN, free, None)):
@@ -205,8 +208,8 @@ def make_sides(case: Case, nodes: int, ranks_per_node: int, folder: Path, second
     dealt = tuple(sequence % RANKS for sequence in range(case.sequences))
     request = PlanRequest(topology, max_load=MAX_LOAD, time_limit=seconds, workers=2)
     contiguous = baseline_plan("contiguous", case.seen, topology, "all_to_all")
-    planned = plan(case.seen, request, prove=False)
-    homed = plan(case.seen, replace(request, strategy="hierarchical", homes=True), prove=False)
+    planned = plan_whole(case.seen, request, prove=False)
+    homed = plan_whole(case.seen, replace(request, strategy="hierarchical", homes=True), prove=False)
     homes = _homes(homed, case.prompts)
     free = replace(homed, strategy="all_to_all")  # the strategy of another plan would be taken as asked for
     plans = {CONTIGUOUS: contiguous, PLANNED: planned, HOMED: homed, HOMED_FLAT: free, CHOSEN: free, CHOSEN_GLOO: free}
@@ -214,7 +217,7 @@ def make_sides(case: Case, nodes: int, ranks_per_node: int, folder: Path, second
     if case.expert_ids is None:
         slots = -(-case.seen.num_experts // RANKS) + COPIES
         copied = replace(request, strategy="hierarchical", homes=True, slots_per_rank=slots)
-        plans[COPIED], strategies[COPIED] = plan(case.seen, copied, prove=False), "hierarchical"
+        plans[COPIED], strategies[COPIED] = plan_whole(case.seen, copied, prove=False), "hierarchical"
     sides = []
     for number, (name, made) in enumerate(plans.items()):
         path = folder / f"plan-{number}.json"

@@ -53,22 +53,26 @@ class Workers:
                 return self.answers.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 self._check_alive()
-        raise CoterieError(f"bench cluster: no answer to {do!r} within {ANSWER_SECONDS:g} s; see {self.logs[0].parent}")
+        last = "; ".join(f"rank {rank}: {self._last(rank)}" for rank in range(len(self.logs)))
+        raise CoterieError(f"bench cluster: no answer to {do!r} within {ANSWER_SECONDS:g} s; last said {last[-600:]}")
 
     def _tell(self, process: subprocess.Popen[str], line: str) -> None:
         assert process.stdin is not None
         try:
             process.stdin.write(line)
             process.stdin.flush()
-        except OSError:
+        except OSError as error:
             self._check_alive()
-            raise
+            raise CoterieError(f"bench cluster: a process takes no commands any more: {error.strerror}") from error
 
     def _check_alive(self) -> None:
         for rank, process in enumerate(self.processes):
             if process.poll() is not None:
-                last = " / ".join(self.logs[rank].read_text(errors="replace").splitlines()[-LOG_LINES:])
+                last = self._last(rank)
                 raise CoterieError(f"bench cluster: rank {rank} ended with exit code {process.returncode}: {last[-600:]}")
+
+    def _last(self, rank: int) -> str:
+        return " / ".join(self.logs[rank].read_text(errors="replace").splitlines()[-LOG_LINES:])
 
     def load(self, case: Path, model: str, sides: Sequence[Side]) -> dict[str, Any]:
         """As `cluster_worker` states it."""

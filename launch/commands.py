@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from coterie.launch.tables import table
 from coterie.placement.plan import read_plan
 from coterie.routing.errors import InputError, positive
 from coterie.routing.files import check_writable, files_of, looks_like_json
-from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing, save_load, save_trace
+from coterie.routing.trace import LoadStatistics, RoutingTrace, check_scenario, read_routing, save_load, save_trace
 
 if TYPE_CHECKING:
     from coterie.launch.timeline import Sums
@@ -31,15 +32,16 @@ def trace(options: argparse.Namespace) -> dict[str, Any]:
 
     check_writable(options.out, options.prompts, *files_of(options.model))
     prompts = read_prompts(options.prompts)
+    positive("--batch-size", options.batch_size)
     quiet_transformers()
-    from coterie.moe.model import load
+    from coterie.moe.model import load, recorded_phase
 
+    recorded_phase(options.phase, options.max_new_tokens, options.max_tokens, options.scenario)
     model = load(options.model, dtype=options.dtype)
     with tqdm(desc="trace", unit=" tokens", disable=None) as bar:
         tokens = model.record(
             prompts, options.out, options.max_new_tokens, options.phase, options.max_tokens, options.scenario,
-            positive("--batch-size", options.batch_size), on_tokens=bar.update,
-            token_ids=options.token_ids,
+            options.batch_size, on_tokens=bar.update, token_ids=options.token_ids,
         )  # fmt: skip
     layers, experts = len(model.shape.layer_ids), model.shape.num_experts
     say(f"{options.out}: {tokens} tokens, {layers} layers, {experts} experts, top-{model.shape.top_k}")
@@ -51,6 +53,7 @@ def import_(options: argparse.Namespace) -> dict[str, Any]:
     from coterie.routing.imports import ImportOptions, import_routing
 
     check_writable(options.out, options.file)
+    check_scenario(options.scenario)
     if options.num_experts is not None:
         positive("--num-experts", options.num_experts)
     settings = ImportOptions(options.model, options.num_experts, options.scenario, options.phase)
@@ -109,7 +112,7 @@ def show(options: argparse.Namespace) -> dict[str, Any]:
         say(f"{options.out}: open it in a browser")
         return {"report": str(options.out)}
     plans = [read_plan(p) for p in options.files if _is_plan(p)]
-    check_writable(options.out, *(entry.get("file") for plan in plans for entry in plan.inputs))
+    check_writable(options.out, *(file for plan in plans for entry in plan.inputs if (file := _there(entry)) is not None))
     traces = [read_routing(p) for p in options.files if not _is_plan(p)]
     if len(plans) > 1 or len(traces) > 1:
         raise InputError(f"show: found {len(plans)} plans and {len(traces)} traces, expected at most one of each")
@@ -137,13 +140,19 @@ def _is_plan(path: Path) -> bool:
     return looks_like_json(path)
 
 
+def _there(entry: dict[str, str]) -> Path | None:
+    """A recording that a plan was made from, if it is there and may be read."""
+    path = Path(entry.get("file", ""))
+    return path if os.access(path, os.R_OK) and path.is_file() else None
+
+
 def _planned_trace(inputs: tuple[dict[str, str], ...]) -> RoutingTrace | LoadStatistics | None:
     """The trace a plan was made from, if it is still where it was and still the same."""
     from coterie.routing.files import sha256
 
     for entry in inputs:
-        path = Path(entry.get("file", ""))
-        if path.is_file() and sha256(path) == entry.get("sha256"):
+        path = _there(entry)
+        if path is not None and sha256(path) == entry.get("sha256"):
             if len(inputs) > 1:
                 say(f"the plan was made from {len(inputs)} recordings: drawing it on {path}")
             return read_routing(path)

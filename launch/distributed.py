@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from coterie.launch.launched import Launch, find_launch
 from coterie.placement.spread import mpi_world
-from coterie.routing.errors import CoterieError, InputError, RankLostError, first_line
+from coterie.routing.errors import DEFECT, CoterieError, InputError, RankLostError, first_line
 
 if TYPE_CHECKING:
     from coterie.launch.assembly import Assembly
@@ -310,7 +310,8 @@ def together(group: Gathers, work: Callable[[], T]) -> T:
         if group.size == 1:
             raise
         words, own = _in_words(error), error
-        failure = (CoterieError, str(words) if isinstance(words, CoterieError) else f"{type(error).__name__}: {error}")
+        said = str(words) if isinstance(words, CoterieError) else f"{type(error).__name__}: {first_line(error, 300)}\n{DEFECT}"
+        failure = CoterieError, said
     _meet(group)
     failures = group.gather(failure)
     for rank, found in enumerate(failures):

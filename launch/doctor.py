@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from coterie.routing.errors import InputError, first_line, wanted
 
 REQUIRED = ("numpy", "scipy", "safetensors", "tqdm", "PuLP", "highspy", "torch", "transformers", "accelerate")
 OPTIONAL = {"matplotlib": "plot", "deepspeed": "deepspeed", "mpi4py": "mpi", "triton": ""}
-SUPPORTED = {"torch": ((2, 11), (99,)), "transformers": ((5, 17), (99,)), "PuLP": ((3, 3), (4,))}  # from, below
 
 
 def doctor(options: argparse.Namespace) -> dict[str, Any]:
@@ -41,10 +41,11 @@ def _python() -> list[Finding]:
 
 def _packages() -> list[Finding]:
     found: list[Finding] = []
+    fits = _fitting()
     for name in REQUIRED:
         version = _version(name)
         way = f"pip install -c constraints.txt {name}"
-        if version and not _supported(name, version):
+        if version and not fits(name, version):
             found.append((name, "missing", f"{version} does not fit: {way}"))
         else:
             found.append((name, "ok" if version else "missing", version or way))
@@ -55,9 +56,16 @@ def _packages() -> list[Finding]:
     return found
 
 
-def _supported(name: str, version: str) -> bool:
-    low, high = SUPPORTED.get(name, ((0,), (9999,)))
-    return low <= tuple(int(p) for p in version.split(".")[:2] if p.isdigit()) < high
+def _fitting() -> Callable[[str, str], bool]:
+    """Whether a version of a package is one that coterie's own metadata ask for; any is where these are not installed."""
+    try:
+        from packaging.requirements import Requirement
+
+        asked = [Requirement(text) for text in importlib.metadata.requires("coterie") or ()]
+    except (ImportError, importlib.metadata.PackageNotFoundError):
+        return lambda name, version: True
+    ranges = {one.name.lower(): one.specifier for one in asked if one.marker is None or "extra" not in str(one.marker)}
+    return lambda name, version: name.lower() not in ranges or ranges[name.lower()].contains(version, prereleases=True)
 
 
 def _version(name: str) -> str | None:

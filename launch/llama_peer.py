@@ -121,11 +121,6 @@ class LlamaModel:
         if self.api.llama_decode(self.context, self.api.llama_batch_get_one(made, len(tokens))):
             raise CoterieError("llama.cpp: llama_decode failed")
 
-    def logits(self) -> torch.Tensor:
-        """Of the last token fed, `[vocabulary]`."""
-        found = self.api.llama_get_logits_ith(self.context, -1)
-        return torch.tensor([found[i] for i in range(self.vocabulary)])
-
     def decode(self, new: int) -> float:
         """Tokens per second of `new` tokens after a prompt of 8."""
         self.forget()

@@ -51,6 +51,8 @@ def within_budget(asked: Asked, options: argparse.Namespace, group: Group) -> As
     if budget is None:
         if asked.share.misses == "cpu":
             raise InputError("--misses: found cpu where all experts fit, expected --memory with it: nothing is missed here")
+        if options.host_memory is not None:
+            raise InputError("--host-memory: found it where all experts fit, expected --memory with it: nothing is left there")
         return asked
     from coterie.moe.memory import most_held, most_slots
 
@@ -168,22 +170,24 @@ def check_memory(asked: Asked, options: argparse.Namespace, group: Group) -> Che
         found = _free_by_rank(group, here, [n.total for n in needed[first]], share.device.type == "cuda")
     if group.rank == 0:
         _print(needed, options, share.plan.ranks, here, found)
+    told = _json(needed, asked, here, found)
     if found and share.slots is None:
         try:
             check_fits(sizes, first, work, Room(share.plan, found))
         except InputError as error:
+            error.partial = told if options.dry_run else None
             error.known(alone=False)  # all ranks know what all have
             raise
     too_large = {name for name, ranks in needed.items() if any(ranks[r].total > free for r, free in (found or {}).items())}
     if share.slots is not None and first in too_large:
         rank, free = min((found or {}).items(), key=lambda item: item[1])
-        told = f"--memory: found {options.memory} for each process, but {free / 1e9:.2f} GB are free"
-        if group.size == 1:
-            raise InputError(f"{told}; give at most that")
-        raise InputError(f"{told} for rank {rank}, as many share its machine; give at most that, or start fewer").known(
-            alone=False
-        )
-    return Checked(_json(needed, asked, here, found), frozenset(too_large))
+        said = f"--memory: found {options.memory} for each process, but {free / 1e9:.2f} GB are free"
+        if group.size > 1:
+            said += f" for rank {rank}, as many share its machine; give at most that, or start fewer"
+        refusal = InputError(said if group.size > 1 else f"{said}; give at most that")
+        refusal.partial = told if options.dry_run else None
+        raise refusal.known(alone=False)
+    return Checked(told, frozenset(too_large))
 
 
 def _candidates(asked: Asked) -> list[str]:

@@ -74,7 +74,8 @@ class Network:
                 _run("tc", "-n", self.switch, "qdisc", "replace", "dev", f"p{number}", *bucket)
         else:
             assert self.switch.stdin is not None
-            print(json.dumps({"bits_per_second": bits_per_second, "seconds": seconds}), file=self.switch.stdin, flush=True)
+            with suppress(BrokenPipeError):  # it has ended: why is told below
+                print(json.dumps({"bits_per_second": bits_per_second, "seconds": seconds}), file=self.switch.stdin, flush=True)
             _hear(self.switch, "done")
 
 
@@ -202,7 +203,12 @@ def _remove(namespace: str) -> None:
 
 def _run(*command: str) -> str:
     """Standard output of a command; raises CoterieError with its error. Out of reach of the terminal's ctrl-C."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, start_new_session=True, check=False)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=COMMAND_SECONDS, start_new_session=True, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CoterieError(f"{' '.join(command)}: no end within {COMMAND_SECONDS:g} s") from error
     if done.returncode:
         raise CoterieError(f"{' '.join(command)}: exit code {done.returncode} ({first_line(CoterieError(done.stderr))})")
     return done.stdout.strip()

@@ -22,6 +22,7 @@ from coterie.moe.collectives import Group
 from coterie.moe.model import Model, assembled
 from coterie.moe.prepare import prepare
 from coterie.offload.transfer import STAGE_BYTES, Request
+from coterie.routing.errors import first_line
 from coterie.routing.trace import read_trace
 
 PREFIX = "coterie-offload-"  # of the folder that all files are in: what is mapped from there is paged out
@@ -163,7 +164,7 @@ def accelerate(folder: Path, layers: int) -> tuple[Any, str]:
             folder, dtype=torch.bfloat16, device_map=places, offload_folder=folder.with_suffix(".accelerate")
         )
     except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
-        return None, f"accelerate: {str(error).splitlines()[0][:160]}"
+        return None, f"accelerate: {first_line(error)}"
     return made.eval(), ""
 
 

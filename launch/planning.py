@@ -71,6 +71,8 @@ def _beforehand(request: PlanRequest, routings: list[RoutingTrace | LoadStatisti
     if request.method != "auto":
         if request.robust == "worst" and len(routings) > 1:
             yield f"--method {request.method} plans for the mean of the recordings, whatever --robust says"
+        if request.slots_per_rank is not None and request.method != "packed":
+            yield f"--method {request.method} makes no copies: slots beyond the experts stay empty"
         if request.iterations is not None:
             yield f"--method {request.method} has no iterations: --iterations has no effect"
 
@@ -82,8 +84,8 @@ def _told(
     if not options.json:
         print(_comparisons(made, routings))
     o = made.objective
-    bound = "" if o.gap is None else f", bound {o.lower_bound:.4f}, gap {o.gap:.2%}"
-    say(f"{options.out}: {o.name} {o.value:.4f}{bound}, in {made.seconds:.1f} s")
+    bound = "" if o.gap is None else f", bound {o.lower_bound:.4g}, gap {o.gap:.2%}"
+    say(f"{options.out}: {o.name} {o.value:.4g}{bound}, in {made.seconds:.1f} s")
     result = {"plan": str(options.out), "objective": o.to_json(), "seconds": made.seconds, "iterations": made.iterations}
     if request.previous is not None:
         from coterie.placement.replan import moves
@@ -141,8 +143,8 @@ def _shown(request: PlanRequest) -> Iterator[Progress]:
                 return
             last = spent
             bar.n = min(spent, request.time_limit)
-            parts = [] if value is None else [f"{request.objective_name} {value:.4f}"]
-            parts += [] if not bound else [f"bound {bound:.4f}"]
+            parts = [] if value is None else [f"{request.objective_name} {value:.4g}"]
+            parts += [] if not bound else [f"bound {bound:.4g}"]
             parts += [] if not bound or not value else [f"gap {max(0.0, 1 - bound / value):.2%}"]
             bar.set_postfix_str(", ".join([*parts, f"{iterations} iterations (ctrl-C keeps the best)"]))
 

@@ -26,7 +26,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start}: is not UTF-8") from error
-    numbered = [(i, line.removesuffix("\r")) for i, line in enumerate(lines, 1) if line.strip()]
+    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise InputError(f"{path}: found no prompt, expected one a line")
     if path.suffix != ".jsonl" and not _looks_like_jsonl(numbered[0][1]):

@@ -85,8 +85,8 @@ def _heading(plan: PlacementPlan | None, routing: RoutingTrace | LoadStatistics 
         t, o = plan.topology, plan.objective
         parts.append(f"{t.nodes} node(s) of {t.ranks_per_node} rank(s), {plan.slots_per_rank} slots each")
         if o.value is not None:
-            bound = "" if o.gap is None else f", lower bound {o.lower_bound:.4f}, gap {o.gap:.2%}"
-            parts.append(f"planned for {o.name}: {o.value:.4f}{bound}")
+            bound = "" if o.gap is None else f", lower bound {o.lower_bound:.4g}, gap {o.gap:.2%}"
+            parts.append(f"planned for {o.name}: {o.value:.4g}{bound}")
     return f"<h1>{html.escape(subject.model or 'model')}</h1><p>{html.escape('; '.join(parts))}</p>"
 
 

@@ -7,6 +7,7 @@ the largest of a few known tensors, and an estimate.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -148,7 +149,8 @@ def most_slots(sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Work
     least = taken + estimate(sizes, plan, strategy, work, sizes.top_k)[0].total
     if budget < least:
         raise InputError(
-            f"--memory: found {told(budget)}, expected {told(least)} or more: {told(taken)} that the process has taken, "
+            f"--memory: found {told(budget)}, expected {told(least, up=True)} or more: "
+            f"{told(taken)} that the process has taken, "
             f"{told(sizes.dense)} for all but the experts, room for {sizes.top_k} experts, cache and buffers"
         )
     return int(min(sizes.top_k + (budget - least) // max(sizes.expert), most_held(plan)))
@@ -243,9 +245,7 @@ def _halved(sizes: ModelSizes) -> ModelSizes:
     return replace(sizes, value=sizes.value // 2, dense=sizes.dense // 2, expert=expert, states=states)
 
 
-def told(count: float) -> str:
-    """Bytes for people."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 1e3:.1f} KB"
+def told(count: float, up: bool = False) -> str:
+    """Bytes for people, with one decimal; up: never less than they are, so that it can be asked for."""
+    unit, size = next(((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6)) if count >= size), ("KB", 1e3))
+    return f"{ceil(10 * count / size) / 10 if up else count / size:.1f} {unit}"

@@ -35,6 +35,7 @@ from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError, positive
 from coterie.routing.files import check_writable
 from coterie.routing.record import Recorder, TraceWriter, expert_modules, metadata_for
+from coterie.routing.trace import check_scenario
 
 
 @dataclass(frozen=True)
@@ -209,21 +210,7 @@ class Model:
         """
         if self.group.size > 1:
             raise InputError(f"trace: found {self.group.size} processes, expected one")
-        if max_new_tokens < 0 or max_new_tokens == 1:
-            raise InputError(
-                f"--max-new-tokens: found {max_new_tokens}, expected 0 or 2 and more: the last token is not routed"
-            )
-        phase = phase or ("mixed" if max_new_tokens else "prefill")
-        if phase in ("decode", "mixed") and max_new_tokens < 2:
-            raise InputError(
-                f"--phase: found {phase!r} with {max_new_tokens} new tokens, expected --max-new-tokens of 2 or more"
-            )
-        if phase == "prefill" and max_new_tokens:
-            raise InputError(
-                f"--phase: found 'prefill' with {max_new_tokens} new tokens, expected --max-new-tokens 0, or mixed"
-            )
-        if max_tokens is not None and max_tokens < 1:
-            raise InputError(f"--max-tokens: found {max_tokens}, expected 1 or more")
+        phase = recorded_phase(phase, max_new_tokens, max_tokens, scenario)
         check_writable(out)
         metadata = metadata_for(self.shape.name, self.shape.num_experts, self.shape.layer_ids, scenario, phase)
         asked = [Prompt(text=p) if isinstance(p, str) else p for p in prompts]
@@ -268,6 +255,21 @@ class Model:
             peak_memory_bytes=max(g[2] for g in gathered),
             hit_rate=1 - missed / requests if requests else None,
         )
+
+
+def recorded_phase(phase: str | None, max_new_tokens: int, max_tokens: int | None, scenario: str) -> str:
+    """The phase that `Model.record` records, by default whatever is run. Raises InputError for what it would refuse."""
+    if max_new_tokens < 0 or max_new_tokens == 1:
+        raise InputError(f"--max-new-tokens: found {max_new_tokens}, expected 0 or 2 and more: the last token is not routed")
+    phase = phase or ("mixed" if max_new_tokens else "prefill")
+    if phase in ("decode", "mixed") and max_new_tokens < 2:
+        raise InputError(f"--phase: found {phase!r} with {max_new_tokens} new tokens, expected --max-new-tokens of 2 or more")
+    if phase == "prefill" and max_new_tokens:
+        raise InputError(f"--phase: found 'prefill' with {max_new_tokens} new tokens, expected --max-new-tokens 0, or mixed")
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError(f"--max-tokens: found {max_tokens}, expected 1 or more")
+    check_scenario(scenario)
+    return phase
 
 
 def load(

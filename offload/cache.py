@@ -19,7 +19,7 @@ from coterie.offload.ahead import Guesser
 from coterie.offload.policies import MAKERS, lowest
 from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import LEAST, HostTier, Misses
-from coterie.offload.transfer import aligned_empty, usual_shift
+from coterie.offload.transfer import Slot, aligned_empty, usual_shift
 from coterie.offload.whole_path import CONTEXT_BYTES, MOST, TOKENS, Context
 from coterie.routing.errors import CoterieError
 
@@ -81,7 +81,7 @@ class ExpertCache:
         for name, shape in shapes.items():
             kept = dtypes.get(name, dtype)
             self.pools[name] = _empty((slots, *shape), kept, torch.device(device), _shift(self.store, name, kept))
-        self.slot = [{name: pool[slot] for name, pool in self.pools.items()} for slot in range(slots)]  # views, made once
+        self.slot = [Slot({name: pool[slot] for name, pool in self.pools.items()}) for slot in range(slots)]
         self.slot_of = np.full(layers * experts, -1, dtype=np.int64)
         self.free = list(range(slots - 1, -1, -1))
         self.policy = MAKERS[policy](layers, experts, top_k, slots)

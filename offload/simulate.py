@@ -193,8 +193,10 @@ class Simulation:
         self.slots = slots_for(share, self.layers, self.experts, self.top_k)
         self.steps, self.begins = steps_of(trace), begins_of(trace)
         if prior is not None:
-            shape, own = (len(prior.layer_ids), prior.num_experts), (self.layers, self.experts)
-            require(shape == own, "--prior", f"{shape[0]} layers of {shape[1]} experts", f"{own[0]} layers of {own[1]}")
+            for name in ("model", "num_experts", "layer_ids"):
+                found, own = getattr(prior, name), getattr(trace, name)
+                alike = found == own or (name == "model" and "" in (found, own))
+                require(alike, f"--prior: {name}", repr(found), f"{own!r}, as the trace has")
         self.prior = prior
         self.contexts = None if trace.token_ids is None else contexts_of(trace)
         self.predictors = (*PREDICTORS, *(() if self.contexts is None else (WholePath.name,)))

@@ -1,8 +1,9 @@
 """An expert on its way from disk into tensors: which blocks of files are read for it, and where their bytes go.
 
 A checkpoint's offsets are not aligned to blocks. What lies in memory at the same distance from a block as in its file (see
-`usual_shift`) is read right into its place by one scattered read, all but its first and last block, which go to a scratch of
-two blocks and are copied from there; the rest into memory of the reader's own, and copied from there.
+`usual_shift`) is read right into its place by one scattered read, all of an expert that lies together in the file at once.
+Blocks that hold the end of one part and the beginning of another go to a scratch, and are copied from there. What lies
+otherwise is read into memory of the reader's own, and copied from there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import mmap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +24,11 @@ from coterie.offload.checksum import Checksum, check
 
 BLOCK = 4096  # what O_DIRECT can always do with: offsets, lengths and places in memory are multiples
 SECTOR = 512  # what it can do with on most devices
-STAGE_BYTES = 2 << 20  # the most that is read at once
+STAGE_BYTES = 2 << 20  # the most that is read at once into memory of the reader's own
+DIRECT_BYTES = 4 << 20  # and right into its place
 LEAST_DIRECT = 4  # blocks from which on a piece is read right into its place
-EDGES = 2 * BLOCK  # bytes of the scratch for a request's first and last block
+MOST_SPANS = 3  # of a request that is: so many pieces that lie one after another in the file
+EDGES = (MOST_SPANS + 1) * BLOCK  # bytes of the scratch for a request's blocks that are not all one span's
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,28 @@ class Span:
     first: int
 
 
+class Run(NamedTuple):
+    """Bytes `begin` to `end` of a span, by its number, or, where that is None, of the scratch."""
+
+    span: int | None
+    begin: int
+    end: int
+
+
+class Edge(NamedTuple):
+    """`length` bytes of a span from `at` on that come to the scratch, at `scratch`."""
+
+    span: int
+    at: int
+    scratch: int
+    length: int
+
+
 @dataclass
 class Request:
     """A read of whole blocks: `least` of its bytes must be there, the file may end within the last block.
 
-    direct: right into the place of its only span, but for a first and a last block that are not all the span's.
+    direct: right into the places of its spans, but for blocks that are not all one span's.
     """
 
     file: Path
@@ -81,15 +103,27 @@ class Request:
         """Bytes, to the end of the last block."""
         return -(-self.least // self.block) * self.block
 
-    @property
-    def before(self) -> int:
-        """Of a direct request: bytes of its span that are in the first block with bytes that are not."""
-        return -self.spans[0].start % self.block
-
-    @property
-    def after(self) -> int:
-        """Likewise in the last block."""
-        return self.least % self.block
+    @cached_property
+    def layout(self) -> tuple[list[Run], list[Edge]]:
+        """Of a direct request: where its bytes go, one run after another, and what of the scratch is to be copied."""
+        runs: list[Run] = []
+        edges: list[Edge] = []
+        at = kept = 0  # of the request, and of the scratch
+        for number, span in enumerate(self.spans):
+            first, end = -(-span.start // self.block) * self.block, span.start + span.length
+            last = end // self.block * self.block
+            if first > at:
+                runs.append(Run(None, kept, kept + self.block))
+                kept += self.block
+            if first > span.start:
+                edges.append(Edge(number, 0, kept - (first - span.start), first - span.start))
+            runs.append(Run(number, first - span.start, last - span.start))
+            if last < end:  # in the block that comes next
+                edges.append(Edge(number, last - span.start, kept, end - last))
+            at = last
+        if self.least > at:
+            runs.append(Run(None, kept, kept + self.block))
+        return runs, edges
 
 
 @dataclass(frozen=True)
@@ -99,6 +133,20 @@ class Expected:
     checksum: str
     layer: int
     expert: int
+
+
+class Slot(dict[str, torch.Tensor]):
+    """Tensors that experts are read into again and again, by parameter; what must be known of them is found out once."""
+
+    @cached_property
+    def bytes(self) -> dict[str, np.ndarray]:
+        """Their memory, uint8; of those that are on the CPU."""
+        return {name: _bytes_of(tensor) for name, tensor in self.items() if tensor.device.type == "cpu"}
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """How far behind a block each begins."""
+        return {name: tensor.data_ptr() % BLOCK for name, tensor in self.items()}
 
 
 class Transfer:
@@ -113,15 +161,18 @@ class Transfer:
     ) -> None:  # fmt: skip
         self.record, self.into, self.requests, self.counter, self.expected = record, into, requests, counter, expected
         self.seen = None if expected is None else Checksum()
-        self.places = {name: _bytes_of(into[name]) for name, part in record.items() if _as_stored(part, into[name])}
+        known = into.bytes if isinstance(into, Slot) else {}
+        self.places = {
+            name: known[name] if name in known else _bytes_of(into[name])
+            for name, part in record.items() if _as_stored(part, into[name])
+        }  # fmt: skip
 
     def views(self, request: Request, own: np.ndarray) -> list[np.ndarray]:
         """Where a request reads to, one after another. own: uint8 of the reader, EDGES; of what is not direct STAGE_BYTES."""
         if not request.direct:
             return [own[: request.length]]
-        inside = self._place(request)[request.before : len(self._place(request)) - request.after]
-        first, last = own[: request.block], own[request.block : 2 * request.block]
-        return [*([first] if request.before else []), inside, *([last] if request.after else [])]
+        places = [self._place(span) for span in request.spans]
+        return [(own if span is None else places[span])[begin:end] for span, begin, end in request.layout[0]]
 
     def take(self, request: Request, own: np.ndarray) -> None:
         """Put the bytes of a request where they belong, once they are in its `views` with the same `own`."""
@@ -141,17 +192,15 @@ class Transfer:
         self.counter.add(sum(span.length for span in request.spans))
 
     def _take_edges(self, request: Request, own: np.ndarray) -> None:
-        place, before, after = self._place(request), request.before, request.after
-        if before:
-            place[:before] = own[request.block - before : request.block]
-        if after:
-            place[len(place) - after :] = own[request.block : request.block + after]
+        places = [self._place(span) for span in request.spans]
+        for span, at, scratch, length in request.layout[1]:
+            places[span][at : at + length] = own[scratch : scratch + length]
         if self.seen is not None:
-            self.seen.update(place.data)
-        self.counter.add(len(place))
+            for place in places:
+                self.seen.update(place.data)
+        self.counter.add(request.least - request.spans[0].start)
 
-    def _place(self, request: Request) -> np.ndarray:
-        (span,) = request.spans
+    def _place(self, span: Span) -> np.ndarray:
         return self.places[span.name][span.first : span.first + span.length]
 
     def check(self) -> None:
@@ -178,7 +227,7 @@ def plan(record: Record, shifts: Sequence[int | None], in_order: bool, block: in
     for piece, name, first in _run_together(pieces):
         shift = known[name]
         if shift is not None and (shift + first - piece.offset) % block == 0 and piece.length >= LEAST_DIRECT * block:
-            made += _direct(piece, name, first, block)
+            _add_direct(made, piece, name, first, block)
             continue
         done = 0
         while done < piece.length:
@@ -192,7 +241,8 @@ def plan(record: Record, shifts: Sequence[int | None], in_order: bool, block: in
 
 def shifts_of(record: Record, into: Mapping[str, torch.Tensor]) -> tuple[int | None, ...]:
     """Of each part in order, how far behind a block its tensor begins in memory; None where the part must be cast for it."""
-    return tuple(into[name].data_ptr() % BLOCK if _as_stored(part, into[name]) else None for name, part in record.items())
+    known = into.offsets if isinstance(into, Slot) else {name: into[name].data_ptr() % BLOCK for name in record}
+    return tuple(known[name] if _as_stored(part, into[name]) else None for name, part in record.items())
 
 
 def _run_together(pieces: list[tuple[Piece, str, int]]) -> list[tuple[Piece, str, int]]:
@@ -209,16 +259,22 @@ def _run_together(pieces: list[tuple[Piece, str, int]]) -> list[tuple[Piece, str
     return made
 
 
-def _direct(piece: Piece, name: str, first: int, block: int) -> list[Request]:
-    """Requests of STAGE_BYTES at most, cut at blocks."""
-    made, at, end = [], piece.offset, piece.offset + piece.length
+def _add_direct(made: list[Request], piece: Piece, name: str, first: int, block: int) -> None:
+    """Requests of DIRECT_BYTES at most, cut at blocks, the last one there first, if the piece follows on it."""
+    at, end = piece.offset, piece.offset + piece.length
+    if made and made[-1].direct and (made[-1].file, made[-1].offset + made[-1].least) == (piece.file, at):
+        last = made[-1]
+        until = min(end, last.offset + DIRECT_BYTES)
+        if len(last.spans) < MOST_SPANS and until - at >= LEAST_DIRECT * block:
+            last.spans.append(Span(name, last.least, until - at, first))
+            last.least += until - at
+            at = until
     while at < end:
         offset = at // block * block
-        until = min(end, offset + STAGE_BYTES)
+        until = min(end, offset + DIRECT_BYTES)
         span = Span(name, at - offset, until - at, first + at - piece.offset)
         made.append(Request(piece.file, offset, until - offset, True, [span], block))
         at = until
-    return made
 
 
 def usual_shift(records: Iterable[Iterable[Record]], name: str) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,7 +59,7 @@ class PlanRequest:
     """What to plan for. Set by the command line or the caller.
 
     objective: None takes the strategy's own. max_load: busiest over mean; None: as in `limits.load_caps` where the
-    strategy chose dispatch, for time, and where contiguous placement is even; else, where an objective was named, no cap.
+    strategy chose dispatch, for time, and where contiguous placement is even (docs/planning.md, Load cap); else no cap.
     slots_per_rank: None takes ceil(E / ranks); what is beyond the experts is for copies.
     robust: of several scenarios, minimise the worst or the mean. time_limit: seconds for search and proof together.
     iterations: of the search, None for as many as fit. exact: minimise the very number that `evaluate` prints for these
@@ -138,13 +139,15 @@ Routings = RoutingTrace | LoadStatistics | Sequence[RoutingTrace | LoadStatistic
 
 
 def plan(
-    routing: Routings, request: PlanRequest, inputs: Sequence[Path] = (), progress: Progress | None = None, prove: bool = True
-) -> PlacementPlan:
+    routing: Routings, request: PlanRequest, inputs: Sequence[Path] = (), progress: Progress | None = None, prove: bool = True,
+    keep_on_interrupt: bool = True,
+) -> PlacementPlan:  # fmt: skip
     """Place the experts that the recordings used. inputs: the files they came from, recorded with their digests.
 
     Several recordings are scenarios. prove: also state a lower bound.
     progress: called with value, bound (either may be None) and iterations while it searches.
-    Ctrl-C ends the search; what it has found by then is returned. Under mpirun every process searches, and all return
+    Ctrl-C ends the search; what it has found by then is returned, unless `keep_on_interrupt` is off.
+    Under mpirun every process searches, and all return
     the same plan. Raises InputError for what cannot be planned: too few slots, memory or load cap too small, an
     objective that needs single tokens where only loads are known, ranks of another shape than the old plan's.
     """
@@ -158,7 +161,7 @@ def plan(
     _check_known(scenarios, request)
     deadline = Deadline(FINISHING * request.time_limit)
     shown = progress or (lambda value, bound, iterations: None)
-    with interruptible(deadline):
+    with interruptible(deadline) if keep_on_interrupt else nullcontext():
         if request.method == "auto":
             solution = _auto(scenarios, request, slots, deadline, shown, prove)
         else:

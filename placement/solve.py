@@ -31,6 +31,7 @@ from coterie.placement.task import (
 from coterie.routing.errors import CoterieError, InputError
 
 SEARCH_SHARE, EXACT_SHARE = 0.45, 0.6  # of the time that is left; the rest is for the proof, if it has no core of its own
+PROVING = 0.4  # of what is left after the search, for the bound of a problem that an integer program then takes
 PLAIN = 20  # descents of a placement without copies that one with copies is compared with
 
 
@@ -83,12 +84,15 @@ class _Proof:
         problem, task, bound = self.problem, self.task, self.cheap
         program = self.wanted and ilp.fits(problem)
         if self.child is not None:
-            if problem.cost(best) <= bound + 1e-9 or program:  # a small problem's bound has settled by now
+            if problem.cost(best) <= bound + 1e-9:
+                self.child.stop()
+            elif program:  # which wants the rest of the time
+                self.child.wait(task.deadline.share(PROVING))
                 self.child.stop()
             bound = max(bound, self._of_child(self.child))
         elif problem.cost(best) > bound + 1e-9 and self.wanted:
             hear = lambda b: task.progress(problem.cost(best) * problem.scale, b * problem.scale, 0)  # noqa: E731
-            bound = max(bound, bounds.chain_bound(problem, task.deadline.share(0.4 if program else 1.0), hear))
+            bound = max(bound, bounds.chain_bound(problem, task.deadline.share(PROVING if program else 1.0), hear))
         if program and problem.cost(best) > whole(problem, bound) + 1e-9:
             best, proven = by_program(problem, best, task)
             bound = max(bound, proven)

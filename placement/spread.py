@@ -69,6 +69,11 @@ class Child:
         except (EOFError, pickle.UnpicklingError):
             return
 
+    def wait(self, deadline: Deadline) -> None:
+        """Until it has answered, or the deadline."""
+        while self._reader.is_alive() and not deadline.passed():
+            self._reader.join(min(0.2, deadline.left()))
+
     def stop(self) -> None:
         """Ask for what it has: its deadline is now. One that is not ready to be asked yet is asked then."""
         self._signal(stopping=True)
@@ -88,8 +93,7 @@ class Child:
 
     def result(self) -> Any:
         """What the call returned, waited for until its deadline and a little longer. Raises CoterieError if it failed."""
-        while self._reader.is_alive() and not self.deadline.passed():
-            self._reader.join(0.2)
+        self.wait(self.deadline)
         if self._reader.is_alive() and self.deadline.stop.is_set():
             self.stop()
         self._reader.join(GRACE)

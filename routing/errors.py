@@ -52,9 +52,12 @@ def positive(name: str, value: int) -> int:
     return value
 
 
-def first_line(error: Exception, length: int = 160) -> str:
+def first_line(error: BaseException, length: int = 160) -> str:
     """The beginning of another library's message, fit for one of our lines."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:length]
+
+
+DEFECT = "(this is a defect of coterie: --debug shows where it is)"
 
 
 def wanted(extra: str) -> str:

@@ -1,8 +1,9 @@
 """Routing functions: from router logits to experts and weights, as pure functions.
 
 Each is one published rule, tested against the routers of transformers' own models. The models keep their own routers; these are
-for whoever predicts a layer's experts ahead of time or replays recorded logits. All take `logits` float `[tokens, E]`
-and return (ids int64 `[tokens, top_k]`, weights `[tokens, top_k]` in the logits' dtype or float32 as noted), best first.
+a library for whoever predicts a layer's experts ahead of time or replays recorded logits: no verb of coterie calls them. All
+take `logits` float `[tokens, E]` and return (ids int64 `[tokens, top_k]`, weights `[tokens, top_k]` in the logits' dtype or
+float32 as noted), best first.
 """
 
 from __future__ import annotations

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.routing.errors import InputError
+from coterie.routing.errors import InputError, first_line
 from coterie.routing.files import read_json
 from coterie.routing.trace import LoadStatistics, RoutingTrace
 
 MAX_EXPERTS = 32767
+NPZ_ARRAYS = {"expert_ids", "topk_ids", "sequence_ids", "positions", "router_weights", "num_experts", "layer_ids"}
 DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
@@ -55,19 +56,24 @@ def import_routing(path: Path, options: ImportOptions) -> RoutingTrace | LoadSta
     except InputError as error:
         raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from error
     except (ValueError, TypeError, IndexError, KeyError, OverflowError, AttributeError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [""])[0][:100]
-        raise InputError(f"{path}: is not what its kind of recording holds ({type(error).__name__}: {reason})") from error
+        reason = f"{type(error).__name__}: {first_line(error, 100)}"
+        raise InputError(f"{path}: is not what its kind of recording holds ({reason})") from error
 
 
 def _read_npz(path: Path, options: ImportOptions) -> RoutingTrace:
+    arrays: dict[str, NDArray[Any]] = {}
+    at = ""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays: dict[str, NDArray[Any]] = {name: archive[name] for name in archive.files}
+            names = list(archive.files)
+            for at in NPZ_ARRAYS & set(names):  # others may be large, or objects
+                arrays[at] = archive[at]
     except (OSError, ValueError, EOFError, KeyError, NotImplementedError, MemoryError, *DAMAGED) as error:
-        raise InputError(f"is not a readable npz file ({str(error)[:80]})") from error
+        what = f"{at}: cannot be read from the npz file" if at else "is not a readable npz file"
+        raise InputError(f"{what} ({first_line(error, 80)})") from error
     name = next((n for n in ("expert_ids", "topk_ids") if n in arrays), None)
     if name is None:
-        raise InputError(f"found arrays {sorted(arrays)}, expected expert_ids or topk_ids [tokens, layers, top_k]")
+        raise InputError(f"found arrays {sorted(names)}, expected expert_ids or topk_ids [tokens, layers, top_k]")
     ids = _integers(arrays[name], name, 3)
     tokens = len(ids)
     sequence = _integers(arrays.get("sequence_ids", np.zeros(tokens, np.int64)), "sequence_ids", 1)
@@ -171,7 +177,7 @@ def _read_sglang(path: Path, options: ImportOptions) -> RoutingTrace | LoadStati
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise InputError(f"is not a readable .pt file ({str(error).splitlines()[0][:80]})") from error
+        raise InputError(f"is not a readable .pt file ({first_line(error, 80)})") from error
     if isinstance(found, dict) and "records" in found:
         return _sglang_records(found, options)
     if isinstance(found, dict) and "logical_count" in found:

@@ -57,7 +57,13 @@ class TraceWriter:
         self.tokens = 0
         self.columns = (*self.COLUMNS, *(self.TOKEN_IDS if token_ids else ()))
         self._parts = {name: path.with_name(f".{path.name}.{name}.{os.getpid()}.part") for name, _, _ in self.columns}
-        self._streams: dict[str, BinaryIO] = {name: part.open("wb") for name, part in self._parts.items()}
+        self._streams: dict[str, BinaryIO] = {}
+        try:
+            for name, part in self._parts.items():
+                self._streams[name] = part.open("wb")
+        except OSError as error:
+            self.discard()
+            raise CoterieError(f"{path}: cannot be written: {error.strerror}") from error
 
     def append(
         self,
@@ -98,8 +104,10 @@ class TraceWriter:
         """Remove the temporary files; the trace file, if there was one before, stays as it was."""
         for name, part in self._parts.items():
             with suppress(OSError):  # a full disk is told of where it was met; here all that matters is to clean up
-                self._streams[name].close()
-            part.unlink(missing_ok=True)
+                if name in self._streams:
+                    self._streams[name].close()
+            with suppress(OSError):  # such as a name too long to be one
+                part.unlink(missing_ok=True)
 
     def _join(self) -> None:
         header: dict[str, Any] = {"__metadata__": self.metadata}

@@ -21,6 +21,7 @@ from coterie.routing.errors import require
 from coterie.routing.trace import RoutingTrace
 
 BLOCK = 1 << 14  # tokens drawn at once
+REDRAWS = 100  # of strays that met, before they are dealt out
 REACH = 4  # geometric: as many times top_k experts around the token are looked at
 STRUCTURE, TOKENS = 0, 1  # two independent streams of random numbers from one seed
 
@@ -208,11 +209,15 @@ def _strayed(
     if not len(rows):
         return picks
     outside = np.array([np.flatnonzero(groups_of != g) for g in range(recipe.groups)], dtype=np.int16)
-    while len(rows):  # again wherever two strays met
+    for _ in range(REDRAWS):  # again wherever two strays met
+        if not len(rows):
+            return picks
         found = outside[group[rows, None], rng.integers(outside.shape[1], size=(len(rows), recipe.top_k))]
         picks[rows] = np.where(strays[rows], found, picks[rows])
         ordered = np.sort(picks[rows], axis=1)
         rows = rows[(ordered[:, 1:] == ordered[:, :-1]).any(1)]
+    for row in rows:  # nearly all experts outside are wanted
+        picks[row][strays[row]] = rng.permutation(outside[group[row]])[: strays[row].sum()]
     return picks
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from coterie.routing.errors import InputError, require
+from coterie.routing.errors import InputError, first_line, require
 from coterie.routing.files import atomic_output, looks_like_json
 
 TRACE_FORMAT = "coterie.trace.v1"
@@ -213,6 +213,14 @@ def read_routing(path: Path) -> RoutingTrace | LoadStatistics:
         raise InputError(f"{path}: {error}") from error
 
 
+def check_scenario(name: str) -> None:
+    """Raises InputError for a name that no file can hold, as arguments in another encoding arrive."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"--scenario: found {name!r}, expected text that UTF-8 can write") from error
+
+
 def read_trace(path: Path) -> RoutingTrace:
     """Read a trace; InputError if the file holds load statistics only."""
     found = read_routing(path)
@@ -230,8 +238,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any
         with safe_open(path, framework="np") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise InputError(f"{path}: is not a readable safetensors file ({reason}); is it truncated?") from error
+        raise InputError(f"{path}: is not a readable safetensors file ({first_line(error, 200)}); is it truncated?") from error
 
 
 def _tensor(tensors: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:

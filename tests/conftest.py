@@ -21,8 +21,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
+from hypothesis import settings
+
 from coterie.routing.trace import RoutingTrace, save_trace
 
+settings.register_profile("ci", derandomize=True, print_blob=True)  # what fails there fails again
+if "COTERIE_CI" in os.environ:
+    settings.load_profile("ci")
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -29,6 +29,7 @@ def main(job_file: Path, result_file: Path) -> None:
             sent = sum(group.gather(group.traffic.bytes - before))
             again, _ = model.generate(prompts, case["new_tokens"], batch_size=case["batch_size"])
             mine = torch.tensor([case["prompts"][group.rank % len(case["prompts"])]])
+            model.context.strategy = model.dispatcher.strategy("all_to_all")  # others want the same tokens on all ranks
             model.context.live = None
             with torch.inference_mode():
                 logits = model.transformers(mine).logits[0, -1].tolist()

@@ -1,6 +1,6 @@
 """Run by test_faults.py under torchrun: coterie, with little memory left for rank 1 once its libraries are loaded.
 
-python tests/limited_rank.py memory|none generate ...
+python tests/limited_rank.py generate ...
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 SPARE = 24 << 20
 
 
-def main(limit: str, arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     import transformers.models.auto.modeling_auto  # noqa: F401  what is loaded later would fail in many ways
 
     from coterie.launch import commands, distributed
@@ -23,7 +23,7 @@ def main(limit: str, arguments: list[str]) -> int:
     loading = prepare.load_share
 
     def starved(*given):
-        if limit == "memory" and distributed.launched_rank() == 1:
+        if distributed.launched_rank() == 1:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
             resource.setrlimit(resource.RLIMIT_AS, (used + SPARE, used + SPARE))
             import torch
@@ -39,4 +39,4 @@ def main(limit: str, arguments: list[str]) -> int:
 if __name__ == "__main__":
     from coterie.launch.distributed import leave
 
-    leave(main(sys.argv[1], sys.argv[2:]))
+    leave(main(sys.argv[1:]))

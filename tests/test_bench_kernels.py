@@ -42,7 +42,7 @@ QWEN = SHAPES[1]
     [(0, 1, "plain", 164), (1, 64, "plain", 277), (1, 16, "int8", 91), (0, 4096, "plain", 3663), (3, 16, "plain", 2089)],
 )
 def test_the_floor_of_a_layer(shape: int, tokens: int, format: str, microseconds: float) -> None:
-    """As worked out elsewhere for an H200."""
+    """As worked out by hand for an H200."""
     assert 1e6 * H200.floor(SHAPES[shape], tokens, format) == pytest.approx(microseconds, rel=0.02)
 
 

@@ -27,6 +27,7 @@ from coterie.launch.cli import main
 from coterie.launch.memory import parse_bytes
 from coterie.moe.cached import index_experts
 from coterie.moe.collectives import Group
+from coterie.moe.journal import journal_of
 from coterie.moe.model import assembled
 from coterie.moe.prepare import prepare
 from coterie.offload.cache import ExpertCache
@@ -36,6 +37,7 @@ from coterie.offload.transfer import Part, Piece
 from coterie.routing.errors import CoterieError, InputError
 from coterie.routing.record import expert_modules
 
+EVERY_ROOM = ("qwen3_moe", "gpt_oss", "jamba")
 PROMPTS = torch.randint(1, 97, (8, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -67,7 +69,8 @@ def test_logits_are_the_residents_to_the_bit_at_every_room(family: Path, dtype: 
     resident = model(family, None, dtype)
     right = logits(resident)
     top_k, total = resident.shape.top_k, resident.shape.num_experts * len(resident.shape.layer_ids)
-    for slots in (top_k, top_k + 1, total // 2, total):
+    other = (top_k + 1, total) if family.name[:-1] in EVERY_ROOM else ()  # arithmetic, the same in all families
+    for slots in (top_k, total // 2, *other):
         made = model(family, slots, dtype)
         for got, expected in zip(logits(made), right, strict=True):
             assert torch.equal(got, expected), slots
@@ -101,20 +104,23 @@ def test_ctrl_c_ends_a_run_with_experts_on_disk(tmp_path: Path) -> None:
     folder = make_model("qwen3_moe", tmp_path, hidden_size=256, moe_intermediate_size=2048, head_dim=64)
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"token_ids": [n % 90 + 1, 5]}) + "\n" for n in range(2000)))
     command = [sys.executable, "-m", "coterie", "generate", str(folder), "--prompts", str(tmp_path / "p.jsonl")]
-    command += ["--max-new-tokens", "20", "--batch-size", "1"]
+    command += ["--max-new-tokens", "20", "--batch-size", "1", "--out", str(tmp_path / "o.jsonl")]
+    journal = journal_of(tmp_path / "o.jsonl")
     refused = subprocess.run([*command, "--memory", "1k"], capture_output=True, text=True, cwd=ROOT)
     run = subprocess.Popen(
         [*command, "--memory", f"{least_megabytes(refused.stderr) + 15}MB"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    assert run.stderr is not None
-    for line in run.stderr:
-        if "experts at once, the others on disk" in line:
-            break
-    time.sleep(3)
-    run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=60)
-    assert run.returncode not in (0, None) and "Traceback" not in said and "interrupted" in said
+    try:
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
+            assert run.poll() is None, run.communicate()[1]
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert "experts at once, the others on disk" in said
+    assert run.returncode == 1 and "Traceback" not in said and "interrupted; --resume continues" in said
 
 
 @pytest.mark.parametrize("slots", [3, 4, 5, 9, 23])

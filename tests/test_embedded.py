@@ -22,6 +22,18 @@ def reference():
     return AutoModelForCausalLM.from_pretrained(EMBEDDED_FOLDER, dtype=torch.float32)
 
 
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory) -> dict[str, coterie.RoutingTrace]:
+    """Of calibration and held-out text."""
+    from coterie.launch.prompts import read_prompts
+
+    model, folder, found = coterie.load("coterie-tiny"), tmp_path_factory.mktemp("traces"), {}
+    for name in ("calibration", "heldout"):
+        model.record(read_prompts(EMBEDDED_FOLDER / "prompts" / f"{name}.jsonl"), folder / name)
+        found[name] = coterie.read_trace(folder / name)
+    return found
+
+
 def prompts(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (EMBEDDED_FOLDER / "prompts" / f"{name}.jsonl").read_text().splitlines()]
 
@@ -120,27 +132,18 @@ def test_it_writes_recognisable_python_and_english() -> None:
     assert len(words) > 5 and sum(w in common for w in words) / len(words) > 0.25, outputs[1].text
 
 
-def test_routers_agree_across_layers_far_more_than_chance(tmp_path) -> None:
-    from coterie.launch.prompts import read_prompts
+def test_routers_agree_across_layers_far_more_than_chance(traces) -> None:
     from coterie.routing.affinity import mean_affinity
 
-    model = coterie.load("coterie-tiny")
-    model.record(read_prompts(EMBEDDED_FOLDER / "prompts" / "heldout.jsonl"), tmp_path / "t.safetensors")
-    trace = coterie.read_trace(tmp_path / "t.safetensors")
+    trace = traces["heldout"]
     assert mean_affinity(trace) > 3 / trace.num_experts
     load = coterie.measure(trace).load
     assert (load.max(1) / load.mean(1)).max() < 4, "a collapsed router"
 
 
-def test_plans_of_it_meet_their_bars_on_text_that_was_not_planned_on(tmp_path) -> None:
-    from coterie.launch.prompts import read_prompts
+def test_plans_of_it_meet_their_bars_on_text_that_was_not_planned_on(traces) -> None:
     from coterie.placement.planner import PlanRequest, compare, plan
 
-    model = coterie.load("coterie-tiny")
-    traces = {}
-    for name in ("calibration", "heldout"):
-        model.record(read_prompts(EMBEDDED_FOLDER / "prompts" / f"{name}.jsonl"), tmp_path / name)
-        traces[name] = coterie.read_trace(tmp_path / name)
     two = plan(traces["calibration"], PlanRequest(coterie.Topology(1, 2), objective="hops", time_limit=60))
     assert two.objective.gap == 0 and two.seconds < 60
     for objective, cut in (("hops", 0.35), ("dispatch", 0.15)):

@@ -28,10 +28,20 @@ def test_a_weight_is_off_by_what_the_table_says(seed, format, rows, columns, sca
     error, exact = (made.dequantised() - weights.double()).abs(), weights.double().abs()
     if format == "fp8":
         largest = made.scale.repeat_interleave(GROUP, 1)[:, :rows].repeat_interleave(GROUP, 2)[..., :columns].double()
+        largest_of = blocks(weights, GROUP, GROUP) / 448
         assert (error <= torch.maximum(exact / 16, largest * 2**-10) * (1 + 1e-6)).all()
     else:
         steps = made.scale[..., None] if format == "int8" else made.scale.repeat_interleave(GROUP, 2)[..., :columns]
+        largest_of = blocks(weights, 1, columns)[..., 0] / 127 if format == "int8" else blocks(weights, 1, GROUP) / 7
         assert (error <= steps.double() * (0.5 + 2e-5)).all()
+    some = largest_of > 0  # any scale does for zeros
+    torch.testing.assert_close(made.scale[some].double(), largest_of[some], rtol=1e-5, atol=0)
+
+
+def blocks(weights: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The largest magnitude of every block of so many rows and columns."""
+    padded = torch.nn.functional.pad(weights.double().abs(), (0, -weights.shape[2] % columns, 0, -weights.shape[1] % rows))
+    return padded.unflatten(1, (-1, rows)).unflatten(3, (-1, columns)).amax((2, 4))
 
 
 def test_int4_keeps_the_halves_of_a_group_side_by_side() -> None:

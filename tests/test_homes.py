@@ -367,7 +367,7 @@ def test_taking_turns_is_never_worse_than_its_start(seed: int, ranks: int, objec
 
 def test_planning_keeps_to_the_load_cap_and_is_repeatable() -> None:
     trace = classes_trace(sequences=12)
-    request = PlanRequest(Topology(1, 4), objective="dispatch", max_load=1.2, time_limit=20, iterations=2, homes=True)
+    request = PlanRequest(Topology(1, 4), objective="dispatch", max_load=1.2, time_limit=600, iterations=2, homes=True)
     made, again = plan(trace, request, prove=False), plan(trace, request, prove=False)
     assert (made.physical_to_logical == again.physical_to_logical).all() and made.homes == again.homes
     report = evaluate(made, trace)

@@ -13,6 +13,7 @@ from brute_force import every_home
 from conftest import make_trace
 
 from coterie.placement.cost import evaluate, evaluate_load
+from coterie.placement.deadline import Deadline
 from coterie.placement.plan import OBJECTIVES, PlacementPlan
 from coterie.placement.planner import PlanRequest, baseline_plan, plan
 from coterie.placement.spread import Child
@@ -178,15 +179,19 @@ def test_a_load_cap_holds_in_every_scenario_with_copies() -> None:
 @pytest.mark.parametrize(("experts", "ranks", "cap"), [(6, 4, 1.3), (5, 2, 1.2)])
 def test_a_load_cap_holds_where_experts_do_not_divide_evenly(experts: int, ranks: int, cap: float) -> None:
     """Where the plans that `coherent` begins from would have copies."""
+    planned = 0
     for seed in range(3):
         trace = make_trace(layers=4, experts=experts, top_k=2, tokens=300, seed=seed)
-        request = PlanRequest(Topology(1, ranks), strategy="coherent", objective="coherent", max_load=cap, time_limit=0.3)
+        request = PlanRequest(Topology(1, ranks), "coherent", "coherent", max_load=cap, time_limit=QUICK, iterations=1)
         try:
-            held = evaluate(plan(trace, request), trace).rank_load
+            made = plan(trace, request, prove=False)
         except InputError as error:
             assert "max-load" in str(error)
             continue
-        assert (held.max(1) <= 1.03 * cap * held.mean(1)).all()  # copies are planned for homes that are equally likely
+        planned += 1
+        held = evaluate(made, every_home(trace, ranks)).rank_load  # copies are planned for homes that are equally likely
+        assert (held.max(1) <= cap * held.mean(1) * (1 + 1e-6)).all()
+    assert planned
 
 
 def test_the_evenest_load_keeps_to_its_cap_as_the_dispatcher_uses_copies() -> None:
@@ -237,15 +242,19 @@ def test_time_is_planned_anew_on_one_rank() -> None:
     assert same(plan(trace, replace(request, previous=old, max_moves=1)), old)
 
 
-def test_a_lost_proof_costs_the_bound_and_not_the_plan(monkeypatch) -> None:
+@pytest.mark.processes
+def test_a_second_worker_proves_and_its_lost_proof_costs_the_bound_and_not_the_plan(monkeypatch) -> None:
     def lost(self: Child) -> float:
         raise CoterieError("a worker ended without an answer (exit code -9)")
 
     trace = make_trace(tokens=400, layers=3, experts=24, top_k=4)
+    request = PlanRequest(Topology(1, 4), objective="hops", time_limit=4, iterations=1, workers=2)
+    proven = plan(trace, request).objective
     monkeypatch.setattr(Child, "result", lost)
+    monkeypatch.setattr("coterie.placement.solve._Proof._hear", lambda proof, bound: None)  # else what it said before counts
     with pytest.warns(RuntimeWarning, match=r"the proof was lost \(a worker ended without an answer \(exit code -9\)\)"):
-        made = plan(trace, PlanRequest(Topology(1, 4), objective="hops", time_limit=2, iterations=1, workers=2))
-    assert 0 < made.objective.lower_bound < made.objective.value
+        made = plan(trace, request).objective
+    assert 0 < made.lower_bound < proven.lower_bound <= proven.value
 
 
 def test_ranks_that_exchange_most_hops_share_a_node() -> None:
@@ -325,21 +334,25 @@ def test_two_workers_make_one_plan_and_never_a_worse_one(objective: str) -> None
     assert one.objective.value <= alone.objective.value + 1e-12
 
 
-@pytest.mark.processes
-def test_a_second_worker_proves_while_the_first_one_searches() -> None:
-    trace = make_trace(tokens=400, layers=3, experts=24, top_k=4)
-    made = plan(trace, PlanRequest(Topology(1, 4), objective="hops", time_limit=3, iterations=1, workers=2))
-    assert 0 < made.objective.lower_bound < made.objective.value
-
-
 @pytest.mark.parametrize("objective", ["hops", "dispatch", "load", "coherent"])
-def test_ctrl_c_ends_the_search_with_a_plan(objective: str) -> None:
+def test_ctrl_c_ends_the_search_with_a_plan(objective: str, monkeypatch) -> None:
     trace = make_trace(tokens=400, layers=3, experts=24, top_k=4)
-    request = PlanRequest(Topology(1, 4), strategy_of(objective), objective, time_limit=60, slots_per_rank=7)
-    threading.Timer(0.7, lambda: signal.raise_signal(signal.SIGINT)).start()
+    request = PlanRequest(Topology(1, 4), strategy_of(objective), objective, time_limit=600, slots_per_rank=7)
+    limits: list[Deadline] = []
+
+    class Kept(Deadline):
+        def __init__(self, seconds: float, stop: threading.Event | None = None) -> None:
+            super().__init__(seconds, stop)
+            limits.append(self)
+
+    def once(*heard: object) -> None:
+        if not limits[0].stop.is_set():
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("coterie.placement.planner.Deadline", Kept)
     started = time.monotonic()
-    made = plan(trace, request)
-    assert time.monotonic() - started < 30
+    made = plan(trace, request, progress=once)
+    assert limits[0].stop.is_set() and time.monotonic() - started < 60
     assert made.objective.value == value_of(made, trace)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -352,6 +365,7 @@ def test_progress_tells_of_values_and_iterations() -> None:
     )
     values = [value for value, _, _ in heard if value is not None]
     bounds = [bound for _, bound, _ in heard if bound is not None]
+    assert bounds
     assert values == sorted(values, reverse=True) and values[-1] == pytest.approx(made.objective.value)
     assert all(bound <= made.objective.value + 1e-9 for bound in bounds)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,25 +17,26 @@ from safetensors import safe_open
 from tiny_models import FOUR_RANK_FAMILIES, make_model
 from transformers import AutoModelForCausalLM
 
+sys.path.insert(0, str(ROOT / "bench"))
+from faults import Job, wait_for
+
 import coterie
+from coterie.moe.choose import MADE
 from coterie.moe.dispatch import row_bytes
 from coterie.placement.plan import PlacementPlan, slots_from_assignment
 
 pytestmark = pytest.mark.processes
 
 
-def torchrun(ranks: int, *arguments: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        *arguments,
-    ]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+def torchrun(ranks: int, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Nothing of it is left, whatever happens."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
+    job = Job(command)
+    try:
+        assert wait_for(lambda: job.process.poll() is not None, timeout), job.err[-4000:]
+        return subprocess.CompletedProcess(command, job.process.returncode, job.out, job.err)
+    finally:
+        job.end()
 
 
 def run_cases(tmp_path: Path, ranks: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -93,6 +93,8 @@ def share_bytes(folder: Path, experts_by_layer: dict[int, list[int]], num_expert
 
 
 def test_four_ranks_equal_transformers_on_every_family_with_and_without_a_plan(tmp_path: Path) -> None:
+    """By each strategy in turn, and once by the one that is chosen."""
+    strategies = (None, *MADE, *MADE, *MADE)
     prompts = [tokens(n, n) for n in (17, 3, 40, 1, 9, 22)]
     cases, expected, plans = [], [], []
     for family in FOUR_RANK_FAMILIES:
@@ -102,11 +104,12 @@ def test_four_ranks_equal_transformers_on_every_family_with_and_without_a_plan(t
             logits = [reference(torch.tensor([p])).logits[0, -1] for p in prompts[:4]]
         plan = uneven_plan(folder, 4, tmp_path / f"{family}.json")
         for plan_file in ("", str(tmp_path / f"{family}.json")):
-            cases.append({"model": str(folder), "plan": plan_file, "prompts": prompts, "new_tokens": 12, "batch_size": 2})
+            case = {"model": str(folder), "plan": plan_file, "prompts": prompts, "new_tokens": 12, "batch_size": 2}
+            cases.append({**case, "strategy": strategies[len(cases)]})
             expected.append((texts, logits))
             plans.append(plan if plan_file else None)
     for case, result, (texts, logits), plan in zip(cases, run_cases(tmp_path, 4, cases), expected, plans, strict=True):
-        where = f"{case['model']} with plan {case['plan']!r}"
+        where = f"{case['model']} with plan {case['plan']!r} by {case['strategy']}"
         assert result["texts"] == texts, where
         assert result["repeatable"], where
         for found, wanted in zip(result["logits"], logits, strict=True):

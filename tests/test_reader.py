@@ -219,15 +219,16 @@ def test_closing_waits_until_nothing_is_written(reader: str, tmp_path: Path) -> 
         error = future.exception()
         assert error is None or "when reading was closed" in str(error)
         assert error is not None or torch.equal(kept[expert], right[expert])
+    time.sleep(0.2)  # would be a late write's
     assert all(torch.equal(tensors["w"], was) for tensors, was in zip(into, kept, strict=True))
 
 
 def test_what_has_not_begun_is_not_read_when_closing(reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, right = stored(tmp_path / "f", 40, STAGE_BYTES // 8)
-    read = store.files.fill
+    read, closing = store.files.fill, threading.Event()
 
     def slowly(*arguments: Any) -> None:
-        time.sleep(0.05)
+        closing.wait(60)
         read(*arguments)
 
     if reader == "asynchronous":
@@ -236,6 +237,7 @@ def test_what_has_not_begun_is_not_read_when_closing(reader: str, tmp_path: Path
     into = [{"w": torch.zeros(right.shape[1])} for _ in right]
     last = [store.start(0, expert, into[expert]) for expert in range(40)][-1]
     assert not last.running()
+    threading.Timer(0.2, closing.set).start()  # once `close` has called off what waits
     store.close()
     assert last.cancelled() or isinstance(last.exception(), CoterieError)
     assert not into[-1]["w"].any()

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow]
-
 
 def shell(command: str, folder: Path, timeout: int = 300) -> subprocess.CompletedProcess[str]:
     """Run as a user with the environment activated would, wherever the package is imported from."""
@@ -34,6 +32,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_the_demo_does_the_whole_tour(tmp_path: Path) -> None:
     made = Path(os.environ.get("COTERIE_DEMO", tmp_path))
     if "COTERIE_DEMO" not in os.environ:  # in CI .ci/wheel has run it already
@@ -53,6 +53,8 @@ def test_the_demo_does_the_whole_tour(tmp_path: Path) -> None:
     assert not list((made / "demo").glob("*.part"))
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_every_command_of_the_readme_runs_as_printed(tmp_path: Path) -> None:
     steps = next(block for block in blocks("sh") if "coterie doctor" in block)
     (tmp_path / ".venv/bin").mkdir(parents=True)
@@ -65,6 +67,8 @@ def test_every_command_of_the_readme_runs_as_printed(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 0
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_the_python_of_the_readme_runs_as_printed(tmp_path: Path) -> None:
     (tmp_path / "example.py").write_text(blocks("python")[0])
     done = shell("python example.py", tmp_path)
@@ -82,5 +86,14 @@ def test_every_verb_is_in_the_readme() -> None:
 
 def test_links_between_documents_lead_somewhere() -> None:
     for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+        for target in re.findall(r"\]\(([^):]+)\)", document.read_text()):
+            file, _, heading = target.partition("#")
+            found = document.parent / file if file else document
+            assert found.exists(), f"{document.name}: {target}"
+            assert not heading or heading in headings(found), f"{document.name}: {target}"
+
+
+def headings(document: Path) -> list[str]:
+    """As links name them."""
+    titles = re.findall(r"^#+ (.*)$", document.read_text(), re.M)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]

@@ -64,7 +64,7 @@ def test_logits_are_the_resident_rounded_ones_to_the_bit_at_every_room(family: P
     packed, resident = rounded_copy(family, format), model(family, dtype, format)
     right = logits(resident)
     top_k, total = resident.shape.top_k, resident.shape.num_experts * len(resident.shape.layer_ids)
-    for slots in (top_k, top_k + 1, total // 2, total):
+    for slots in (top_k, total // 2, total):
         made = model(family, dtype, format, slots, packed)
         for got, expected in zip(logits(made), right, strict=True):
             assert torch.equal(got, expected), slots

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,20 +176,31 @@ def written(tmp_path_factory) -> Callable[[str], tuple[Path, list[list[int]]]]:
     return of
 
 
+def by_every_strategy(folder: Path, asked: list[coterie.Prompt], new_tokens: int, batch_size: int) -> Callable[[Group], Any]:
+    """What a rank writes, by strategy; loaded once."""
+
+    def work(group: Group) -> dict[str, list[list[int]]]:
+        model, found = load(folder, dtype="float32", group=group), {}
+        for name in MADE:
+            model.dispatcher.asked = name
+            outputs, figures = model.generate(asked, new_tokens, batch_size=batch_size)
+            assert name in figures.strategy
+            found[name] = [list(output.token_ids) for output in outputs]
+        return found
+
+    return work
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-@pytest.mark.parametrize("name", list(MADE))
-def test_every_strategy_writes_transformers_text(name: str, ranks: int, written) -> None:
+def test_every_strategy_writes_transformers_text(ranks: int, written) -> None:
+    limits = (7, 3, 7, 5, 7)
+    asked = [coterie.Prompt(token_ids=tuple(p), max_new_tokens=n) for p, n in zip(PROMPTS, limits, strict=True)]
     for family in FOUR_RANK_FAMILIES if ranks == 4 else ("qwen3_moe",):
         folder, expected = written(family)
-
-        def work(group: Group, folder: Path = folder):
-            model = load(folder, strategy=name, dtype="float32", group=group)
-            limits = [7, 3, 7, 5, 7]
-            asked = [coterie.Prompt(token_ids=tuple(p), max_new_tokens=n) for p, n in zip(PROMPTS, limits, strict=True)]
-            return [list(o.token_ids) for o in model.generate(asked, 7, batch_size=2)[0]]
-
-        for texts in on_ranks(ranks, work, 2 if ranks % 2 == 0 else ranks):
-            assert texts == [e[:n] for e, n in zip(expected, (7, 3, 7, 5, 7), strict=True)], family
+        wanted = [text[:limit] for text, limit in zip(expected, limits, strict=True)]
+        for found in on_ranks(ranks, by_every_strategy(folder, asked, 7, 2), 2 if ranks % 2 == 0 else ranks):
+            for name, texts in found.items():
+                assert texts == wanted, (family, name)
 
 
 LONG_PROMPTS = [tokens(n, n) for n in (1, 2000, 17, 400)]
@@ -200,16 +212,12 @@ def long(tmp_path_factory) -> tuple[Path, list[list[int]]]:
     return folder, expected_texts(folder, LONG_PROMPTS, 4)[0]
 
 
-@pytest.mark.parametrize("name", list(MADE))
-def test_prompts_of_one_to_two_thousand_tokens_run_together(name: str, long) -> None:
+def test_prompts_of_one_to_two_thousand_tokens_run_together(long) -> None:
     folder, expected = long
-
-    def work(group: Group):
-        model = load(folder, strategy=name, dtype="float32", group=group)
-        asked = [coterie.Prompt(token_ids=tuple(p)) for p in LONG_PROMPTS]
-        return [list(o.token_ids) for o in model.generate(asked, 4, batch_size=4)[0]]
-
-    assert on_ranks(3, work) == [expected] * 3
+    asked = [coterie.Prompt(token_ids=tuple(p)) for p in LONG_PROMPTS]
+    for found in on_ranks(3, by_every_strategy(folder, asked, 4, 4)):
+        for name, texts in found.items():
+            assert texts == expected, name
 
 
 @settings(max_examples=60, deadline=None)

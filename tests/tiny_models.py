@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +42,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
 FOUR_RANK_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "phimoe", "granitemoe")
 
 
+_MADE: dict[str, Path] = {}
+
+
 def make_model(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """Save a random model of `family` in `folder`; its weights are large enough that routing and text vary."""
+    """Save a random model of `family` in `folder`; its weights are large enough that routing and text vary.
+
+    It is made once in a process, and copied then.
+    """
+    key = json.dumps([family, seed, changes], sort_keys=True, default=str)
+    if key not in _MADE:
+        _MADE[key] = _written(family, Path(tempfile.mkdtemp(dir=os.environ.get("XDG_CACHE_HOME"))), seed, changes)
+    torch.manual_seed(seed)
+    shutil.copytree(_MADE[key], folder, dirs_exist_ok=True)
+    return folder
+
+
+def _written(family: str, folder: Path, seed: int, changes: dict[str, Any]) -> Path:
     torch.manual_seed(seed)
     settings = {**COMMON, **FAMILIES[family], **changes}
     config = AutoConfig.for_model(family, **settings)
