@@ -47,7 +47,7 @@ def hops(task: Task) -> Solution:
     arguments = {"problem": problem, "iterations": iterations_for(task, problem)}
     own = {"target": proof.cheap, "report": lambda cost, made: task.progress(cost * problem.scale, proof.bound, made)}
     spread = Spread(task, "coterie.placement.chain:search", arguments)
-    with ended(proof.child):
+    with ended([proof.child]):
         found = spread.run(chain.search, searching, max(0, task.request.workers - 1 - (proof.child is not None)), **own)
         best, made = min((a for a, _ in found), key=by_cost(problem)), sum(n for _, n in found)
         if len(found) > 1 and problem.interchangeable:

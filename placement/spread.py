@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,8 +112,8 @@ class Child:
 
 
 @contextmanager
-def ended(*children: Child | None) -> Iterator[None]:
-    """What is raised inside ends the children too: nobody will ask for their answers."""
+def ended(children: Sequence[Child | None]) -> Iterator[None]:
+    """What is raised inside ends the children too, those that have come by then: nobody will ask for their answers."""
     try:
         yield
     except BaseException:

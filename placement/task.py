@@ -135,10 +135,10 @@ class Spread:
     def run(self, search: Callable[..., Any], deadline: Deadline, helpers: int, **own: Any) -> list[tuple[Any, int]]:
         """Every worker's (result, iterations), this process's first."""
         base = self.task.request.seed + SEED_STRIDE * self.task.world.rank * 64
-        for number in range(helpers):
-            arguments = {**self.arguments, "seed": base + SEED_STRIDE * (number + 1)}
-            self.children.append(Child(self.function, arguments, deadline).start())
-        with ended(*self.children):
+        with ended(self.children):
+            for number in range(helpers):
+                arguments = {**self.arguments, "seed": base + SEED_STRIDE * (number + 1)}
+                self.children.append(Child(self.function, arguments, deadline).start())
             mine = search(**self.arguments, seed=base, deadline=deadline, **own)
             found = [mine, *(answer for child in self.children if (answer := _answer(child)) is not None)]
         return [pair for pairs in self.task.world.gather(found) for pair in pairs]
