@@ -164,8 +164,11 @@ class Model:
     def follow(self, wish: PlacementPlan | str, say: Callable[[str], None]) -> None:
         """From the next run on, take over the plan `wish` while generating, or plan anew when the load drifts ("auto").
 
-        Raises InputError if the experts are rounded or on disk: what moves between ranks is weights in memory, as stored.
+        Raises InputError if the experts are rounded or on disk: what moves between ranks is weights in memory, as stored; and
+        while an earlier wish is being carried out.
         """
+        if self.boundary is not None and self.boundary.moving:
+            raise InputError("--replan: found a plan half taken over, expected none; generate until it has been taken over")
         if self.cache is not None:
             raise InputError("--replan: found it with experts on disk, expected all in memory")
         if any(hasattr(module, "coterie_products") for module in self.transformers.modules()):

@@ -35,6 +35,11 @@ COMPLAINTS = "complaints.txt"  # of the planner, in its folder
 class Boundary(Protocol):
     """What happens between two steps, on every rank alike."""
 
+    @property
+    def moving(self) -> bool:
+        """Whether experts are on their way: some layers may lie by one plan and others by another."""
+        ...
+
     def notice(self) -> int:
         """What this rank tells the others in the step's agreement."""
         ...
@@ -55,7 +60,13 @@ class TakeOver:
         self, model: nn.Module, group: Group, old: PlacementPlan, new: PlacementPlan, done: Callable[[], None]
     ) -> None:
         self.relocation: Relocation | None = Relocation(model, group, old, new)
+        self.begun = False
         self.done = done
+
+    @property
+    def moving(self) -> bool:
+        """As `Boundary`."""
+        return self.begun and self.relocation is not None
 
     def notice(self) -> int:
         """Nothing."""
@@ -63,6 +74,7 @@ class TakeOver:
 
     def step(self, notices: list[int]) -> None:
         """Move on."""
+        self.begun = True
         if self.relocation is not None and self.relocation.step():
             self.relocation = None
             self.done()
@@ -90,6 +102,11 @@ class AutoReplan:
         self._relocation: Relocation | None = None
         device = next(model.parameters()).device
         self._loads = torch.zeros((len(plan.layer_ids), plan.num_experts), dtype=torch.int64, device=device)
+
+    @property
+    def moving(self) -> bool:
+        """As `Boundary`."""
+        return self._relocation is not None
 
     def notice(self) -> int:
         """1 on rank 0 when a plan has been made."""

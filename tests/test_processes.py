@@ -205,6 +205,22 @@ def test_the_command_line_prints_one_object_on_rank_0_alone(tmp_path: Path) -> N
     assert [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()] == result["outputs"]
 
 
+def test_a_new_plan_is_taken_over_while_text_is_written(tmp_path: Path) -> None:
+    folder = make_model("mixtral", tmp_path / "m")
+    for seed, name in enumerate(("p", "q")):
+        experts = np.random.default_rng(seed).permutation(8)
+        slots = slots_from_assignment(np.stack([experts % 2, experts // 4 % 2, (experts + 1) % 2]), 2, 4)
+        plan = PlacementPlan(slots, 8, (0, 1, 2), coterie.Topology(1, 2), "m")
+        coterie.save_plan(plan, tmp_path / name)
+    prompts = [tokens(5, 1), tokens(9, 2)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"token_ids": p}) + "\n" for p in prompts))
+    line = [str(folder), "--prompts", str(tmp_path / "p.jsonl"), "--max-new-tokens", "24", "--json", "--dtype", "float32"]
+    line += ["--plan", str(tmp_path / "p"), "--replan", str(tmp_path / "q"), "--strategy", "all_to_all"]
+    done = generate(tmp_path, 2, *line)
+    assert done.returncode == 0 and "the new plan has been taken over in step" in done.stderr, done.stderr[-3000:]
+    assert [o["token_ids"] for o in json.loads(done.stdout)["outputs"]] == expected_texts(folder, prompts, 24)[0]
+
+
 def test_a_plan_that_does_not_fit_fails_on_all_ranks_with_one_message(tmp_path: Path) -> None:
     folder = make_model("mixtral", tmp_path / "m")
     uneven_plan(folder, 4, tmp_path / "p.json")

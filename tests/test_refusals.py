@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,13 @@ def test_quick_cases_of_the_cluster_are_told_where_none_is_chosen(monkeypatch) -
     monkeypatch.setattr(bench_cluster, "check_available", lambda: None)
     with pytest.raises(InputError, match="--only: found 'single', expected a part of embedded, synthetic"):
         next(bench_cluster.rows(argparse.Namespace(quick=True, only="single", traces=Path())))
+
+
+def test_a_plan_that_is_being_taken_over_is_taken_over_first() -> None:
+    model = coterie.load("coterie-tiny")
+    model.boundary = SimpleNamespace(moving=True)
+    with pytest.raises(InputError, match="--replan: found a plan half taken over"):
+        model.follow("auto", print)
 
 
 # --- the methods of others, as `plan` runs them ---
