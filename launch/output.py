@@ -43,7 +43,7 @@ def _told_apart() -> Iterator[None]:
 def watched_output() -> Iterator[None]:
     """Inside, `sys.stdout` raises OutputGoneError for what it cannot write."""
     stream = sys.stdout
-    sys.stdout = _Watched(stream)  # type: ignore[assignment]
+    sys.stdout = _Watched(stream)
     try:
         yield
     finally:
