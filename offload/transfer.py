@@ -24,8 +24,7 @@ from coterie.offload.checksum import Checksum, check
 
 BLOCK = 4096  # what O_DIRECT can always do with: offsets, lengths and places in memory are multiples
 SECTOR = 512  # what it can do with on most devices
-STAGE_BYTES = 2 << 20  # the most that is read at once into memory of the reader's own
-DIRECT_BYTES = 4 << 20  # and right into its place
+STAGE_BYTES = 2 << 20  # the most that is read at once; of 4 MiB ahead what is needed would wait too long
 LEAST_DIRECT = 4  # blocks from which on a piece is read right into its place
 MOST_SPANS = 3  # of a request that is: so many pieces that lie one after another in the file
 EDGES = (MOST_SPANS + 1) * BLOCK  # bytes of the scratch for a request's blocks that are not all one span's
@@ -260,18 +259,18 @@ def _run_together(pieces: list[tuple[Piece, str, int]]) -> list[tuple[Piece, str
 
 
 def _add_direct(made: list[Request], piece: Piece, name: str, first: int, block: int) -> None:
-    """Requests of DIRECT_BYTES at most, cut at blocks, the last one there first, if the piece follows on it."""
+    """Requests of STAGE_BYTES at most, cut at blocks, the last one there first, if the piece follows on it."""
     at, end = piece.offset, piece.offset + piece.length
     if made and made[-1].direct and (made[-1].file, made[-1].offset + made[-1].least) == (piece.file, at):
         last = made[-1]
-        until = min(end, last.offset + DIRECT_BYTES)
+        until = min(end, last.offset + STAGE_BYTES)
         if len(last.spans) < MOST_SPANS and until - at >= LEAST_DIRECT * block:
             last.spans.append(Span(name, last.least, until - at, first))
             last.least += until - at
             at = until
     while at < end:
         offset = at // block * block
-        until = min(end, offset + DIRECT_BYTES)
+        until = min(end, offset + STAGE_BYTES)
         span = Span(name, at - offset, until - at, first + at - piece.offset)
         made.append(Request(piece.file, offset, until - offset, True, [span], block))
         at = until
