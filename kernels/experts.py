@@ -277,14 +277,14 @@ def _one_token(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weig
     if experts.residency is None:
         y = experts.run_many([(expert, 1) for expert in picks], x.expand(len(picks), -1))
     else:
-        used, found = sorted(set(picks)), [x[0]] * len(picks)
+        used = sorted(set(picks))
+        found: dict[int, torch.Tensor] = {}  # by row
         for group in experts.arrivals(used):
             here = {used[position]: place for position, place in group}
             rows = [row for row, expert in enumerate(picks) if expert in here]
             made = experts.run_many([(here[picks[row]], 1) for row in rows], x.expand(len(rows), -1))
-            for row, y in zip(rows, made.unbind(), strict=True):
-                found[row] = y
-        y = torch.stack(found)
+            found |= dict(zip(rows, made.unbind(), strict=True))
+        y = torch.stack([found[row] for row in range(len(picks))])
     weights = weights if len(picks) == len(ids) else weights[ids >= 0]
     return (y.float() * weights[:, None].float()).sum(0, keepdim=True).to(x.dtype)
 

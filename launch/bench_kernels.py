@@ -157,20 +157,16 @@ def _in_turns(layer: Any, tokens: int, packages: dict[str, Any]) -> tuple[dict[s
             if not isinstance(made, str):
                 ready[name] = prepared(made(), layer.copies, layer.device, pool)
         except Exception as error:
-            failures.append(f"{name}: {_said(error)}")
+            failures.append(f"{name}: {first_line(error, 200)}")
     taken: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(REPEATS):
         for name in list(ready):
             try:
                 taken[name].append(ready[name]())
             except Exception as error:
-                failures.append(f"{name}: {_said(error)}")
+                failures.append(f"{name}: {first_line(error, 200)}")
                 del ready[name]
     return {name: median(taken[name]) if name in ready else None for name, _ in asked}, failures
-
-
-def _said(error: Exception) -> str:
-    return first_line(error, 200)
 
 
 def allowed(shape: Any, tokens: int, format: str, machine: Any, peer: float | None) -> float | None:

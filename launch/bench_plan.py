@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from coterie.launch.bench import Row, named
 from coterie.placement.advice import halves, renumbered
 from coterie.placement.cost import evaluate
 from coterie.placement.deadline import Deadline
-from coterie.placement.planner import PEERS, PlanRequest, baseline_plan, plan
+from coterie.placement.planner import PEERS, PlanRequest, baseline_plan, plan_whole
 from coterie.placement.scenarios import gathered, summarised
 from coterie.placement.spread import Child
 from coterie.placement.topology import Topology
@@ -29,8 +28,6 @@ from coterie.routing import synth
 from coterie.routing.affinity import measure
 from coterie.routing.errors import InputError
 from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing, read_trace, save_trace
-
-plan_whole = partial(plan, keep_on_interrupt=False)  # half a search would be measured as a whole one
 
 WORKERS = 2
 METHOD_SECONDS = 10.0

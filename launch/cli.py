@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         partial = getattr(error, "partial", None)
-        if partial is not None and "--json" in arguments:  # what was found before is not lost
+        if partial is not None and "--json" in arguments and launched_rank() == 0:  # what was found before is not lost
             print(json.dumps(partial), flush=True)
         return _told(error)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,11 @@ import coterie
 from coterie.launch.cluster_sides import DEEPSPEED, OURS, TRANSFORMERS, Side
 from coterie.moe.families import EMBEDDED, EMBEDDED_FOLDER
 from coterie.placement.cost import plan_homes
-from coterie.placement.planner import PlanRequest, baseline_plan, plan
+from coterie.placement.planner import PlanRequest, baseline_plan, plan_whole
 from coterie.placement.topology import Link, Topology
 from coterie.routing import synth
 from coterie.routing.errors import InputError
 from coterie.routing.trace import RoutingTrace, read_trace
-
-plan_whole = partial(plan, keep_on_interrupt=False)  # half a search would be measured as a whole one
 
 RANKS = 4
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, VOCABULARY = 8, 64, 256, 64, 512

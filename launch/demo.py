@@ -24,8 +24,7 @@ from coterie.launch.tables import table
 from coterie.moe.collectives import Group
 from coterie.moe.families import EMBEDDED, EMBEDDED_FOLDER, inspect
 from coterie.placement.plan import PlacementPlan, save_plan
-from coterie.placement.planner import PlanRequest, baseline_plan, compare
-from coterie.placement.planner import plan as make_plan
+from coterie.placement.planner import PlanRequest, baseline_plan, compare, plan_whole
 from coterie.placement.topology import Topology
 from coterie.routing.errors import CoterieError, InputError
 from coterie.routing.files import write_text
@@ -65,10 +64,9 @@ def _tour(options: argparse.Namespace) -> dict[str, Any]:
         quiet_transformers()
         recorded, held_out = _trace(files, EMBEDDED_FOLDER, stage)
         stage(f"planning for {options.ranks} ranks with HiGHS")
-        plan = make_plan(
-            recorded, PlanRequest(Topology(1, options.ranks), time_limit=PLAN_SECONDS, workers=1),
-            (files["trace.safetensors"],), keep_on_interrupt=False,
-        )  # fmt: skip
+        plan = plan_whole(
+            recorded, PlanRequest(Topology(1, options.ranks), time_limit=PLAN_SECONDS, workers=1), (files["trace.safetensors"],)
+        )
         save_plan(plan, files["plan.json"])
         stage("the same prompts through plain transformers")
         _reference(EMBEDDED_FOLDER, folder)

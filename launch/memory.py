@@ -181,10 +181,10 @@ def check_memory(asked: Asked, options: argparse.Namespace, group: Group) -> Che
     too_large = {name for name, ranks in needed.items() if any(ranks[r].total > free for r, free in (found or {}).items())}
     if share.slots is not None and first in too_large:
         rank, free = min((found or {}).items(), key=lambda item: item[1])
-        said = f"--memory: found {options.memory} for each process, but {free / 1e9:.2f} GB are free"
-        if group.size > 1:
-            said += f" for rank {rank}, as many share its machine; give at most that, or start fewer"
-        refusal = InputError(said if group.size > 1 else f"{said}; give at most that")
+        several = f" for rank {rank}, as many share its machine", ", or start fewer"
+        whose, way = several if group.size > 1 else ("", "")
+        found_free = f"--memory: found {options.memory} for each process, but {free / 1e9:.2f} GB are free"
+        refusal = InputError(f"{found_free}{whose}; give at most that{way}")
         refusal.partial = told if options.dry_run else None
         raise refusal.known(alone=False)
     return Checked(told, frozenset(too_large))

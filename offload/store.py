@@ -18,7 +18,7 @@ import torch
 from coterie.offload.checkpoint import ReadCounter
 from coterie.offload.files import Files
 from coterie.offload.reader import AsyncReader
-from coterie.offload.transfer import STAGE_BYTES, Expected, Record, Request, Transfer, aligned_empty, plan, shifts_of
+from coterie.offload.transfer import STAGE_BYTES, Expected, Record, Request, Slot, Transfer, aligned_empty, plan, shifts_of
 
 READERS = 4  # threads for what is needed, where the system has no asynchronous reads; and
 PLANNED = 4096  # experts whose reads are remembered, about 1 KB each
@@ -84,10 +84,10 @@ class ExpertStore:
         self.files.finish(transfer)
 
     def _transfer(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> Transfer:
-        record = self.records[layer][expert]
-        requests = self._planned(layer, expert, shifts_of(record, into))
+        record, slot = self.records[layer][expert], into if isinstance(into, Slot) else Slot(into)
+        requests = self._planned(layer, expert, shifts_of(record, slot))
         expected = None if self.checksums is None else Expected(self.checksums[layer][expert], layer, expert)
-        return Transfer(record, into, requests, self.counter, expected)
+        return Transfer(record, slot, requests, self.counter, expected)
 
     def stage(self) -> np.ndarray:
         """This thread's own memory for what cannot be read right into its place, uint8 `[STAGE_BYTES]`."""

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from coterie.offload.aio import MOST_PLACES
 from coterie.offload.checkpoint import ReadCounter
 from coterie.offload.checksum import Checksum, check
 
@@ -26,7 +27,9 @@ BLOCK = 4096  # what O_DIRECT can always do with: offsets, lengths and places in
 SECTOR = 512  # what it can do with on most devices
 STAGE_BYTES = 2 << 20  # the most that is read at once; of 4 MiB ahead what is needed would wait too long
 LEAST_DIRECT = 4  # blocks from which on a piece is read right into its place
-MOST_SPANS = 3  # of a request that is: so many pieces that lie one after another in the file
+MOST_SPANS = (
+    MOST_PLACES - 1
+) // 2  # of a request that is: pieces that lie one after another, a block of the scratch around each
 EDGES = (MOST_SPANS + 1) * BLOCK  # bytes of the scratch for a request's blocks that are not all one span's
 
 
@@ -155,16 +158,12 @@ class Transfer:
     """
 
     def __init__(
-        self, record: Record, into: Mapping[str, torch.Tensor], requests: Sequence[Request], counter: ReadCounter,
+        self, record: Record, into: Slot, requests: Sequence[Request], counter: ReadCounter,
         expected: Expected | None = None,
     ) -> None:  # fmt: skip
         self.record, self.into, self.requests, self.counter, self.expected = record, into, requests, counter, expected
         self.seen = None if expected is None else Checksum()
-        known = into.bytes if isinstance(into, Slot) else {}
-        self.places = {
-            name: known[name] if name in known else _bytes_of(into[name])
-            for name, part in record.items() if _as_stored(part, into[name])
-        }  # fmt: skip
+        self.places = {name: into.bytes[name] for name, part in record.items() if _as_stored(part, into[name])}
 
     def views(self, request: Request, own: np.ndarray) -> list[np.ndarray]:
         """Where a request reads to, one after another. own: uint8 of the reader, EDGES; of what is not direct STAGE_BYTES."""
@@ -238,10 +237,9 @@ def plan(record: Record, shifts: Sequence[int | None], in_order: bool, block: in
     return made
 
 
-def shifts_of(record: Record, into: Mapping[str, torch.Tensor]) -> tuple[int | None, ...]:
+def shifts_of(record: Record, into: Slot) -> tuple[int | None, ...]:
     """Of each part in order, how far behind a block its tensor begins in memory; None where the part must be cast for it."""
-    known = into.offsets if isinstance(into, Slot) else {name: into[name].data_ptr() % BLOCK for name in record}
-    return tuple(known[name] if _as_stored(part, into[name]) else None for name, part in record.items())
+    return tuple(into.offsets[name] if _as_stored(part, into[name]) else None for name, part in record.items())
 
 
 def _run_together(pieces: list[tuple[Piece, str, int]]) -> list[tuple[Piece, str, int]]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,10 @@ def plan(
         homes=solution.homes,
     )
     return replace(_valued(made, solution.lower_bound, scenarios, request), seconds=time.perf_counter() - started)
+
+
+plan_whole = partial(plan, keep_on_interrupt=False)
+"""As `plan`, for callers that half a search is of no use to: ctrl-C interrupts them as always."""
 
 
 def _valued(made: PlacementPlan, bound: float | None, scenarios: Sequence[Scenario], request: PlanRequest) -> PlacementPlan:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from conftest import ROOT
 from lines import Child
 from safetensors.torch import load_file, save_file
+from test_resume import until_finished
 from tiny_models import FAMILIES, make_model
 
 import coterie
@@ -105,16 +105,13 @@ def test_ctrl_c_ends_a_run_with_experts_on_disk(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"token_ids": [n % 90 + 1, 5]}) + "\n" for n in range(2000)))
     command = [sys.executable, "-m", "coterie", "generate", str(folder), "--prompts", str(tmp_path / "p.jsonl")]
     command += ["--max-new-tokens", "20", "--batch-size", "1", "--out", str(tmp_path / "o.jsonl")]
-    journal = journal_of(tmp_path / "o.jsonl")
     refused = subprocess.run([*command, "--memory", "1k"], capture_output=True, text=True, cwd=ROOT)
     run = subprocess.Popen(
         [*command, "--memory", f"{least_megabytes(refused.stderr) + 15}MB"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     try:
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
-            assert run.poll() is None, run.communicate()[1]
-            time.sleep(0.05)
+        until_finished(journal_of(tmp_path / "o.jsonl"), 1, run)
         run.send_signal(signal.SIGINT)
         _, said = run.communicate(timeout=60)
     finally:

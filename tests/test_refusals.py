@@ -226,6 +226,9 @@ def test_what_a_job_that_does_not_fit_needs_is_told(monkeypatch, capsys) -> None
     captured = capsys.readouterr()
     memory = json.loads(captured.out)["memory"]
     assert memory["fits"] is False and memory["largest"] > 4e6 and "memory: rank 0 needs" in captured.err
+    monkeypatch.setattr("coterie.launch.cli.launched_rank", lambda: 1)  # whose standard output is nobody's
+    assert main(["generate", "coterie-tiny", "--prompt", "x", "--dry-run", "--json"]) == 2
+    assert capsys.readouterr().out == ""
 
 
 # --- what was found before is not lost ---
