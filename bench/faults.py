@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS, TIMEOUT, SLACK = 4, 5.0, 5.0
-TOKENS, FIRST, LAST = 400, 5, 120  # new tokens of a run; the fault comes after that many characters of its text
+TOKENS, FIRST, LAST = 200, 5, 120  # new tokens of a run; the fault comes after that many characters of its text
 MARK = "COTERIE_FAULT_RUN"
 START_SECONDS, END_SECONDS = 180.0, 120.0
 CLOSING_SECONDS = 2.0  # for the system, to close the sockets of processes that are gone

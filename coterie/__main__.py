@@ -1,5 +1,21 @@
-"""`python -m coterie`."""
+"""The program `coterie`, and `python -m coterie`."""
 
-from coterie.launch.cli import entry
+from __future__ import annotations
 
-entry()
+import sys
+from typing import NoReturn
+
+
+def entry() -> NoReturn:
+    """Run one command; where a package that every verb needs is not there, say so."""
+    try:
+        from coterie.launch.cli import entry as run
+    except ModuleNotFoundError as error:
+        from coterie.launch.doctor import without
+
+        sys.exit(without(error, sys.argv[1:]))
+    run()
+
+
+if __name__ == "__main__":
+    entry()

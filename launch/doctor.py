@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from coterie.launch.available import usable_cores
 from coterie.launch.tables import table
-from coterie.routing.errors import InputError, first_line, wanted
+from coterie.routing.errors import InputError, first_line, not_installed, wanted
 
 REQUIRED = ("numpy", "scipy", "safetensors", "tqdm", "PuLP", "highspy", "torch", "transformers", "accelerate")
 OPTIONAL = {"matplotlib": "plot", "deepspeed": "deepspeed", "mpi4py": "mpi", "triton": ""}
@@ -29,6 +30,18 @@ def doctor(options: argparse.Namespace) -> dict[str, Any]:
         print("\nready" if ok else "\nnot ready: see the lines marked missing")
     rows = [{"what": what, "status": status, "found": found} for what, status, found in findings]
     return {"ok": ok, "findings": rows}
+
+
+def without(error: ModuleNotFoundError, arguments: Sequence[str]) -> int:
+    """The exit code where a package is missing without which no command line can be read: `doctor` says all there is to say."""
+    if arguments[:1] == ["doctor"]:
+        options = argparse.Namespace(json="--json" in arguments)
+        found = doctor(options)
+        if options.json:
+            print(json.dumps(found))
+        return 0
+    print(f"coterie: {not_installed(error)}", file=sys.stderr)
+    return 1
 
 
 Finding = tuple[str, str, str]

@@ -66,18 +66,19 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
         if group.size > 1:
             same_on_all(group, together(group, lambda: found_here(options)))
         asked = together(group, lambda: settle(options, group))
-        from coterie.launch.memory import check_memory, within_budget
+        from coterie.launch.memory import check_memory, sizes_on_device, within_budget
         from coterie.launch.resuming import Resuming
 
-        asked = within_budget(asked, options, group)
+        sizes = sizes_on_device(asked.share)
+        asked = within_budget(asked, sizes, options, group)
         if options.dry_run:
-            told = check_memory(asked, options, group).told
+            told = check_memory(asked, sizes, options, group).told
             return told if group.rank == 0 else None
         resuming = together(group, lambda: Resuming(options, asked))
         complete = together(group, lambda: group.rank == 0 and resuming.complete())
         if group.gather(complete)[0]:
             return resuming.outputs(group.size) if group.rank == 0 else None
-        too_large = check_memory(asked, options, group).too_large
+        too_large = check_memory(asked, sizes, options, group).too_large
         model = _load(asked, group)
         model.dispatcher.without = too_large
         if asked.replan is not None:

@@ -41,13 +41,14 @@ def check_memory_options(options: argparse.Namespace) -> None:
         raise InputError(f"--misses: found {options.misses!r}, expected {', '.join(MISSES)}")
 
 
-def within_budget(asked: Asked, options: argparse.Namespace, group: Group) -> Asked:
+def within_budget(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, group: Group) -> Asked:
     """The same with as many experts at once as the budget of each process allows, on all ranks alike.
 
-    The budget is `--memory`, of a GPU's memory where there is one; else what is free, where one process cannot hold all.
+    sizes: `sizes_on_device`. The budget is `--memory`, of a GPU's memory where there is one; else what is free, where one
+    process cannot hold all.
     """
     asked = _with_host(asked, options, group)
-    budget = _budget(asked, options, group)
+    budget = _budget(asked, sizes, options, group)
     if budget is None:
         if asked.share.misses == "cpu":
             raise InputError("--misses: found cpu where all experts fit, expected --memory with it: nothing is missed here")
@@ -56,7 +57,7 @@ def within_budget(asked: Asked, options: argparse.Namespace, group: Group) -> As
         return asked
     from coterie.moe.memory import most_held, most_slots
 
-    share, (sizes, work, taken) = asked.share, _needs(asked, options, group)
+    share, (work, taken) = asked.share, _needs(asked, options, group)
     slots = most_slots(sizes, share.plan, _candidates(asked)[0], work, budget, taken)
     if slots is not None and share.quantise is not None and share.packed is None:
         from coterie.moe.prepare import not_packed
@@ -83,27 +84,27 @@ def _read(share: Share, sizes: ModelSizes, slots: int) -> float:
     return Weights(sizes.dense, max(sizes.expert), layers, experts, sizes.top_k).read(slots / most_held(share.plan))
 
 
-def _sizes(share: Share) -> ModelSizes:
+def sizes_on_device(share: Share) -> ModelSizes:
+    """Sizes of the model where it will run."""
     from coterie.moe.sizes import sizes_of
 
     sizes = sizes_of(share.shape, share.empty, share.dtype, share.rounding, share.checkpoint)
     return sizes if share.device.type == "cpu" else replace(sizes, process=0, widened=0)
 
 
-def _needs(asked: Asked, options: argparse.Namespace, group: Group) -> tuple[ModelSizes, Workload, int]:
-    """Sizes, what is to be run, and bytes that the processes have taken already, the most of any."""
+def _needs(asked: Asked, options: argparse.Namespace, group: Group) -> tuple[Workload, int]:
+    """What is to be run, and bytes that the processes have taken already, the most of any."""
     from coterie.moe.memory import workload
 
-    share = asked.share
-    sizes, work = _sizes(share), workload(asked.requests, options.batch_size)
-    if share.device.type == "cpu":
-        return sizes, work, max(group.gather(resident_bytes()))
+    work, device = workload(asked.requests, options.batch_size), asked.share.device
+    if device.type == "cpu":
+        return work, max(group.gather(resident_bytes()))
     import torch
 
-    return sizes, work, max(group.gather(torch.cuda.memory_reserved(share.device)))
+    return work, max(group.gather(torch.cuda.memory_reserved(device)))
 
 
-def _budget(asked: Asked, options: argparse.Namespace, group: Group) -> int | None:
+def _budget(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, group: Group) -> int | None:
     """Bytes of a process; None where all experts are to be loaded."""
     share = asked.share
     if options.memory is not None:
@@ -113,7 +114,7 @@ def _budget(asked: Asked, options: argparse.Namespace, group: Group) -> int | No
         return None
     from coterie.moe.memory import estimate, most_slots
 
-    sizes, work, taken = _needs(asked, options, group)
+    work, taken = _needs(asked, options, group)
     if estimate(sizes, share.plan, "local", work)[0].total <= free:
         return None
     budget = taken + int(MARGIN * free)
@@ -154,15 +155,16 @@ def parse_bytes(text: str, name: str = "--memory") -> int:
     return int(float(found[1]) * UNITS[found[2] or ""])
 
 
-def check_memory(asked: Asked, options: argparse.Namespace, group: Group) -> Checked:
+def check_memory(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, group: Group) -> Checked:
     """Print what every rank will need; raise InputError on all ranks alike if it is more than there is.
 
-    On fewer processes than the plan has ranks (a dry run) nothing is known of the ranks' machines, and nothing is checked.
+    sizes: `sizes_on_device`. On fewer processes than the plan has ranks (a dry run) nothing is known of the ranks' machines,
+    and nothing is checked.
     """
     from coterie.moe.memory import Room, check_fits, estimate, workload
 
     share = asked.share
-    sizes, work = _sizes(share), workload(asked.requests, options.batch_size)
+    work = workload(asked.requests, options.batch_size)
     needed = {name: estimate(sizes, share.plan, name, work, share.slots) for name in _candidates(asked)}
     first = next(iter(needed))
     here, found = free_bytes(share.device), None

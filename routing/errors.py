@@ -63,3 +63,9 @@ DEFECT = "(this is a defect of coterie: --debug shows where it is)"
 def wanted(extra: str) -> str:
     """The command that installs what an optional part needs, in a checkout."""
     return f"pip install -c constraints.txt -e '.[{extra}]'"
+
+
+def not_installed(error: ModuleNotFoundError) -> str:
+    """What to do about a package that coterie needs and that is not there."""
+    package = (error.name or str(error)).partition(".")[0]
+    return f"{package} is not installed: pip install -c constraints.txt -e . (coterie doctor lists what is missing)"

@@ -286,6 +286,20 @@ def test_doctor_says_what_is_missing_and_what_does_not_fit(monkeypatch, capsys) 
     assert status["numpy"] == ("missing", "1.26.0 does not fit: pip install -c constraints.txt numpy")
 
 
+@pytest.mark.parametrize("package", ["numpy", "scipy", "safetensors", "torch"])
+def test_a_package_that_is_not_installed_is_named(package: str) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        absent = f"import sys; sys.modules[{package!r}] = None; sys.argv[1:] = {list(arguments)!r}"
+        command = [sys.executable, "-c", f"{absent}; from coterie.__main__ import entry; entry()"]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+    done = run("generate", "coterie-tiny", "--prompt", "a")
+    assert done.returncode == 1 and done.stdout == "", done.stderr
+    assert done.stderr.startswith(f"coterie: {package} is not installed: pip install"), done.stderr
+    told = run("doctor", "--json")
+    assert told.returncode == 0 and json.loads(told.stdout)["findings"], told.stderr
+
+
 def test_the_script_for_slurm_starts_a_task_each(tmp_path: Path) -> None:
     (tmp_path / "srun").write_text('#!/bin/sh\necho "$OMP_NUM_THREADS" "$@"\n')
     (tmp_path / "srun").chmod(0o755)
