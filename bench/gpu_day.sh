@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can prove, in under nine minutes: tests without the interpreter, sanitizer, timings, tables.
-#   bench/gpu_day.sh OUT [STEP...]   steps: tests graph memcheck racecheck peers offload kernels tune (all by default, in this order)
+#   bench/gpu_day.sh OUT [STEP...]   steps: warm tests graph kernels peers memcheck racecheck offload tune (all by default, in this
+# order, as far as the time goes; `warm` compiles what the others need, many kernels at once, into Triton's cache)
 # OUT: a folder; day.log has what every step said, kernels.jsonl the figures, a line a model, peers.jsonl two models beside vLLM's
 # and SGLang's kernels, tiles.json the table of tiles, offload.jsonl experts in host memory.
 # PEERS=DIR: a folder with vllm-*.whl and sglang-*.whl, where those are not installed (docs/kernels.md).
@@ -10,7 +11,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: bench/gpu_day.sh OUT [STEP...]}
 shift
-steps=${*:-tests graph memcheck racecheck peers offload kernels tune}
+steps=${*:-warm tests graph kernels peers memcheck racecheck offload tune}
+models="Qwen3 Mixtral DeepSeek gpt-oss OLMoE"
 day=${DAY:-530}
 mkdir -p "$out"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -41,6 +43,13 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton
 P
 for name in $steps; do
   case $name in
+    warm)
+      { # the longest first; their figures, of many processes on one GPU, are nobody's
+        for model in $models; do echo "python -m coterie bench kernels --only $model"; done
+        for format in plain int8 int4 fp8 model; do echo "python bench/cuda_graph.py --only $format"; done
+      } > "$out/warm.txt"
+      step warm 170 xargs -a "$out/warm.txt" -P "$(nproc)" -I COMMAND sh -c "COMMAND > /dev/null"
+      ;;
     tests)
       at_once=$(python -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2> /dev/null)
       # shellcheck disable=SC2086
@@ -52,15 +61,20 @@ for name in $steps; do
         echo "$name: compute-sanitizer not found, not run"
       else
         # without torch's cache every tensor is an allocation of its own, so that what lies beside one is out of bounds
-        step "$name" 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-          "$sanitizer" --tool "$name" --error-exitcode 9 python bench/cuda_graph.py --small
+        quiet=()
+        [ "$name" = racecheck ] || quiet=(--report-api-errors no) # torch asks the driver what it may answer no to
+        step "$name" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+          "$sanitizer" --tool "$name" "${quiet[@]}" --error-exitcode 9 python bench/cuda_graph.py --small
       fi
       ;;
-    offload) step offload 90 sh -c "python bench/gpu_offload.py '$out/model' --layers 8 > '$out/offload.jsonl'; rm -rf '$out/model'" ;;
+    offload)
+      step offload 90 sh -c "python bench/gpu_offload.py '$out/model' --layers 8 > '$out/offload.jsonl'"
+      rm -rf "$out/model"
+      ;;
     tune) step tune 60 python -m coterie bench kernels --quick --tune "$out/tiles.json" ;;
     peers) step peers 70 sh -c "python -m coterie bench kernels --quick ${PEERS:+--peers '$PEERS'} --json > '$out/peers.jsonl'" ;;
     kernels)
-      for model in Qwen3 Mixtral DeepSeek gpt-oss OLMoE; do
+      for model in $models; do
         step "kernels $model" 60 sh -c "python -m coterie bench kernels --only $model --json >> '$out/kernels.jsonl'"
       done
       ;;

@@ -47,7 +47,8 @@ class Compiled:
     """registers: of a thread; spilled: instructions that move registers to memory and back; shared: bytes of a program.
 
     matrix: tensor-core instructions, by name; copies: loads that go to shared memory while the program computes, by threads;
-    fetches: those of whole tiles, by the tensor memory accelerator.
+    fetches: those of whole tiles, by the tensor memory accelerator. pending: products of earlier steps that may still be under
+    way where one takes its left operand from registers, which the next step writes; 0 where both come from shared memory.
     """
 
     registers: int
@@ -56,6 +57,7 @@ class Compiled:
     matrix: dict[str, int]
     copies: int
     fetches: int
+    pending: int
 
 
 def compile_product(work: Work, arch: int, first: bool = True, tile: Tile | None = None) -> Compiled:
@@ -122,7 +124,15 @@ def compile_kernel(
     found = re.findall(r"\b(HMMA|HGMMA|QGMMA|UTCHMMA|IMMA)\b", code)
     spilled = len(re.findall(r"\b(?:STL|LDL)\b", code))
     copies, fetches = (len(re.findall(rf"\b{name}\b", code)) for name in ("LDGSTS", "UTMALDG"))
-    return Compiled(registers, spilled, made.metadata.shared, {n: found.count(n) for n in sorted(set(found))}, copies, fetches)
+    matrix = {n: found.count(n) for n in sorted(set(found))}
+    return Compiled(registers, spilled, made.metadata.shared, matrix, copies, fetches, _pending(made.asm["ptx"]))
+
+
+def _pending(ptx: str) -> int:
+    """The most products that a kernel for Hopper lets run on over a wait, if one has its left operand in registers."""
+    waits = re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", ptx)
+    from_registers = re.search(r"wgmma\.mma_async[^;{]*\{[^}]*\},\s*\{", ptx)
+    return max(map(int, waits), default=0) if from_registers else 0
 
 
 def _tool(name: str, *arguments: str) -> str:

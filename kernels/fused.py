@@ -177,6 +177,8 @@ def untiled(weights: Weights, tile: Tile) -> str:
     Inputs that are no multiple of the tile's are left to pointers: vLLM has seen products go wrong there (its `fused_moe.py`).
     """
     data, size = weights.data, weights.data.element_size()
+    if len(data) == 0:
+        return "no experts"
     if weights.format != "plain" or size != 2:
         return f"{weights.format} weights of {size} bytes"
     if data.stride(2) != 1 or data.stride(0) * size % 16 or data.stride(1) * size % 16 or data.data_ptr() % 16:

@@ -95,13 +95,16 @@ def _product(
 ):  # fmt: skip
     """acc plus the products of BK columns from k on. Rows are loaded anew for gate and up: the second time from cache.
 
+    Weights that are widened in registers on the left side (SWAP) get a sum of their own at each step, which waits for the
+    tensor cores: in sums that run on, Triton 3.6 writes to these registers while Hopper's still read them (triton#9433).
+
     TMA: weights come as tiles from (expert, row, k), by the descriptor of all experts' `[S, N, K]`, not by pointers.
     """
     kind = a.dtype.element_ty
     if TMA:
         x = _load_rows(a, k, K, real_rows, BK, EVEN)
         acc = _multiply(x, _described(descriptor, expert, row, k, BN, BK), acc, SWAP, PRECISION)
-    elif FORMAT == PLAIN or FORMAT == INT8:  # noqa: SIM109
+    elif FORMAT == PLAIN or (FORMAT == INT8 and not SWAP):
         x = _load_rows(a, k, K, real_rows, BK, EVEN)
         acc = _multiply(x, _load_weights(w, stride, k, K, real, BK, EVEN).to(kind), acc, SWAP, PRECISION)
     else:
@@ -116,7 +119,10 @@ def _product(
             part = _multiply(_load_rows(a, k, K, real_rows, HALF, EVEN), low, part, SWAP, PRECISION)
             part = _multiply(_load_rows(a, k + HALF, K, real_rows, HALF, EVEN), high, part, SWAP, PRECISION)
         else:
-            values = _load_weights(w, stride, k, K, real, BK, EVEN).to(tl.float32).to(kind)
+            values = _load_weights(w, stride, k, K, real, BK, EVEN)
+            if FORMAT == FP8:
+                values = values.to(tl.float32)
+            values = values.to(kind)
             part = _multiply(_load_rows(a, k, K, real_rows, BK, EVEN), values, part, SWAP, PRECISION)
         acc = _scaled(part, scale + k // GROUP * stride_scale, real, acc, SWAP)
     return acc
@@ -127,7 +133,7 @@ def _finished(acc, scale, bias, outputs, real, biased, FORMAT: tl.constexpr, SWA
     """`[BM, BN]`: the accumulator the right way round, with each output's scale, and its bias where `biased`."""
     if SWAP:
         acc = tl.trans(acc)
-    if FORMAT == INT8:
+    if FORMAT == INT8 and not SWAP:  # else it was multiplied at each step
         acc = acc * tl.load(scale, mask=real, other=0.0)[None, :]
     if BIAS:
         acc = acc + tl.load(bias + outputs, mask=biased, other=0.0).to(tl.float32)[None, :]

@@ -186,11 +186,12 @@ def coherent_rows(case: Case, layout: Layout, cells: dict[float, dict[str, Any]]
         value = _speed(cell, STAYING, "decode", tokens)
         yield Row(where, f"decode: {STAYING}", "tokens/s", value, None, theirs, higher=True, why=_why(cell, STAYING, EP))
         bar = COHERENT_BAR if layout.seconds >= RULING else None
-        over = _faster(cell, STAYING, RETURNING, "decode")
-        yield Row(where, f"decode: {STAYING} over {RETURNING}", "x", over, bar, higher=True)
-        yield Row(where, f"decode: {_labelled(cell, CHOSEN)}", "tokens/s", _speed(cell, CHOSEN, "decode", tokens), higher=True)
-        over = _over_best(cell, CHOSEN, (STAYING, RETURNING), "decode")
-        yield Row(where, f"decode: {CHOSEN} over the better of both", "x", over, NEAR, higher=True)
+        over, why = _faster(cell, STAYING, RETURNING, "decode"), _why(cell, STAYING, RETURNING)
+        yield Row(where, f"decode: {STAYING} over {RETURNING}", "x", over, bar, higher=True, why=why)
+        value, why = _speed(cell, CHOSEN, "decode", tokens), _why(cell, CHOSEN)
+        yield Row(where, f"decode: {_labelled(cell, CHOSEN)}", "tokens/s", value, higher=True, why=why)
+        over, why = _over_best(cell, CHOSEN, (STAYING, RETURNING), "decode"), _why(cell, CHOSEN, STAYING, RETURNING)
+        yield Row(where, f"decode: {CHOSEN} over the better of both", "x", over, NEAR, higher=True, why=why)
     worst = max(cell["sides"][RETURNING]["difference"] for cell in cells.values())
     yield Row(name, f"logits: {RETURNING} against {STAYING}", "", worst, EQUAL)
 
@@ -218,8 +219,8 @@ def _speed_rows(name: str, case: Case, rate: float, bars: Bars, cell: dict[str, 
             value = _speed(cell, side, phase, tokens * case.sequences)
             label = _labelled(cell, side)
             yield Row(name, f"{phase}: {label}", "tokens/s", value, None, peers, higher=True, why=_why(cell, side, *PEERS))
-        over = _over_best(cell, CHOSEN, ALIKE, phase)
-        yield Row(name, f"{phase}: {CHOSEN} over the best strategy with its plan", "x", over, NEAR, higher=True)
+        over, why = _over_best(cell, CHOSEN, ALIKE, phase), _why(cell, CHOSEN, *ALIKE)
+        yield Row(name, f"{phase}: {CHOSEN} over the best strategy with its plan", "x", over, NEAR, higher=True, why=why)
         over, why = _over_best(cell, CHOSEN, tuple(PEERS), phase), _why(cell, CHOSEN, *PEERS)
         yield Row(name, f"{phase}: {CHOSEN} over the best peer", "x", over, NEVER_BELOW, higher=True, why=why)
         for peer, bar in _limits(phase, rate, bars).items():

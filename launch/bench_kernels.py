@@ -217,6 +217,7 @@ def compiled_rows(out: Path, every: int = 1) -> Iterator[Row]:
         case = f"sm_{entry['arch']}, {entry['case']}"
         yield Row(case, "spilled registers", "instructions", entry["spilled"], 0)
         yield Row(case, "shared memory", "bytes", entry["shared"], entry["limit"])
+        yield Row(case, "products pending whose registers the next step writes", "", entry["pending"], 0)
         if entry["expected"]:
             yield Row(case, f"{entry['expected']} instructions", "", entry["matrix"].get(entry["expected"], 0), 1, higher=True)
         if entry["fetched"]:

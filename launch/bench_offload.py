@@ -123,7 +123,7 @@ class _Ours:
         """peers: tokens/s."""
         disk, mine, read = (statistics.median(values) for values in (self.disk, self.seconds, self.read))
         yield Row(case, "disk, read straight through with O_DIRECT", "GB/s", disk / 1e9, higher=True)
-        yield Row(case, "decode", "tokens/s", 1 / mine, None, peers, higher=True)
+        yield Row(case, "decode", "tokens/s", 1 / mine, None, peers, higher=True, why="; ".join(filter(None, missing.values())))
         for name, bar in (("accelerate", AGAINST_ACCELERATE), ("llama.cpp", AGAINST_LLAMA)):
             theirs, what = peers[name], "disk offload" if name == "accelerate" else "mapped file"
             over = None if theirs is None else 1 / mine / theirs
@@ -182,4 +182,6 @@ def _generate(model: Path, budget: int, *options: str) -> subprocess.CompletedPr
     paths = os.pathsep.join(
         filter(None, [str(Path(coterie.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
     )
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    )

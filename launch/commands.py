@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.launch.tables import table
 from coterie.placement.plan import read_plan
-from coterie.routing.errors import InputError, positive
+from coterie.routing.errors import InputError, naming, positive
 from coterie.routing.files import check_writable, files_of, looks_like_json
 from coterie.routing.trace import LoadStatistics, RoutingTrace, check_scenario, read_routing, save_load, save_trace
 
@@ -76,10 +77,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, dict[str, Any]] = {}
     for path in options.traces:
         for name, routing, scenario in _scenarios(path, read_routing(path)):
-            try:
+            with naming(path):
                 plans = compare(made, routing, scenario)
-            except InputError as error:
-                raise InputError(f"{path}: {error}") from error
             if name in results:
                 raise InputError(f"{name}: found twice, expected different traces")
             tokens = routing.tokens if isinstance(routing, RoutingTrace) else None
@@ -113,16 +112,18 @@ def show(options: argparse.Namespace) -> dict[str, Any]:
         return {"report": str(options.out)}
     plans = [read_plan(p) for p in options.files if _is_plan(p)]
     check_writable(options.out, *(file for plan in plans for entry in plan.inputs if (file := _there(entry)) is not None))
-    traces = [read_routing(p) for p in options.files if not _is_plan(p)]
-    if len(plans) > 1 or len(traces) > 1:
-        raise InputError(f"show: found {len(plans)} plans and {len(traces)} traces, expected at most one of each")
+    given = [p for p in options.files if not _is_plan(p)]
+    if len(plans) > 1 or len(given) > 1:
+        raise InputError(f"show: found {len(plans)} plans and {len(given)} traces, expected at most one of each")
+    traces = [read_routing(p) for p in given]
     recorded = traces[0] if traces else None
     if recorded is None and plans:
         recorded = _planned_trace(plans[0].inputs)
     if isinstance(recorded, LoadStatistics) and len(recorded.scenarios) > 1:
         say(f"{len(recorded.scenarios)} scenarios: drawing their sum")
         recorded = recorded.summed()
-    write_report(options.out, plans[0] if plans else None, recorded)
+    with naming(*given, "model", "num_experts", "layer_ids", "homes") if given else nullcontext():
+        write_report(options.out, plans[0] if plans else None, recorded)
     say(f"{options.out}: open it in a browser")
     return {"report": str(options.out)}
 

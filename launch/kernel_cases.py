@@ -101,6 +101,7 @@ def prepared(call: Call, turns: int, device: str, pool: Any = None) -> Callable[
     """What returns the seconds of one call whenever it is called; call is given 0 to turns - 1 in turn.
 
     On a GPU all turns are one CUDA graph, as many rounds of them as make launching it small beside it. pool: `shared_pool`'s.
+    Raises RuntimeError for what waits for the device: a capture that fails leaves torch's allocator in it for good.
     """
     if device != "cuda":
 
@@ -117,10 +118,23 @@ def prepared(call: Call, turns: int, device: str, pool: Any = None) -> Callable[
         for turn in range(turns):
             call(turn)
         side.synchronize()
-        started = time.perf_counter()
-        call(0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         side.synchronize()
-    turns *= max(1, min(MOST_ROUNDS, round(GRAPH_SECONDS / (time.perf_counter() - started) / turns)))
+    once = _captured(call, turns, pool)
+    rounds = max(1, min(MOST_ROUNDS, round(GRAPH_SECONDS / (turns * min(once() for _ in range(WARM))))))
+    if rounds > 1:
+        once = _captured(call, turns * rounds, pool)
+    for _ in range(WARM):
+        once()
+    return once
+
+
+def _captured(call: Call, turns: int, pool: Any) -> Callable[[], float]:
+    """What replays the turns as one CUDA graph, and returns the seconds of one of them."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
@@ -135,8 +149,6 @@ def prepared(call: Call, turns: int, device: str, pool: Any = None) -> Callable[
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3 / turns
 
-    for _ in range(WARM):
-        replayed()
     return replayed
 
 

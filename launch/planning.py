@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.launch.available import usable_cores
@@ -15,7 +16,7 @@ from coterie.launch.distributed import launched_rank, launched_size, same_on_all
 from coterie.launch.launched import find_launch
 from coterie.placement.plan import read_plan, save_plan
 from coterie.placement.topology import parse_topology
-from coterie.routing.errors import InputError, positive
+from coterie.routing.errors import InputError, naming, positive
 from coterie.routing.files import check_writable, sha256
 from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing
 
@@ -43,7 +44,8 @@ def plan(options: argparse.Namespace) -> dict[str, Any] | None:
     if launched_rank() == 0:
         for note in _beforehand(request, routings):
             say(f"note: {note}")
-    with _shown(request) as progress:
+    about_topology = naming(options.topology, "topology") if Path(options.topology).is_file() else nullcontext()
+    with about_topology, _shown(request) as progress:
         first = replace(request, time_limit=(1 - PREDICTING) * request.time_limit)
         made = make_plan(routings, first, options.traces, progress)
     if launched_rank() != 0:

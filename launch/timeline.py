@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from coterie.offload.cache import ExpertCache
 
 
+SAMPLED = 5  # numbers of a `Sample`
+
+
 @dataclass(frozen=True)
 class Sums:
     """Of a whole run. bytes: `[ranks][ranks]`, from rank to rank; rows_by_layer: `[ranks][layers]`, sent by each rank.
@@ -96,6 +99,9 @@ def read(path: Path) -> Sums | None:
         sums = Sums(**value["coterie"])
         ranks = len(sums.hosts)
         shapes = [np.array(sums.bytes, dtype=float).shape, np.array(sums.rows_by_layer, dtype=float).shape[:1]]
+        steps = [np.array(one or np.zeros((0, SAMPLED)), dtype=float).shape[1:] for one in sums.cache or []]
+        if steps not in ([], [(SAMPLED,)] * ranks):
+            raise ValueError(f"a cache of {steps} for {ranks} ranks")
         if shapes != [(ranks, ranks), (ranks,)] or len(sums.communication_seconds) != ranks:
             raise ValueError(f"{shapes} for {ranks} ranks")
     except (KeyError, TypeError, ValueError) as error:

@@ -57,7 +57,7 @@ def next_anchor(target: torch.Tensor, weights: torch.Tensor, here: int, ranks: i
     mass = torch.zeros(len(target), ranks + 1, dtype=torch.float64, device=target.device)
     mass.scatter_add_(1, target + 1, weights.double())
     needed = needed_ranks(target, ranks)
-    heaviest = torch.where(needed, mass[:, 1:], -1.0).argmax(1)
+    heaviest = torch.where(needed, mass[:, 1:], -torch.inf).argmax(1)
     return torch.where(needed[:, here] | ~needed.any(1), here, heaviest)
 
 

@@ -18,6 +18,7 @@ from coterie.offload.transfer import Part, Record
 from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
 
+FP8_CAPABILITY = (8, 9)  # of GPUs that have the type, at least
 ROUNDING_BYTES = 28  # of memory while one expert is rounded, for a weight of its larger product: copies in float32
 
 
@@ -34,7 +35,10 @@ def products(module: Any) -> tuple[str, str]:
 
 
 def rounding_of(model: nn.Module, format: str, device: torch.device) -> Rounding:
-    """How a model's experts are rounded to be multiplied on `device`. Raises InputError for an unknown format."""
+    """How a model's experts are rounded to be multiplied on `device`. Raises InputError for a format that it does not know."""
+    if format == "fp8" and device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
+        known = ".".join(map(str, found))
+        raise InputError(f"--quantise: found fp8 on a GPU of compute capability {known}, expected int8 or int4 below 8.9")
     module: Any = next(iter(expert_modules(model).values()))[1]
     return Rounding(check_format(format), products(module), bool(module.is_transposed), device.type == "cpu")
 

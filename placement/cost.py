@@ -214,7 +214,7 @@ def _next_anchor(
     weights = np.ones(used.shape) if trace.router_weights is None else trace.router_weights[:, layer].astype(np.float64)
     flat = token[:, None] * (ranks + 1) + (used + 1)  # unused slots are counted in a first column, cut off below
     mass = np.bincount(flat.ravel(), weights.ravel(), trace.tokens * (ranks + 1)).reshape(trace.tokens, ranks + 1)[:, 1:]
-    heaviest = np.where(needed, mass, -1.0).argmax(1)
+    heaviest = np.where(needed, mass, -np.inf).argmax(1)
     stays = needed[token, anchor] | ~needed.any(1)
     return np.where(stays, anchor, heaviest)
 

@@ -148,6 +148,7 @@ def _check_plan(p: PlacementPlan) -> None:
     copies = (slots >= 0).sum(1)
     if (twice := np.flatnonzero(held.sum((1, 2)) != copies)).size:
         raise InputError(f"physical_to_logical: layer {p.layer_ids[twice[0]]} has an expert twice on one rank, expected once")
+    p.topology.bytes_of_experts(layers)  # raises where they are of another number of layers
     require(p.strategy in STRATEGIES, "strategy", repr(p.strategy), " or ".join(STRATEGIES))
     require(p.objective.name in OBJECTIVES, "objective.name", repr(p.objective.name), " or ".join(OBJECTIVES))
     if p.homes is not None:
@@ -269,7 +270,8 @@ def _objective(found: Any) -> Objective:
     require(isinstance(found, dict), "objective", type(found).__name__, "an object with name, value, lower_bound, gap")
     numbers = [found.get("value"), found.get("lower_bound")]
     value, bound = (None if n is None else _number(n, "objective") for n in numbers)
-    return Objective(_text(found, "name"), value, bound)
+    require(isinstance(found.get("name"), str), "objective.name", repr(found.get("name")), " or ".join(OBJECTIVES))
+    return Objective(found["name"], value, bound)
 
 
 def _topology(value: dict[str, Any], nodes: int, ranks: int) -> Topology:

@@ -85,9 +85,10 @@ def gathered(routings: Sequence[RoutingTrace | LoadStatistics], names: Sequence[
     if not routings:
         raise InputError("plan: found no recording, expected at least one")
     found: list[Scenario] = []
+    named = next((routing for routing in routings if routing.model), routings[0])  # an empty name matches any
     for number, routing in enumerate(routings):
         name = names[number] if number < len(names) else f"scenario {number}"
-        _check_same(routings[0], routing, name)
+        _check_same(named, routing, name)
         if isinstance(routing, RoutingTrace):
             found.append(Scenario(name, expert_load(routing), routing))
         else:
@@ -100,9 +101,7 @@ def _check_same(first: RoutingTrace | LoadStatistics, other: RoutingTrace | Load
     for field in ("model", "num_experts", "layer_ids"):
         ours, theirs = getattr(first, field), getattr(other, field)
         if ours != theirs and not (field == "model" and "" in (ours, theirs)):
-            raise InputError(
-                f"{name}: {field}: found {theirs!r}, expected {ours!r} as in the first: scenarios are of one model"
-            )
+            raise InputError(f"{name}: {field}: found {theirs!r}, expected {ours!r} as in another: scenarios are of one model")
 
 
 def summarised(plan: PlacementPlan, scenarios: Sequence[Scenario], objective: str, robust: str) -> float:

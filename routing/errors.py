@@ -7,6 +7,8 @@ expected and the way out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 
@@ -44,6 +46,17 @@ def require(condition: bool, field: str, found: object, expected: str) -> None:
     """Raises InputError in the words of all our errors unless `condition` holds."""
     if not condition:
         raise InputError(f"{field}: found {found}, expected {expected}")
+
+
+@contextmanager
+def naming(path: object, *fields: str) -> Iterator[None]:
+    """Puts the file before errors of input inside that are about one of these fields; without fields, before all."""
+    try:
+        yield
+    except InputError as error:
+        if not fields or str(error).startswith(tuple(f"{field}: " for field in fields)):
+            raise InputError(f"{path}: {error}") from error
+        raise
 
 
 def positive(name: str, value: int) -> int:

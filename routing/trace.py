@@ -147,6 +147,8 @@ def _check_load(s: LoadStatistics) -> None:
     require(load.dtype == np.int64, "expert_load", load.dtype, "int64")
     require(int(load.min()) >= 0, "expert_load", int(load.min()), "0 or more")
     require(len(s.scenarios) == load.shape[0], "scenarios", f"{len(s.scenarios)} names", f"{load.shape[0]}")
+    twice = next((name for at, name in enumerate(s.scenarios) if name in s.scenarios[:at]), None)
+    require(twice is None, "scenarios", f"{twice!r} twice", "names that differ")
     _check_layers(s.layer_ids, load.shape[1])
 
 

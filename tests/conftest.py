@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background; tests send it
@@ -32,10 +33,22 @@ settings.register_profile("ci", derandomize=True, print_blob=True)  # what fails
 if "COTERIE_CI" in os.environ:
     settings.load_profile("ci")
 ROOT = Path(__file__).resolve().parent.parent
+ON_GPUS = ("test_triton", "test_kernel_peers", "test_seam", "test_tiers")
 
 
 def pytest_sessionfinish() -> None:
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_gpus(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Only tests of what runs on GPUs see one: the others start more processes than there are GPUs, and give ids of the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.cuda.is_available() and request.module.__name__ not in ON_GPUS:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr(torch.cuda, "device_count", lambda: 0)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
 
 
 def make_trace(

@@ -137,13 +137,14 @@ def reference(plan: PlacementPlan, trace: RoutingTrace) -> dict[str, float]:
     seed=st.integers(0, 999),
     top_k=st.integers(1, 4),
     shape=st.sampled_from([(1, 2), (1, 4), (2, 2), (4, 1), (1, 8)]),
-    weighted=st.booleans(),
+    weights=st.sampled_from(["none", "shares", "logits"]),
 )
-def test_evaluation_equals_counting_token_by_token(seed: int, top_k: int, shape, weighted: bool) -> None:
+def test_evaluation_equals_counting_token_by_token(seed: int, top_k: int, shape, weights: str) -> None:
     trace = make_trace(tokens=40, top_k=top_k, seed=seed, sequences=5)
-    if not weighted:
-        trace = replace(trace, router_weights=None)
     rng = np.random.default_rng(seed)
+    logits = rng.normal(-4, 1, trace.expert_ids.shape).astype(np.float16)
+    if weights != "shares":
+        trace = replace(trace, router_weights=logits if weights == "logits" else None)
     ranks = shape[0] * shape[1]
     assignment = np.array([rng.permutation(np.arange(8) % ranks) for _ in range(trace.layers)])
     plan = PlacementPlan(slots_from_assignment(assignment, ranks, 8 // ranks), 8, trace.layer_ids, Topology(*shape), "m")

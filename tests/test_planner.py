@@ -410,7 +410,7 @@ def test_recordings_that_cannot_be_planned_are_refused(trace) -> None:
     request = PlanRequest(Topology(1, 4))
     with pytest.raises(InputError, match="found no recording"):
         plan([], request)
-    with pytest.raises(InputError, match="scenario 1: num_experts: found 6, expected 8 as in the first"):
+    with pytest.raises(InputError, match="scenario 1: num_experts: found 6, expected 8 as in another"):
         plan([trace, make_trace(experts=6)], request)
     with pytest.raises(
         InputError, match="scenario 0:s0: holds load statistics only, but --objective dispatch needs single tokens"

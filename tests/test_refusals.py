@@ -300,6 +300,50 @@ def test_a_package_that_is_not_installed_is_named(package: str) -> None:
     assert told.returncode == 0 and json.loads(told.stdout)["findings"], told.stderr
 
 
+def test_two_models_are_told_apart_beside_a_recording_without_a_name(tmp_path: Path, capsys) -> None:
+    for name in ("", "a", "b"):
+        save_trace(make_trace(tokens=20, model=name), tmp_path / f"t{name}")
+    traces = [tmp_path / f"t{name}" for name in ("", "a", "b")]
+    line = ("plan", *traces, "--topology", "1x2", "--out", tmp_path / "p")
+    assert f"{tmp_path / 'tb'}: model: found 'b', expected 'a'" in refused(capsys, *line)
+
+
+def test_errors_about_a_trace_a_topology_or_a_plan_name_its_file(tmp_path: Path, capsys) -> None:
+    trace, other, topology = tmp_path / "t", tmp_path / "o", tmp_path / "topology.json"
+    save_trace(make_trace(tokens=20), trace)
+    save_trace(make_trace(tokens=20, model="other"), other)
+    made = plan(make_trace(tokens=20), PlanRequest(Topology(1, 2), method="contiguous"))
+    coterie.save_plan(made, tmp_path / "p")
+    assert f"{other}: model: " in refused(capsys, "show", tmp_path / "p", other, "--out", tmp_path / "r.html")
+    for entry, said in (
+        ('"expert_bytes": [1, 2]', "expert_bytes: found 2 entries"),
+        ('"expert_bytes": 8, "memory_bytes": 1', "memory_bytes: "),
+    ):
+        topology.write_text(f'{{"nodes": 1, "ranks_per_node": 2, {entry}}}')
+        line = ("plan", trace, "--topology", topology, "--out", tmp_path / "q")
+        assert f"{topology}: topology: {said}" in refused(capsys, *line)
+    value = json.loads((tmp_path / "p").read_text())
+    for change, said in (
+        ({"topology": value["topology"] | {"expert_bytes": [1, 2]}}, "topology: expert_bytes: found 2 entries"),
+        ({"objective": {}}, "objective.name: found None"),
+    ):
+        (tmp_path / "d").write_text(json.dumps(value | change))
+        assert f"{tmp_path / 'd'}: {said}" in refused(capsys, "evaluate", tmp_path / "d", trace)
+
+
+def test_load_statistics_with_one_name_twice_are_refused() -> None:
+    with pytest.raises(InputError, match="scenarios: found 'a' twice, expected names that differ"):
+        LoadStatistics(np.ones((2, 1, 4), dtype=np.int64), "m", (0,), ("a", "a"))
+
+
+@pytest.mark.parametrize("cache", [5, [[[1, 2]]], [[], []]])
+def test_a_damaged_timeline_is_refused(cache: object, tmp_path: Path, capsys) -> None:
+    sums = {"hosts": ["h"], "bytes": [[0]], "rows_by_layer": [[0]], "communication_seconds": [0], "experts_seconds": [0]}
+    (tmp_path / "t.json").write_text(json.dumps({"traceEvents": [], "coterie": sums | {"cache": cache}}))
+    line = ("show", tmp_path / "t.json", "--out", tmp_path / "r.html")
+    assert f"{tmp_path / 't.json'}: coterie: found " in refused(capsys, *line)
+
+
 def test_the_script_for_slurm_starts_a_task_each(tmp_path: Path) -> None:
     (tmp_path / "srun").write_text('#!/bin/sh\necho "$OMP_NUM_THREADS" "$@"\n')
     (tmp_path / "srun").chmod(0o755)

@@ -85,7 +85,7 @@ def test_a_loaded_model_runs_in_every_autograd_mode(
     """Whichever is first: scratch memory made in inference mode is used outside of it, too."""
     monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(cpu._scratch, "panels", {})
-    model = coterie.load(make_model("qwen3_moe", tmp_path), dtype="bfloat16", quantise=quantise).transformers
+    model = coterie.load(make_model("qwen3_moe", tmp_path), dtype="bfloat16", device="cpu", quantise=quantise).transformers
     ids, found = torch.cat([IDS, IDS], 1), []
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
         with mode():
@@ -97,7 +97,7 @@ def test_a_loaded_model_runs_in_every_autograd_mode(
 
 
 def test_gradients_through_a_loaded_model_are_refused_and_not_dropped(tmp_path: Path) -> None:
-    model = coterie.load(make_model("qwen3_moe", tmp_path)).transformers
+    model = coterie.load(make_model("qwen3_moe", tmp_path), device="cpu").transformers
     wished = model.get_input_embeddings()(IDS).detach().requires_grad_()
     with pytest.raises(InputError, match=r"hidden_states: found some that want gradients.*torch\.no_grad\(\)"):
         model(inputs_embeds=wished)

@@ -249,6 +249,7 @@ def test_what_cannot_be_fetched_as_tiles_goes_by_pointers_and_is_refused_if_aske
         assert untiled(model.first, tiles[0]) or untiled(model.second, tiles[1])
         with pytest.raises(ValueError, match=f"tiles: found tma with .*{why}"):
             model(x.to(torch.float16), ids, weights, tiles)
+    assert untiled(Weights(half.first.data[:0]), tiles[0]) == "no experts"
     many = torch.zeros(600, 64, dtype=torch.float16, device=DEVICE)
     assert [t.tma for t in half._tiles(many, 600, 2)] == [True, False]  # 32 inputs are less than a step
     assert not any(t.tma for t in made(dtype=torch.float16, hidden=64, inner=64, turned=True)._tiles(many, 600, 2))
