@@ -32,6 +32,7 @@ from coterie.launch.memory import parse_bytes
 from coterie.moe.journal import Journal
 from coterie.moe.memory import told
 from coterie.moe.model import check_invariant
+from coterie.moe.quantise import rounding_of
 from coterie.placement.cost import evaluate, evaluate_load
 from coterie.placement.planner import PlanRequest, plan
 from coterie.placement.topology import Topology
@@ -342,6 +343,12 @@ def test_a_damaged_timeline_is_refused(cache: object, tmp_path: Path, capsys) ->
     (tmp_path / "t.json").write_text(json.dumps({"traceEvents": [], "coterie": sums | {"cache": cache}}))
     line = ("show", tmp_path / "t.json", "--out", tmp_path / "r.html")
     assert f"{tmp_path / 't.json'}: coterie: found " in refused(capsys, *line)
+
+
+def test_fp8_is_refused_on_a_gpu_without_such_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(InputError, match=r"--quantise: found fp8 on a GPU of compute capability 8\.6, expected int8 or int4"):
+        rounding_of(torch.nn.Module(), "fp8", torch.device("cuda"))
 
 
 def test_the_script_for_slurm_starts_a_task_each(tmp_path: Path) -> None:
