@@ -4,7 +4,7 @@
 |---|---|---|
 | float32 | any | torch |
 | bfloat16, float16 | few, or a processor with bfloat16 instructions | torch, on the weights as they are |
-| bfloat16, float16 | many, without such instructions | float32, on a panel of one expert's widened weights that is used again |
+| bfloat16, float16 | many, without such instructions | float32, on a panel of some widened weights that is used again |
 | int8 | to 16 | `_weight_int8pack_mm` |
 | int8 | more | torch, on one expert's integers in the rows' dtype, the sums scaled |
 | int4 | any | `_weight_int4pack_mm_for_cpu`, its groups packed anew, its scales rounded to the rows' dtype |
@@ -27,6 +27,9 @@ from coterie.kernels.formats import GROUP, HALF, Weights, unpacked
 
 FEW_ROWS = 4
 PANEL_ROWS = 16
+SMALL = 1 << 20  # weights of a product; a matrix times one row is faster than times a vector up to there without instructions
+WIDENED = 1 << 21  # float32 values that are widened at once, about
+LEAST_OUTPUTS = 256  # of a product; with fewer the library is slow
 
 
 class Product(Protocol):
@@ -81,6 +84,31 @@ def widened(matrix: torch.Tensor) -> torch.Tensor:
     if matrix.stride(0) < matrix.stride(1):
         return widened(matrix.T).T
     return panel(matrix.numel(), matrix.device).view(matrix.shape).copy_(matrix)
+
+
+def widened_outputs(outputs: int, inputs: int) -> int:
+    """Of how many outputs of a product the weights are widened at once."""
+    return min(outputs, max(LEAST_OUTPUTS, WIDENED // inputs))
+
+
+def multiply_widened(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """rows `[R, K]` times matrix `[K, N]`, summed in float32 `[R, N]`; the weights of some outputs after another."""
+    rows, (inputs, outputs) = rows.float(), matrix.shape
+    block = widened_outputs(outputs, inputs)
+    if block == outputs:
+        return rows @ widened(matrix)
+    out = rows.new_empty(len(rows), outputs)
+    for first in range(0, outputs, block):
+        torch.mm(rows, widened(matrix[:, first : first + block]), out=out[:, first : first + block])
+    return out
+
+
+def multiply_row(matrix: torch.Tensor, row: torch.Tensor, out: torch.Tensor) -> None:
+    """matrix `[N, K]` times row `[K]`, in half precision, to out `[N]`: by whichever of torch's two ways is the faster here."""
+    if multiplies_bfloat16() or matrix.numel() > SMALL:
+        torch.mv(matrix, row, out=out)
+    else:
+        torch.mm(row[None], matrix.T, out=out[None])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from coterie.kernels.activations import Activation
-from coterie.kernels.cpu import Product, widened, widens
+from coterie.kernels.cpu import Product, multiply_row, multiply_widened, widens
 from coterie.kernels.formats import Weights
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class StackedExperts:
             return weight.vectors(experts, x)
         out = x.new_empty(x.shape[0], weight.shape[2 if self.transposed else 1])
         for expert, row, y in zip(experts, x.unbind(), out.unbind(), strict=True):
-            torch.mv(weight[expert].T if self.transposed else weight[expert], row, out=y)
+            multiply_row(weight[expert].T if self.transposed else weight[expert], row, y)
         return out
 
     def _multiply(self, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -152,12 +152,12 @@ class StackedExperts:
         if count < self.least_rows:
             rows = F.pad(rows, (0, 0, 0, self.least_rows - count))
         if widens(matrix, len(rows)):
-            product = rows.float() @ widened(matrix)
+            product = multiply_widened(rows, matrix)
             out.copy_((product if bias is None else product + bias)[:count])
         elif count < self.least_rows:
             out.copy_((rows @ matrix if bias is None else torch.addmm(bias, rows, matrix))[:count])
         elif count == 1 and bias is None and rows.dtype != torch.float32:  # as `_vectors`
-            torch.mv(matrix.T, rows[0], out=out[0])
+            multiply_row(matrix.T, rows[0], out[0])
         elif bias is None:
             torch.mm(rows, matrix, out=out)
         else:

@@ -86,10 +86,12 @@ def _sides(
 ) -> dict[str, Callable[[], float] | None]:
     """What each side does in its turn; None where it is not there."""
     import coterie.moe.layer  # noqa: F401  registers the implementation
+    from coterie.moe.many_rows import plain_many_rows_again, speed_up_many_rows
     from coterie.moe.norms import plain_norms_again, speed_up_norms
     from coterie.moe.one_row import plain_again, speed_up_one_row
 
-    faster, plain = (speed_up_one_row, speed_up_norms), (plain_again, plain_norms_again)
+    faster = (speed_up_one_row, speed_up_many_rows, speed_up_norms)
+    plain = (plain_again, plain_many_rows_again, plain_norms_again)
 
     def ours(model: Any, implementation: str) -> Callable[[], float]:
         def turn() -> float:

@@ -47,8 +47,9 @@ class ModelSizes:
 
     eager_heads: attention heads whose scores are held, 0 where attention is fused. process: what running takes at any size.
     rounding: what rounding an expert takes beside it, while they are loaded; 0 where experts stay as stored. casting: what is
-    held as stored while the dense part is loaded and cast. widened: of one product, to float32 on a CPU (kernels/cpu.py).
-    Where a budget is a GPU's, what the host takes is 0: process, widened.
+    held as stored while the dense part is loaded and cast. widened: weights of a product, to float32 on a CPU (kernels/cpu.py);
+    widened_rows: for each row that dense layers multiply by such, and the most for all (many_rows.py).
+    Where a budget is a GPU's, what the host takes is 0: process, widened, widened_rows.
     """
 
     value: int
@@ -63,6 +64,7 @@ class ModelSizes:
     rounding: int = 0
     casting: int = 0
     widened: int = 0
+    widened_rows: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ def buffer_bytes(sizes: ModelSizes, strategy: str, work: Workload, ranks: int) -
     experts = here * sizes.hidden * (sizes.top_k * FLOAT32 + 3 * sizes.value)
     growing = 2 * work.rows * max((state.bytes(work.tokens) for state in sizes.states), default=0)
     logits = work.rows * sizes.vocabulary * (sizes.value + 2 * FLOAT32)
-    return max(hidden + max(scores, experts), growing) + logits + sizes.widened
+    beside = min(tokens * sizes.widened_rows[0], sizes.widened_rows[1])
+    return max(hidden + max(scores, experts), growing) + logits + sizes.widened + beside
 
 
 def _expert_rows(strategy: str, tokens: int, top_k: int, ranks: int) -> int:

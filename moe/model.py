@@ -21,6 +21,7 @@ from coterie.moe.generate import Generator, OnToken, Sampling
 from coterie.moe.home_ranks import HomeRanks, find_home_ranks
 from coterie.moe.invariant import BLOCK_ROWS, make_invariant
 from coterie.moe.layer import attach
+from coterie.moe.many_rows import speed_up_many_rows
 from coterie.moe.norms import speed_up_norms
 from coterie.moe.one_row import speed_up_one_row
 from coterie.moe.placement_map import layer_maps
@@ -321,8 +322,8 @@ def assembled(
         make_invariant(read)
         made.context.least_rows = BLOCK_ROWS
     else:
-        speed_up_one_row(read)
-        speed_up_norms(read)
+        for faster in (speed_up_one_row, speed_up_many_rows, speed_up_norms):
+            faster(read)
     return made
 
 

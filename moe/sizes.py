@@ -11,11 +11,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from coterie.kernels.cpu import multiplies_bfloat16
+from coterie.kernels.cpu import LEAST_OUTPUTS, WIDENED, multiplies_bfloat16
 from coterie.moe.batch import keeps_only_attention
 from coterie.moe.families import ModelShape
 from coterie.moe.load import select
-from coterie.moe.memory import LayerState, ModelSizes
+from coterie.moe.many_rows import HALF, rows_at_once
+from coterie.moe.memory import FLOAT32, LayerState, ModelSizes
 from coterie.moe.quantise import ROUNDING_BYTES, stacked_record
 from coterie.offload.checkpoint import Checkpoint
 from coterie.offload.copies import Rounding
@@ -63,6 +64,7 @@ def sizes_of(
         rounding=working,
         casting=0 if checkpoint is None else casting_bytes(shape, empty, checkpoint, dtype),
         widened=widened_bytes(model, dtype, rounding),
+        widened_rows=widened_rows(model, dtype),
     )
 
 
@@ -73,12 +75,25 @@ def casting_bytes(shape: ModelShape, empty: Any, checkpoint: Checkpoint, dtype: 
 
 
 def widened_bytes(model: nn.Module, dtype: torch.dtype, rounding: Rounding | None) -> int:
-    """The float32 panel that products are widened into, or what many rows widen int8 to; of the largest product."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    if rounding is None and (not half or multiplies_bfloat16()):
-        return 0
-    largest = max(torch.Size(p.shape).numel() for _, m in expert_modules(model).values() for p in stacked_record(m).values())
-    return largest * (dtype.itemsize if rounding is not None and rounding.format == "int8" else torch.float32.itemsize)
+    """Of the weights that a CPU widens at once: of some outputs of a plain product, or of all of a rounded one."""
+    products = [torch.Size(p.shape) for _, m in expert_modules(model).values() for p in stacked_record(m).values()]
+    found = []
+    if rounding is not None:
+        found.append(max(map(torch.Size.numel, products)) * (dtype.itemsize if rounding.format == "int8" else FLOAT32))
+        products = []
+    if dtype in HALF and not multiplies_bfloat16():
+        products += [module.weight.shape for module in model.modules() if type(module) is nn.Linear]
+        found += [FLOAT32 * min(shape.numel(), max(WIDENED, LEAST_OUTPUTS * max(shape))) for shape in products]
+    return max(found, default=0)
+
+
+def widened_rows(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes for each row that a dense layer multiplies by widened weights, the most for all)."""
+    if dtype not in HALF or multiplies_bfloat16():
+        return 0, 0
+    sizes = [tuple(module.weight.shape) for module in model.modules() if type(module) is nn.Linear]
+    most = (rows_at_once(inputs, outputs) * (inputs + outputs) for outputs, inputs in sizes)
+    return FLOAT32 * max(map(sum, sizes), default=0), FLOAT32 * max(most, default=0)
 
 
 def weight_bytes(model: nn.Module, num_experts: int) -> tuple[int, tuple[int, ...]]:
