@@ -6,7 +6,7 @@
 | bfloat16, float16 | few, or a processor with bfloat16 instructions | torch, on the weights as they are |
 | bfloat16, float16 | many, without such instructions | float32, on a panel of some widened weights that is used again |
 | int8 | to 16 | `_weight_int8pack_mm` |
-| int8 | more | torch, on one expert's integers in the rows' dtype, the sums scaled |
+| int8 | more | torch, on integers in bfloat16 where it has such instructions, else on the float32 panel; the sums scaled |
 | int4 | any | `_weight_int4pack_mm_for_cpu`, its groups packed anew, its scales rounded to the rows' dtype |
 | fp8, and shapes that the last two do not take | any | the float32 panel |
 
@@ -156,17 +156,20 @@ class Int8:
         return self.weights.shape
 
     def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Scaled in the dtype of `scaled_in`; many rows are multiplied by the integers, which any float dtype holds."""
+        """Scaled in the dtype of `scaled_in`; many rows are multiplied by the integers, which any float dtype holds.
+
+        In float32 where the processor does not multiply bfloat16.
+        """
         assert self.weights.scale is not None
         rows = x.to(scaled_in(x.dtype))
         data, scale = self.weights.data[expert], _scales(self.weights.scale, self._rounded, rows.dtype)[expert]
         if len(x) <= PANEL_ROWS:
             out.copy_(torch._weight_int8pack_mm(rows, data, scale))
-        elif rows is x:
+        elif x.dtype == torch.bfloat16 and multiplies_bfloat16():
             torch.mm(x, data.to(x.dtype).T, out=out)
             out.mul_(scale)
         else:
-            out.copy_((rows @ data.to(rows.dtype).T).mul_(scale))
+            out.copy_(multiply_widened(rows, data.T).mul_(scale))
 
     def vectors(self, experts: list[int], x: torch.Tensor) -> torch.Tensor:
         """By torch's operator."""

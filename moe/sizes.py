@@ -77,14 +77,15 @@ def casting_bytes(shape: ModelShape, empty: Any, checkpoint: Checkpoint, dtype: 
 def widened_bytes(model: nn.Module, dtype: torch.dtype, rounding: Rounding | None) -> int:
     """Of the weights that a CPU widens at once: of some outputs of a plain product, or of all of a rounded one."""
     products = [torch.Size(p.shape) for _, m in expert_modules(model).values() for p in stacked_record(m).values()]
-    found = []
-    if rounding is not None:
-        found.append(max(map(torch.Size.numel, products)) * (dtype.itemsize if rounding.format == "int8" else FLOAT32))
-        products = []
-    if dtype in HALF and not multiplies_bfloat16():
-        products += [module.weight.shape for module in model.modules() if type(module) is nn.Linear]
-        found += [FLOAT32 * min(shape.numel(), max(WIDENED, LEAST_OUTPUTS * max(shape))) for shape in products]
-    return max(found, default=0)
+    narrow = dtype in HALF and not multiplies_bfloat16()
+    parts = [module.weight.shape for module in model.modules() if narrow and type(module) is nn.Linear]
+    whole = 0
+    if narrow if rounding is None else rounding.format == "int8" and (narrow or dtype != torch.bfloat16):
+        parts += products
+    elif rounding is not None:
+        whole = max(map(torch.Size.numel, products)) * (dtype.itemsize if rounding.format == "int8" else FLOAT32)
+    panels = (FLOAT32 * min(shape.numel(), max(WIDENED, LEAST_OUTPUTS * max(shape))) for shape in parts)
+    return max(whole, *panels, 0)
 
 
 def widened_rows(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
