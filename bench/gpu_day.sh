@@ -29,7 +29,7 @@ step() { # step NAME SECONDS COMMAND...: a failure is counted, and the next step
   fi
   [ "$seconds" -le $left ] || seconds=$left
   echo "== $name" >> "$out/day.log"
-  timeout -s INT -k 10 "$seconds" "$@" >> "$out/day.log" 2>&1 # interrupted, a benchmark still writes what it has measured
+  timeout -s "${signal:-INT}" -k 10 "$seconds" "$@" >> "$out/day.log" 2>&1 # interrupted, a benchmark writes what it has measured
   code=$?
   [ $code = 0 ] || failed=$((failed + 1))
   echo "$name: exit $code after $((SECONDS - began)) s: $(tail -n 1 "$out/day.log" | cut -c1-200)"
@@ -48,7 +48,7 @@ for name in $steps; do
         for model in $models; do echo "python -m coterie bench kernels --only $model"; done
         for format in plain int8 int4 fp8 model; do echo "python bench/cuda_graph.py --only $format"; done
       } > "$out/warm.txt"
-      step warm 170 xargs -a "$out/warm.txt" -P "$(nproc)" -I COMMAND sh -c "COMMAND > /dev/null"
+      signal=TERM step warm 170 xargs -a "$out/warm.txt" -P "$(nproc)" -I COMMAND sh -c "COMMAND > /dev/null"
       ;;
     tests)
       at_once=$(python -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2> /dev/null)

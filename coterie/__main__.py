@@ -11,6 +11,8 @@ def entry() -> NoReturn:
     try:
         from coterie.launch.cli import entry as run
     except ModuleNotFoundError as error:
+        if (error.name or "coterie").startswith("coterie"):
+            raise
         from coterie.launch.doctor import without
 
         sys.exit(without(error, sys.argv[1:]))

@@ -6,7 +6,7 @@
 | bfloat16, float16 | few, or a processor with bfloat16 instructions | torch, on the weights as they are |
 | bfloat16, float16 | many, without such instructions | float32, on a panel of some widened weights that is used again |
 | int8 | to 16 | `_weight_int8pack_mm` |
-| int8 | more | torch, on integers in bfloat16 where it has such instructions, else on the float32 panel; the sums scaled |
+| int8 | more | torch, on integers in bfloat16 for such rows and with such instructions, else on the panel; the sums scaled |
 | int4 | any | `_weight_int4pack_mm_for_cpu`, its groups packed anew, its scales rounded to the rows' dtype |
 | fp8, and shapes that the last two do not take | any | the float32 panel |
 
@@ -25,9 +25,10 @@ import torch
 
 from coterie.kernels.formats import GROUP, HALF, Weights, unpacked
 
+NARROW = (torch.bfloat16, torch.float16)
 FEW_ROWS = 4
 PANEL_ROWS = 16
-SMALL = 1 << 20  # weights of a product; a matrix times one row is faster than times a vector up to there without instructions
+SMALL = 1 << 20  # weights of bfloat16, up to which a matrix times one row is faster than times a vector without instructions
 WIDENED = 1 << 21  # float32 values that are widened at once, about
 LEAST_OUTPUTS = 256  # of a product; with fewer the library is slow
 
@@ -57,7 +58,7 @@ def multiplies_bfloat16() -> bool:
 
 def widens(weight: torch.Tensor, rows: int) -> bool:
     """Whether this many rows are better multiplied by widened weights."""
-    return weight.dtype in (torch.bfloat16, torch.float16) and rows > FEW_ROWS and not multiplies_bfloat16()
+    return weight.dtype in NARROW and rows > FEW_ROWS and not multiplies_bfloat16()
 
 
 class _Scratch(threading.local):
@@ -104,8 +105,11 @@ def multiply_widened(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def multiply_row(matrix: torch.Tensor, row: torch.Tensor, out: torch.Tensor) -> None:
-    """matrix `[N, K]` times row `[K]`, in half precision, to out `[N]`: by whichever of torch's two ways is the faster here."""
-    if multiplies_bfloat16() or matrix.numel() > SMALL:
+    """matrix `[N, K]` times row `[K]`, in half precision, to out `[N]`: by whichever of torch's two ways is the faster here.
+
+    float16 always as a vector: with weights stored transposed the other way takes several times as long.
+    """
+    if row.dtype != torch.bfloat16 or multiplies_bfloat16() or matrix.numel() > SMALL:
         torch.mv(matrix, row, out=out)
     else:
         torch.mm(row[None], matrix.T, out=out[None])
@@ -156,9 +160,8 @@ class Int8:
         return self.weights.shape
 
     def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Scaled in the dtype of `scaled_in`; many rows are multiplied by the integers, which any float dtype holds.
-
-        In float32 where the processor does not multiply bfloat16.
+        """Few rows by torch's operator, in the dtype of `scaled_in`. Many are multiplied by the integers, which any float dtype
+        holds: in bfloat16 if they are of it and the processor multiplies it, else in float32.
         """
         assert self.weights.scale is not None
         rows = x.to(scaled_in(x.dtype))

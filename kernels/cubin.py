@@ -125,10 +125,10 @@ def compile_kernel(
     spilled = len(re.findall(r"\b(?:STL|LDL)\b", code))
     copies, fetches = (len(re.findall(rf"\b{name}\b", code)) for name in ("LDGSTS", "UTMALDG"))
     matrix = {n: found.count(n) for n in sorted(set(found))}
-    return Compiled(registers, spilled, made.metadata.shared, matrix, copies, fetches, _pending(made.asm["ptx"]))
+    return Compiled(registers, spilled, made.metadata.shared, matrix, copies, fetches, pending(made.asm["ptx"]))
 
 
-def _pending(ptx: str) -> int:
+def pending(ptx: str) -> int:
     """The most products that a kernel for Hopper lets run on over a wait, if one has its left operand in registers."""
     waits = re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", ptx)
     from_registers = re.search(r"wgmma\.mma_async[^;{]*\{[^}]*\},\s*\{", ptx)

@@ -18,7 +18,7 @@ TABLES = Path(__file__).parent / "tiles"
 GROUPED = ("int4", "fp8")
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # multiprocessors of a chip, by compute capability
 SPLITS = (1, 2, 4, 8)
-SHARED_BYTES = {  # that one program may use, by compute capability; of others as little as any has
+SHARED_BYTES = {  # that one program may use, by compute capability; of others as little as any from 8.0 on has
     80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376,
 }  # fmt: skip
 

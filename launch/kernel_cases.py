@@ -98,7 +98,7 @@ def shared_pool(device: str) -> Any:
 
 
 def prepared(call: Call, turns: int, device: str, pool: Any = None) -> Callable[[], float]:
-    """What returns the seconds of one call whenever it is called; call is given 0 to turns - 1 in turn.
+    """What returns the seconds of one call whenever it is called; call is given 0, 1, 2 and so on, `turns` or more.
 
     On a GPU all turns are one CUDA graph, as many rounds of them as make launching it small beside it. pool: `shared_pool`'s.
     Raises RuntimeError for what waits for the device: a capture that fails leaves torch's allocator in it for good.

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from coterie.kernels.cpu import multiplies_bfloat16, multiply_widened
+from coterie.kernels.cpu import NARROW, multiplies_bfloat16, multiply_widened
 
-HALF = (torch.bfloat16, torch.float16)
 LEAST_ROWS = 64
 AT_ONCE = 1 << 22  # float32 values of rows and their products beside the weights, about
 
@@ -45,7 +44,7 @@ def speed_up_many_rows(model: nn.Module) -> None:
     if multiplies_bfloat16():
         return
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype in HALF and module.weight.device.type == "cpu":
+        if type(module) is nn.Linear and module.weight.dtype in NARROW and module.weight.device.type == "cpu":
             module.__class__ = ManyRowsLinear
 
 

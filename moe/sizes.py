@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from coterie.kernels.cpu import LEAST_OUTPUTS, WIDENED, multiplies_bfloat16
+from coterie.kernels.cpu import NARROW, Int8, kind_for, multiplies_bfloat16, widened_outputs
 from coterie.moe.batch import keeps_only_attention
 from coterie.moe.families import ModelShape
 from coterie.moe.load import select
-from coterie.moe.many_rows import HALF, rows_at_once
+from coterie.moe.many_rows import rows_at_once
 from coterie.moe.memory import FLOAT32, LayerState, ModelSizes
 from coterie.moe.quantise import ROUNDING_BYTES, stacked_record
 from coterie.offload.checkpoint import Checkpoint
@@ -75,22 +76,33 @@ def casting_bytes(shape: ModelShape, empty: Any, checkpoint: Checkpoint, dtype: 
 
 
 def widened_bytes(model: nn.Module, dtype: torch.dtype, rounding: Rounding | None) -> int:
-    """Of the weights that a CPU widens at once: of some outputs of a plain product, or of all of a rounded one."""
-    products = [torch.Size(p.shape) for _, m in expert_modules(model).values() for p in stacked_record(m).values()]
-    narrow = dtype in HALF and not multiplies_bfloat16()
-    parts = [module.weight.shape for module in model.modules() if narrow and type(module) is nn.Linear]
-    whole = 0
-    if narrow if rounding is None else rounding.format == "int8" and (narrow or dtype != torch.bfloat16):
-        parts += products
-    elif rounding is not None:
-        whole = max(map(torch.Size.numel, products)) * (dtype.itemsize if rounding.format == "int8" else FLOAT32)
-    panels = (FLOAT32 * min(shape.numel(), max(WIDENED, LEAST_OUTPUTS * max(shape))) for shape in parts)
-    return max(whole, *panels, 0)
+    """Of the weights that a CPU widens at once: of some outputs of a product, or of all of one that is rounded otherwise."""
+    narrow, whole = dtype in NARROW and not multiplies_bfloat16(), 0
+    parts = [tuple(module.weight.shape) for module in model.modules() if narrow and type(module) is nn.Linear]
+    for outputs, inputs in _products(model):
+        if rounding is None:
+            parts += [(outputs, inputs)] if narrow else []
+        elif kind_for(rounding.format, outputs, inputs) is not Int8:
+            whole = max(whole, FLOAT32 * outputs * inputs)
+        elif narrow or dtype != torch.bfloat16:
+            parts.append((outputs, inputs))
+        else:
+            whole = max(whole, dtype.itemsize * outputs * inputs)
+    return max(whole, *(FLOAT32 * widened_outputs(outputs, inputs) * inputs for outputs, inputs in parts), 0)
+
+
+def _products(model: nn.Module) -> Iterator[tuple[int, int]]:
+    """(outputs, inputs) of an expert's products, by layer."""
+    for _, module in expert_modules(model).values():
+        for part in stacked_record(module).values():
+            if len(part.shape) == 2:
+                outputs, inputs = reversed(part.shape) if module.is_transposed else part.shape
+                yield outputs, inputs
 
 
 def widened_rows(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
     """(bytes for each row that a dense layer multiplies by widened weights, the most for all)."""
-    if dtype not in HALF or multiplies_bfloat16():
+    if dtype not in NARROW or multiplies_bfloat16():
         return 0, 0
     sizes = [tuple(module.weight.shape) for module in model.modules() if type(module) is nn.Linear]
     most = (rows_at_once(inputs, outputs) * (inputs + outputs) for outputs, inputs in sizes)

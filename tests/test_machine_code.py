@@ -12,10 +12,20 @@ pytest.importorskip("triton")
 
 import triton
 
+from coterie.kernels.cubin import pending
 from coterie.launch.bench_kernels import compiled_rows, sources_digest
 
+WAITING = "wgmma.wait_group.sync.aligned {};\n"
+PRODUCT = "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {{%f1,%f2}}, {}, %rd2, %p1, 1, 1;\n"
 SAMPLE = 7  # each so-manieth kernel is compiled where nothing has changed
 COMMITTED = ROOT / "bench" / "results" / "machine_code.json"
+
+
+def test_products_that_run_on_over_a_wait_are_found_by_their_left_operand() -> None:
+    from_registers, from_memory = PRODUCT.format("{%r1,%r2,%r3,%r4}"), PRODUCT.format("%rd1")
+    assert pending(from_registers + WAITING.format(7) + WAITING.format(0)) == 7
+    assert pending(from_registers + WAITING.format(0)) == 0
+    assert pending(from_memory + WAITING.format(1)) == 0
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import coterie
 from coterie.kernels import cpu
-from coterie.moe import many_rows
+from coterie.moe import many_rows, sizes
 from coterie.moe.many_rows import LEAST_ROWS, ManyRowsLinear, plain_many_rows_again, speed_up_many_rows
+from coterie.moe.prepare import prepare
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +83,8 @@ def test_only_half_precision_without_instructions_is_changed(monkeypatch: pytest
     assert type(half) is nn.Linear
 
 
-def test_a_loaded_model_has_them_unless_it_is_batch_invariant(tmp_path: Path) -> None:
+def test_a_loaded_model_has_them_unless_it_is_batch_invariant(tmp_path: Path, monkeypatch) -> None:
+    made: list[int] = []
     folder = make_model("qwen3_moe", tmp_path)
     ids = torch.arange(1, 90)[None] % 80
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -91,10 +93,13 @@ def test_a_loaded_model_has_them_unless_it_is_batch_invariant(tmp_path: Path) ->
         assert any(type(module) is ManyRowsLinear for module in model.modules()) != invariant
         if not invariant:
             with torch.no_grad():
+                monkeypatch.setattr(
+                    many_rows, "multiply_widened", lambda *given: made.append(1) or cpu.multiply_widened(*given)
+                )
                 ours, theirs = model(ids).logits[0].float(), plain(ids).logits[0].float()
             off = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
             assert off.median() < 0.02, "a near tie may route a token otherwise"
-    assert cpu._scratch.panels
+    assert len(made) > 6, "dense layers of every decoder layer"
 
 
 @pytest.mark.parametrize("shape", [(512, 700), (64, 32)])
@@ -103,6 +108,29 @@ def test_a_row_is_multiplied_by_either_way(monkeypatch: pytest.MonkeyPatch, shap
     right = matrix.double() @ row.double()
     for small in (0, 1 << 20):
         monkeypatch.setattr(cpu, "SMALL", small)
+        other = torch.full((shape[0],), float("nan"), dtype=torch.float16)
+        cpu.multiply_row(matrix.half(), row.half(), other)
+        assert torch.equal(other, torch.mv(matrix.half(), row.half()))
         out = torch.full((shape[0],), float("nan"), dtype=torch.bfloat16)
         cpu.multiply_row(matrix, row, out)
         assert error(out, right) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype"), [(None, torch.bfloat16), ("int8", torch.bfloat16), ("int8", torch.float16), ("fp8", torch.float32)]
+)
+def test_memory_counts_what_is_widened(
+    monkeypatch: pytest.MonkeyPatch, format: str | None, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cpu, "WIDENED", 5_000)
+    monkeypatch.setattr(cpu, "LEAST_OUTPUTS", 64)
+    monkeypatch.setattr(sizes, "multiplies_bfloat16", lambda: False)
+    folder = make_model("qwen3_moe", tmp_path, hidden_size=128, moe_intermediate_size=128)
+    share = prepare(folder, None, str(dtype).removeprefix("torch."), 1, device="cpu", quantise=format)
+    told = sizes.sizes_of(share.shape, share.empty, share.dtype, share.rounding)
+    coterie.load(folder, dtype=str(dtype).removeprefix("torch."), device="cpu", quantise=format).transformers(
+        torch.arange(1, 90).repeat(3)[None] % 80
+    )
+    assert told.widened == 4 * sum(panel.numel() for panel in cpu._scratch.panels.values()) > 0
+    row, most = told.widened_rows
+    assert (row > 0) == (dtype != torch.float32) and most % 4 == 0 and most >= LEAST_ROWS * row * (row > 0)

@@ -15,6 +15,7 @@ from coterie.kernels import cpu
 from coterie.kernels.experts import fused
 from coterie.kernels.formats import LARGEST, quantise
 from coterie.moe.layer import _known_activation, stacked
+from coterie.moe.quantise import FP8_CAPABILITY
 from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
 
@@ -66,6 +67,8 @@ def test_a_compiled_model_has_one_graph(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_rounded_experts_compute_with_the_rounded_weights(name: str, format: str, tmp_path: Path) -> None:
     """Logits are those of the same model with every expert's weights replaced by what they are rounded to."""
+    if format == "fp8" and torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        pytest.skip("this GPU has no fp8")
     folder = make_model(name, tmp_path)
     replaced, rounded = coterie.load(folder), coterie.load(folder, quantise=format)
     for _, module in expert_modules(replaced.transformers).values():
