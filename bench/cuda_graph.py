@@ -6,7 +6,7 @@ python bench/cuda_graph.py [--small] [--only FORMAT]
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from itertools import product
 
@@ -90,8 +90,11 @@ def model() -> None:
 
 
 if __name__ == "__main__":
-    small, only = "--small" in sys.argv, sys.argv[sys.argv.index("--only") + 1] if "--only" in sys.argv else ""
-    if only != "model":
-        layers(not small, [only] if only else list(FORMATS))
-    if not small and only in ("", "model"):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--only", choices=[*FORMATS, "model"])
+    given = parser.parse_args()
+    if given.only != "model":
+        layers(not given.small, [given.only] if given.only else FORMATS)
+    if not given.small and given.only in (None, "model"):
         model()

@@ -11,11 +11,12 @@ def entry() -> NoReturn:
     try:
         from coterie.launch.cli import entry as run
     except ModuleNotFoundError as error:
-        if (error.name or "coterie").startswith("coterie"):
-            raise
         from coterie.launch.doctor import without
+        from coterie.routing.errors import missing_package
 
-        sys.exit(without(error, sys.argv[1:]))
+        if not (package := missing_package(error)):
+            raise
+        sys.exit(without(package, sys.argv[1:]))
     run()
 
 

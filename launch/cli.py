@@ -21,7 +21,7 @@ from coterie.launch.planning import check_launch
 from coterie.placement.baselines import BASELINES
 from coterie.placement.exports import EXPORTS
 from coterie.placement.plan import OBJECTIVES, STRATEGIES
-from coterie.routing.errors import DEFECT, CoterieError, InputError, first_line, not_installed
+from coterie.routing.errors import DEFECT, CoterieError, InputError, first_line, missing_package, not_installed
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 NO_WAY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
@@ -67,8 +67,8 @@ def _told(error: BaseException) -> int:
     elif isinstance(error, OSError) and error.errno in NO_WAY and error.filename is not None:
         complain(f"{error.filename}: cannot be used: {error.strerror}")
         return WRONG_INPUT
-    elif isinstance(error, ModuleNotFoundError) and not (error.name or "coterie").startswith("coterie"):
-        complain(not_installed(error))
+    elif package := missing_package(error):
+        complain(not_installed(package))
     else:
         complain(f"{type(error).__name__}: {first_line(error, 300)}\n{DEFECT}")
     return FAILED

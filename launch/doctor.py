@@ -32,7 +32,7 @@ def doctor(options: argparse.Namespace) -> dict[str, Any]:
     return {"ok": ok, "findings": rows}
 
 
-def without(error: ModuleNotFoundError, arguments: Sequence[str]) -> int:
+def without(package: str, arguments: Sequence[str]) -> int:
     """The exit code where a package is missing without which no command line can be read: `doctor` says all there is to say."""
     if arguments[:1] == ["doctor"]:
         options = argparse.Namespace(json="--json" in arguments)
@@ -40,7 +40,7 @@ def without(error: ModuleNotFoundError, arguments: Sequence[str]) -> int:
         if options.json:
             print(json.dumps(found))
         return 0
-    print(f"coterie: {not_installed(error)}", file=sys.stderr)
+    print(f"coterie: {not_installed(package)}", file=sys.stderr)
     return 1
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from coterie.launch.commands import say
 from coterie.placement.exports import EXPORTS, Engine, Layout, layout, verify
 from coterie.placement.plan import PlacementPlan, read_plan
-from coterie.routing.errors import InputError, positive, require
+from coterie.routing.errors import naming, positive, require
 from coterie.routing.files import atomic_output, check_writable
 
 
@@ -23,10 +23,8 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     if options.num_layers is not None:
         positive("--num-layers", options.num_layers)
     plan = read_plan(options.plan)
-    try:
+    with naming(options.plan):
         made = layout(plan, options.to, options.num_layers)
-    except InputError as error:
-        raise InputError(f"{options.plan}: {error}") from error
     with atomic_output(options.out) as temporary:
         temporary.write_text(engine.write(made), encoding="utf-8")
         verify(temporary.read_text(encoding="utf-8"), options.to, made)

@@ -78,7 +78,12 @@ def wanted(extra: str) -> str:
     return f"pip install -c constraints.txt -e '.[{extra}]'"
 
 
-def not_installed(error: ModuleNotFoundError) -> str:
+def missing_package(error: BaseException) -> str:
+    """The package of others that could not be imported; empty where that is not what happened."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return "" if name == "coterie" else name
+
+
+def not_installed(package: str) -> str:
     """What to do about a package that coterie needs and that is not there."""
-    package = (error.name or str(error)).partition(".")[0]
     return f"{package} is not installed: pip install -c constraints.txt -e . (coterie doctor lists what is missing)"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from coterie.routing.errors import InputError, first_line, require
+from coterie.routing.errors import InputError, first_line, naming, require
 from coterie.routing.files import atomic_output, looks_like_json
 
 TRACE_FORMAT = "coterie.trace.v1"
@@ -201,7 +201,7 @@ def save_load(statistics: LoadStatistics, path: Path) -> None:
 def read_routing(path: Path) -> RoutingTrace | LoadStatistics:
     """Read either kind of file. Raises InputError, naming the file and the field, for anything else."""
     metadata, tensors = _read_safetensors(path)
-    try:
+    with naming(path):
         kind = metadata.get("format")
         if kind == TRACE_FORMAT:
             return _to_trace(metadata, tensors)
@@ -211,8 +211,6 @@ def read_routing(path: Path) -> RoutingTrace | LoadStatistics:
             f"format: found {kind!r}, expected {TRACE_FORMAT!r} or {LOAD_FORMAT!r}; "
             f"recordings of other programs come in with `coterie import`"
         )
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def check_scenario(name: str) -> None:
