@@ -3,7 +3,7 @@
 | weights | rows | product |
 |---|---|---|
 | float32 | any | torch |
-| bfloat16, float16 | few, or a processor with bfloat16 instructions | torch, on the weights as they are |
+| bfloat16, float16 | few, or a processor with instructions for that dtype | torch, on the weights as they are |
 | bfloat16, float16 | many, without such instructions | float32, on a panel of some widened weights that is used again |
 | int8 | to 16 | `_weight_int8pack_mm` |
 | int8 | more | torch, on integers in bfloat16 for such rows and with such instructions, else on the panel; the sums scaled |
@@ -25,7 +25,6 @@ import torch
 
 from coterie.kernels.formats import GROUP, HALF, Weights, unpacked
 
-NARROW = (torch.bfloat16, torch.float16)
 FEW_ROWS = 4
 PANEL_ROWS = 16
 SMALL = 1 << 20  # weights of bfloat16, up to which a matrix times one row is faster than times a vector without instructions
@@ -56,9 +55,22 @@ def multiplies_bfloat16() -> bool:
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
+@lru_cache(maxsize=1)
+def multiplies_float16() -> bool:
+    """Whether it multiplies float16 itself (AMX_FP16, AVX512_FP16): many that know bfloat16 do not."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def slow(dtype: torch.dtype) -> bool:
+    """Whether many rows are better multiplied by weights of this dtype once these are widened."""
+    if dtype == torch.bfloat16:
+        return not multiplies_bfloat16()
+    return dtype == torch.float16 and not multiplies_float16()
+
+
 def widens(weight: torch.Tensor, rows: int) -> bool:
     """Whether this many rows are better multiplied by widened weights."""
-    return weight.dtype in NARROW and rows > FEW_ROWS and not multiplies_bfloat16()
+    return weight.device.type == "cpu" and rows > FEW_ROWS and slow(weight.dtype)
 
 
 class _Scratch(threading.local):

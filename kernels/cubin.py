@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,16 @@ class Compiled:
     pending: int
 
 
-def compile_product(work: Work, arch: int, first: bool = True, tile: Tile | None = None) -> Compiled:
+def compile_product(work: Work, arch: int, first: bool = True, tile: Tile | None = None, table: bool = False) -> Compiled:
     """`first_product` or `second_product` of bfloat16 rows for compute capability `arch` / 10, by default with the rule's tile.
 
-    The first is SwiGLU, or, turned, gpt-oss's form: biased, clamped, gate and up in turns, weights `[S, H, 2I]`.
+    table: of experts in a pool of slots. The first is SwiGLU, or, turned, gpt-oss's form: biased, clamped, gate and up in
+    turns, weights `[S, H, 2I]`.
     """
     tile, turned = tile or rule(work, arch), work.turned
     kernel = first_product if first else second_product
     constants: dict[str, Any] = {
-        "BIAS": turned, "TABLE": False, "FORMAT": CODES[work.format], "SCALE_ROWS": 128 if work.format == "fp8" else 1,
+        "BIAS": turned, "TABLE": table, "FORMAT": CODES[work.format], "SCALE_ROWS": 128 if work.format == "fp8" else 1,
         "PRECISION": "tf32", "BM": tile.rows, "BN": tile.outputs, "BK": tile.inputs, "EVEN": work.inputs % tile.inputs == 0,
         "SWAP": tile.swap, "TOGETHER": tile.together, "TMA": tile.tma, "stride_n" if turned else "stride_k": 1,
     }  # fmt: skip
@@ -139,8 +141,17 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
 
 
+MODELS = {  # experts, hidden size, inner size, picks a token, turned
+    "Qwen3": (128, 2048, 768, 8, False),
+    "Mixtral": (8, 4096, 14336, 2, False),
+    "gpt-oss": (128, 2880, 2880, 4, True),
+}
+TOKENS = (1, 4, 16, 64, 256, 512, 1024, 4096, 16384)
+POOLED = (4, 4096)  # tokens for which products out of a pool of slots are compiled, too
+
+
 def survey(every: int = 1) -> dict[str, Any]:
-    """By the rules' tiles (docs/kernels.md): products of Qwen3-30B-A3B in each format, Mixtral's down in parts, gpt-oss's.
+    """Every kernel that the rules come to (docs/kernels.md) for MODELS and TOKENS: the first case of each distinct one.
 
     every: only each so-manieth of them.
     """
@@ -150,20 +161,33 @@ def survey(every: int = 1) -> dict[str, Any]:
 def _cases() -> list[Callable[[], dict[str, Any]]]:
     found: list[Callable[[], dict[str, Any]]] = []
     for arch in MATRIX:
-        for format in POINTERS:
+        made: dict[Any, Callable[[], dict[str, Any]]] = {}
+        for format, (model, sizes), tokens, first in product(POINTERS, MODELS.items(), TOKENS, (True, False)):
             if format == "fp8" and arch < 89:  # the chip has no such numbers, and Triton does not make them
                 continue
-            for tokens in (1, 512, 4096):
-                found += [partial(_surveyed, arch, "Qwen3", Work(128, 768, 2048, 8, tokens, 2, format, True), True)]
-                found += [partial(_surveyed, arch, "Qwen3", Work(128, 2048, 768, 8, tokens, 2, format, summed=True), False)]
-            found += [
-                partial(_surveyed, arch, "Mixtral", Work(8, 4096, 14336, 2, tokens, 2, format, summed=True), False)
-                for tokens in (1, 16)
-            ]
-        for tokens in (1, 512, 4096):
-            found += [partial(_surveyed, arch, "gpt-oss", Work(128, 2880, 2880, 4, tokens, 2, "plain", True, True), True)]
-        found += [partial(_small, arch, name) for name in SMALL]
+            if sizes[4] and format != "plain":  # no format keeps gates and ups in turns
+                continue
+            work = work_of(sizes, tokens, format, first)
+            made.setdefault(kernel_of(work, arch, first), partial(_surveyed, arch, model, work, first))
+        found += made.values()
+        pooled = (partial(_surveyed, arch, "Qwen3", work_of(MODELS["Qwen3"], tokens, "plain", first), first, True)
+                  for tokens, first in product(POOLED, (True, False)))  # fmt: skip
+        found += [*pooled, *(partial(_small, arch, name) for name in SMALL)]
     return found
+
+
+def work_of(sizes: tuple[int, int, int, int, bool], tokens: int, format: str, first: bool) -> Work:
+    """One of the two products of a model of these sizes."""
+    experts, hidden, inner, top_k, turned = sizes
+    if first:
+        return Work(experts, inner, hidden, top_k, tokens, 2, format, True, turned)
+    return Work(experts, hidden, inner, top_k, tokens, 2, format, summed=True)
+
+
+def kernel_of(work: Work, arch: int, first: bool) -> Any:
+    """What is compiled for it by the rule, but for constants that decide nothing: equal where the machine code is."""
+    tile = rule(work, arch)
+    return arch, first, work.format, work.turned, tile, work.inputs % tile.inputs == 0
 
 
 def _small(arch: int, name: str) -> dict[str, Any]:
@@ -171,9 +195,9 @@ def _small(arch: int, name: str) -> dict[str, Any]:
     return common | asdict(compile_small(name, arch))
 
 
-def _surveyed(arch: int, model: str, work: Work, first: bool) -> dict[str, Any]:
-    name = f"{model}, {work.format}, {work.tokens} tokens, {'first' if first else 'second'} product"
-    made = asdict(compile_product(work, arch, first))
+def _surveyed(arch: int, model: str, work: Work, first: bool, table: bool = False) -> dict[str, Any]:
+    name = f"{model}, {work.format}, {work.tokens} tokens, {'first' if first else 'second'} product{', pool' * table}"
+    made = asdict(compile_product(work, arch, first, table=table))
     return {
         "case": name,
         "arch": arch,

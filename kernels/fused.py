@@ -15,7 +15,7 @@ from coterie.kernels.activations import Activation
 from coterie.kernels.formats import GROUP, Weights
 from coterie.kernels.grouped_gemm import CODES, FUNCTION_CODES, first_product, second_product, weighted_sum
 from coterie.kernels.ordering import Order, order_picks
-from coterie.kernels.tiles import GROUPED, Tile, Work, choose_tile
+from coterie.kernels.tiles import GROUPED, Tile, Work, choose_tile, fitted
 
 SUM_COLUMNS = 1024
 SWIGLU = Activation()
@@ -102,12 +102,14 @@ class FusedExperts:
         turned = self.activation is not None and self.activation.interleaved
         outputs = self.first.shape[1] // (2 if gated else 1)
         shape, width = self.first.shape, x.element_size()
+        if self.first.format == "plain":
+            width = max(width, self.first.data.element_size())
         works = (
             Work(self.experts, outputs, shape[2], slots, tokens, width, self.first.format, gated, turned),
             Work(self.experts, *self.second.shape[1:], slots, tokens, width, self.second.format, summed=self.finish is None),
         )  # fmt: skip
         first, second = (choose_tile(work, name, capability, triton.__version__) for work in works)
-        second = replace(second, rows=first.rows)
+        second = fitted(replace(second, rows=first.rows), works[1], capability)
         return self._reachable(self.first, first), self._reachable(self.second, second)
 
     def _reachable(self, weights: Weights, tile: Tile) -> Tile:

@@ -103,7 +103,7 @@ def _product(
     kind = a.dtype.element_ty
     if TMA:
         x = _load_rows(a, k, K, real_rows, BK, EVEN)
-        acc = _multiply(x, _described(descriptor, expert, row, k, BN, BK), acc, SWAP, PRECISION)
+        acc = _multiply(x, _described(descriptor, expert, row, k, BN, BK).to(kind), acc, SWAP, PRECISION)
     elif FORMAT == PLAIN or (FORMAT == INT8 and not SWAP):
         x = _load_rows(a, k, K, real_rows, BK, EVEN)
         acc = _multiply(x, _load_weights(w, stride, k, K, real, BK, EVEN).to(kind), acc, SWAP, PRECISION)
@@ -150,13 +150,25 @@ def _activate(z, FUNCTION: tl.constexpr):
     elif FUNCTION == 2:
         z = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
     elif FUNCTION == 3:
-        z = tl.maximum(z, 0.0)
+        z = _at_least(z, 0.0)
     elif FUNCTION == 4:
-        z = tl.maximum(z, 0.0) * tl.maximum(z, 0.0)
+        z = _at_least(z, 0.0)
+        z = z * z
     return z
 
 
 @triton.jit
+def _at_least(z, least):
+    """NaN stays NaN, as torch has it: what overflowed before is to be seen behind."""
+    return tl.maximum(z, least, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _at_most(z, most):
+    return tl.minimum(z, most, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit(do_not_specialize=["blocks"])
 def first_product(
     x, w, descriptor, scale, bias, h, picks, block_expert, block_start, block_count, table,
     blocks, hidden, inner, stride_x, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, bias_e, stride_h,
@@ -241,8 +253,8 @@ def first_product(
             gate = _finished(acc, scales, bias, columns, real, real, FORMAT, SWAP, BIAS)
     if GATED:
         if LIMIT:
-            gate = tl.minimum(gate, limit)
-            up = tl.minimum(tl.maximum(up, -limit), limit)
+            gate = _at_most(gate, limit)
+            up = _at_most(_at_least(up, -limit), limit)
         made = _activate(gate * alpha, FUNCTION) / alpha * (up + offset)
     else:
         made = _activate(gate, FUNCTION)
@@ -250,7 +262,7 @@ def first_product(
     tl.store(to, made.to(h.dtype.element_ty), mask=real_rows[:, None] & (columns < inner)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def second_product(
     h, w, descriptor, scale, bias, y, picks, block_expert, block_start, block_count, table,
     blocks, inner, hidden, stride_h, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, bias_e, stride_y, stride_part,

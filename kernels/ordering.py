@@ -15,6 +15,7 @@ import triton.language as tl
 AT_ONCE = 1024  # picks that one launch orders by comparing each with all; more are counted first
 PLACED = 16  # picks, or blocks of the map, that one program places: few, so that what it compares stays in registers
 PART = 128  # picks that are counted together where there are more
+ALIGNED = 4  # int32 to 16 bytes: Triton compiles a kernel anew for pointers that are no such multiples
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ def order_picks(ids: torch.Tensor, experts: int, rows: int) -> Order:
     """ids: integer `[T, K]` on the device, contiguous, 0 to experts - 1, or -1 for an empty slot."""
     count = ids.numel()
     blocks = most_blocks(count, experts, rows)
-    made = torch.empty(count + 3 * blocks, dtype=torch.int32, device=ids.device)
-    picks, expert, start, counts = made.split([count, blocks, blocks, blocks])
+    sizes = [count, blocks, blocks, blocks]
+    room = [-(-size // ALIGNED) * ALIGNED for size in sizes]
+    made = torch.empty(sum(room), dtype=torch.int32, device=ids.device)
+    picks, expert, start, counts = (part[:size] for part, size in zip(made.split(room), sizes, strict=True))
     if count == 0:
         return Order(picks, expert, start, counts, rows)
     wide = triton.next_power_of_2(experts + 1)
@@ -87,7 +90,7 @@ def _store_blocks(expert, start, count, held, blocks, at, EXPERTS: tl.constexpr,
     tl.store(count + at, tl.where(real, tl.minimum(picks - done, ROWS), 0), mask=at < blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "blocks"])
 def _order_at_once(
     ids, picks, expert, start, count, N, blocks, experts,
     ALL: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, PLACED: tl.constexpr,
@@ -104,7 +107,7 @@ def _order_at_once(
     _store_blocks(expert, start, count, tl.where(each < experts, held, 0), blocks, at, EXPERTS, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "parts"])
 def _count(ids, found, N, experts, parts, EXPERTS: tl.constexpr, PART: tl.constexpr):
     """How many picks of each expert are in each part of PART picks: `[experts + 1, parts]`."""
     part = tl.program_id(0)
@@ -114,7 +117,7 @@ def _count(ids, found, N, experts, parts, EXPERTS: tl.constexpr, PART: tl.conste
     tl.store(found + each * parts + part, held, mask=each <= experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "parts"])
 def _place(ids, picks, found, ends, N, experts, parts, PART: tl.constexpr):
     """Each pick's place: behind those of lower experts, of earlier parts, and of earlier ones in its part."""
     part = tl.program_id(0)
@@ -127,7 +130,7 @@ def _place(ids, picks, found, ends, N, experts, parts, PART: tl.constexpr):
     tl.store(picks + base + tl.sum(earlier.to(tl.int32), 1), at, mask=at < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "parts"])
 def _map_blocks(
     expert, start, count, ends, blocks, experts, parts, EXPERTS: tl.constexpr, ROWS: tl.constexpr, PLACED: tl.constexpr
 ):

@@ -101,15 +101,20 @@ def rule(work: Work, capability: int = 90) -> Tile:
     elif rows <= 64:
         tile = Tile(rows, 64, 128 if rows <= 32 else 64, 4, 5, True)
     else:  # without the larger chips' tensor memory two accumulators of 128 x 128 leave no registers to widen weights in
-        narrow = work.doubled and (capability < 90 or work.format != "plain" or work.turned)
+        roomy = 90 <= capability < 120  # Hopper's and the large Blackwells'
+        narrow = work.doubled and (not roomy or work.format != "plain" or work.turned)
         fetched = capability >= 90 and work.format == "plain" and not work.turned and work.inputs % 64 == 0
         tile = Tile(128, 64 if narrow else 128, 64, 8, 4, together=8, tma=fetched)
     if work.doubled and not work.turned and tile.swap and rows == 16 and _waves(work, tile.outputs, capability) < 2:
         tile = replace(tile, outputs=tile.outputs // 2, fold=True)
-    limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
-    stages = next((s for s in range(tile.stages, 1, -1) if shared_bytes(tile, work, s) <= limit), 1)
-    tile = replace(tile, stages=stages)
+    tile = fitted(tile, work, capability)
     return replace(tile, splits=_splits(work, tile, capability))
+
+
+def fitted(tile: Tile, work: Work, capability: int) -> Tile:
+    """With as many of its stages as shared memory holds."""
+    limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
+    return replace(tile, stages=next((s for s in range(tile.stages, 1, -1) if shared_bytes(tile, work, s) <= limit), 1))
 
 
 def _waves(work: Work, outputs: int, capability: int) -> float:

@@ -83,6 +83,16 @@ def assemble(store: Any, mine: Seat, size: int, seconds: float, terminated: Call
     A store kept by torchrun's agent outlives the processes of earlier attempts, so what is in it may be old: a rank believes
     the number of the attempt only beside a word that it has just made up.
     """
+    try:
+        return _assembled(store, mine, size, seconds, terminated)
+    except RuntimeError as error:  # of the store, whose keeper is gone
+        raise CoterieError(
+            "the store in which the ranks meet is gone: rank 0 or the launcher that keeps it has ended, see what it said "
+            f"({first_line(error)})"
+        ).known(alone=True) from error
+
+
+def _assembled(store: Any, mine: Seat, size: int, seconds: float, terminated: Callable[[], bool]) -> Assembly:
     from torch.distributed.distributed_c10d import PrefixStore
 
     deadline = time.monotonic() + seconds

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 60.0
 MOST_SECONDS = 1e6  # that a rank may be silent: twelve days; more overflows on the way to the system
-MEETING_SECONDS = 1800.0  # loading may take one rank this much longer than another
 TRANSPORTS = ("nccl", "mpi", "tcp", "gloo")
 FAILED = 1
 T = TypeVar("T")
@@ -98,7 +97,7 @@ def job(timeout: float = TIMEOUT_SECONDS, transport: str | None = None) -> Itera
         group, watch = _connect(launch, timeout, transport, terminated)
         with _telling(watch):
             yield group
-            watch.meet(MEETING_SECONDS)  # nobody takes the group down while another rank still uses it
+            watch.meet()  # nobody takes the group down while another rank still uses it
         watch.leave()
     _take_down()
 
@@ -163,7 +162,7 @@ def _assembled(
     from coterie.moe.beats import seat_here
 
     name = choose_transport(launch, torch.cuda.device_count(), wish)
-    seconds, store = max(START_SECONDS, timeout / 4), None
+    seconds, store = START_SECONDS, None
     if launch.launcher == "mpirun" or name == "mpi":
         launch, store = _meet_through_mpi(launch, seconds)
     store = store or open_store(launch, seconds, terminated)
@@ -216,7 +215,8 @@ def _open(name: str, launch: Launch, assembly: Assembly, timeout: float) -> Tran
     if name == "mpi":
         return MpiTransport(mpi_world(launch.launcher, launch.size).Dup(), timeout)
     if name == "tcp":
-        return SocketTransport.from_store(launch.rank, launch.size, assembly.store, launch.address, patience)
+        several = len({seat.host for seat in assembly.seats}) > 1
+        return SocketTransport.from_store(launch.rank, launch.size, assembly.store, launch.address, patience, several)
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
 
@@ -312,7 +312,8 @@ def together(group: Gathers, work: Callable[[], T]) -> T:
         words, own = _in_words(error), error
         said = str(words) if isinstance(words, CoterieError) else f"{type(error).__name__}: {first_line(error, 300)}\n{DEFECT}"
         failure = CoterieError, said
-    _meet(group)
+    if (meet := getattr(group, "meet", None)) is not None:  # processes of MPI that only plan have none
+        meet()
     failures = group.gather(failure)
     for rank, found in enumerate(failures):
         if found is not None:
@@ -320,16 +321,6 @@ def together(group: Gathers, work: Callable[[], T]) -> T:
             where = f"rank {rank}: " if group.size > 1 and any(f is None for f in failures) else ""
             raise kind(where + message).known(alone=False) from own
     return result  # type: ignore[return-value]
-
-
-def _meet(group: Gathers) -> None:
-    transport = getattr(group, "transport", None)
-    if transport is None:  # alone, or processes of MPI that nobody watches
-        return
-    from coterie.moe.watch import Watched
-
-    if isinstance(transport, Watched):
-        transport.watch.meet(MEETING_SECONDS)
 
 
 def same_on_all(group: Gathers, found: Mapping[str, str]) -> None:

@@ -69,6 +69,13 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
         from coterie.launch.memory import check_memory, sizes_on_device, within_budget
         from coterie.launch.resuming import Resuming
 
+        if group.rank == 0 and group.nodes > 1 and group.ranks_per_node != asked.share.plan.topology.ranks_per_node:
+            planned = asked.share.plan.topology
+            say(
+                f"plan: it is for {planned.nodes} node(s) of {planned.ranks_per_node} ranks and is run as such, but found "
+                f"{group.nodes} of {group.ranks_per_node}: links between nodes are taken for others; plan with "
+                f"--topology {group.nodes}x{group.ranks_per_node}"
+            )
         sizes = sizes_on_device(asked.share)
         asked = within_budget(asked, sizes, options, group)
         if options.dry_run:
@@ -103,9 +110,14 @@ def _new_plan(wish: str | None, share: Share, ranks: int) -> PlacementPlan | str
         return wish
     if not Path(wish).is_file():
         raise InputError(f"--replan: found {wish!r}, expected auto or a plan file")
+    from coterie.moe.placement_map import check_plan
     from coterie.moe.relocate import transfers
 
     plan = read_plan(Path(wish))
+    try:
+        check_plan(plan, share.shape, ranks)
+    except InputError as error:
+        raise InputError(f"--replan {wish}: {error}") from error
     transfers(share.plan, plan)  # raises where the plans do not go together
     return plan
 
@@ -156,7 +168,11 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
         if options.plan is None or "the plan" not in str(error):
             raise
         raise type(error)(f"{options.plan}: {error}") from error
-    check_invariant(options.batch_invariant, strategy, options.quantise)
+    check_invariant(options.batch_invariant, strategy, share)
+    if options.batch_invariant and options.misses != "fetch":
+        raise InputError(f"--misses: found {options.misses} with --batch-invariant, expected fetch: the host rounds otherwise")
+    if options.batch_invariant and options.replan is not None:
+        raise InputError("--replan: found it with --batch-invariant, expected one of them: sums follow where experts are")
     replan, text = _new_plan(options.replan, share, to_come.size), Text(share.shape)
     try:
         requests = text.requests(prompts, options.max_new_tokens)
@@ -223,19 +239,21 @@ def _continue(
     if not left:
         return model.statistics(0, 0, 0.0, 0)
 
-    def told_homes(homes: HomeRanks | None) -> None:
+    def settled(homes: HomeRanks | None) -> None:
+        if model.group.rank == 0 and model.choice is not None:
+            say(model.choice.describe())
         if model.group.rank == 0 and model.group.size > 1 and model.plan.homes is not None:
             say(f"homes: {_homes(homes, options)}")
 
     if options.prompt is not None:
         put, end = _streamer(model, options)
         try:
-            return run(model, left, options.batch_size, asked.sampling, Collector(model.group, kept), put, False, told_homes)
+            return run(model, left, options.batch_size, asked.sampling, Collector(model.group, kept), put, False, settled)
         finally:
             end()
     with _progress(len(asked.requests), len(left), model.group) as told:
         collector = Collector(model.group, kept, told)
-        return run(model, left, options.batch_size, asked.sampling, collector, told_homes=told_homes)
+        return run(model, left, options.batch_size, asked.sampling, collector, settled=settled)
 
 
 def _homes(homes: HomeRanks | None, options: argparse.Namespace) -> str:
@@ -292,8 +310,6 @@ def _finish(
     result = {"outputs": list(asked.rows(kept)) if options.json else [], "stats": asdict(statistics)}
     if isinstance(kept, Journal):
         kept.remove()
-    if model.choice is not None:
-        say(model.choice.describe())
     s = statistics
     if s.strategy is None or s.tokens_per_second is None:
         say("every prompt was finished before")

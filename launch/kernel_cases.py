@@ -17,9 +17,11 @@ from coterie.kernels.activations import Activation
 from coterie.kernels.formats import GROUP, Weights, quantise
 from coterie.kernels.fused import FusedExperts
 
-L2_BYTES = 128 << 20  # what must be read between two readings of the same weights, at least
+L2_BYTES = 256 << 20  # what must be read between two readings of the same weights, at least: five times the largest L2
 STORED = {"plain": 2.0, "int8": 1.0, "int4": 0.5 + 4 / GROUP, "fp8": 1.0}  # bytes of a weight, scales included
 MOST_COPIES = 8
+CHECKED, WRONG = 4, 2e-2  # tokens of a cell that are computed anew, about, and the error from which on it is no figure
+GPT_OSS = Activation("silu", True, True, 7.0, 1.702, 1.0)
 WARM = 3  # replays that are not counted
 GRAPH_SECONDS, MOST_ROUNDS = 1e-3, 20  # a graph lasts that long, or has that many rounds
 Call = Callable[[int], torch.Tensor]
@@ -28,13 +30,17 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer: experts E, picks a token K, hidden size H, an expert's inner size I."""
+    """One layer: experts E, picks a token K, hidden size H, an expert's inner size I.
+
+    turned: gpt-oss's form, plain weights stored as `[E, H, 2I]` and `[E, I, H]`, gates and ups in turns, biased and clamped.
+    """
 
     name: str
     experts: int
     top_k: int
     hidden: int
     inner: int
+    turned: bool = False
 
     @property
     def weights(self) -> int:
@@ -49,16 +55,19 @@ class Shape:
         """Of all products of a layer."""
         return 2.0 * tokens * self.top_k * self.weights
 
-    def bytes(self, tokens: int, format: str) -> float:
-        """Weights of the experts hit, read once; input, output, routing; the inner rows, written and read."""
+    def bytes(self, tokens: int, format: str, hit: float | None = None) -> float:
+        """Weights of the experts hit, read once; input, output, routing; the inner rows, written and read.
+
+        hit: experts, None for `hit`.
+        """
         moved = tokens * (4 * self.hidden + 8 * self.top_k) + 4 * tokens * self.top_k * self.inner
-        return self.hit(tokens) * self.weights * STORED[format] + moved
+        return (self.hit(tokens) if hit is None else hit) * self.weights * STORED[format] + moved
 
 
 SHAPES = (
     Shape("Mixtral 8x7B", 8, 2, 4096, 14336), Shape("Qwen3-30B-A3B", 128, 8, 2048, 768),
     Shape("OLMoE-1B-7B", 64, 8, 2048, 1024),
-    Shape("DeepSeek-V3", 256, 8, 7168, 2048), Shape("gpt-oss-120b", 128, 4, 2880, 2880),
+    Shape("DeepSeek-V3", 256, 8, 7168, 2048), Shape("gpt-oss-120b", 128, 4, 2880, 2880, True),
 )  # fmt: skip
 TINY = Shape("tiny", 4, 2, 32, 16)
 
@@ -70,20 +79,21 @@ class Machine:
     bandwidth: float
     rate: float
 
-    def floor(self, shape: Shape, tokens: int, format: str) -> float:
-        """Seconds that a layer takes at least."""
-        return max(shape.bytes(tokens, format) / self.bandwidth, shape.flops(tokens) / self.rate)
+    def floor(self, shape: Shape, tokens: int, format: str, hit: float | None = None) -> float:
+        """Seconds that a layer takes at least. hit: experts, None for as many as `tokens` visit on average."""
+        return max(shape.bytes(tokens, format, hit) / self.bandwidth, shape.flops(tokens) / self.rate)
 
 
 def measure_machine(device: str) -> Machine:
-    """By a copy and by a square product, the best of several."""
+    """By a copy and a sum, whichever is faster, and by a square product, the best of several."""
     size = 1 << (30 if device == "cuda" else 22)
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     side = 8192 if device == "cuda" else 128
     a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
     copied = timed(lambda _: target.copy_(source), 1, device, 20)
+    read = timed(lambda _: source.view(torch.float32).sum(), 1, device, 20)
     product = timed(lambda _: a @ b, 1, device, 20)
-    return Machine(2 * size / min(copied), 2 * side**3 / min(product))
+    return Machine(max(2 * size / min(copied), size / min(read)), 2 * side**3 / min(product))
 
 
 def timed(call: Call, turns: int, device: str, repeats: int) -> list[float]:
@@ -136,6 +146,7 @@ def prepared(call: Call, turns: int, device: str, pool: Any = None) -> Callable[
 def _captured(call: Call, turns: int, pool: Any) -> Callable[[], float]:
     """What replays the turns as one CUDA graph, and returns the seconds of one of them."""
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # the graph's pool is its own, and while it is made torch's allocator gives nothing back
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         for turn in range(turns):
@@ -168,7 +179,10 @@ class Layer:
 
     def _made(self) -> FusedExperts:
         first, second = (self._weights(*size) for size in self._sizes())
-        return FusedExperts(first, second, Activation())
+        if not self.shape.turned:
+            return FusedExperts(first, second, Activation())
+        one, other = (torch.randn(w.shape[:2], device=self.device, dtype=self.dtype) for w in (first, second))
+        return FusedExperts(first, second, GPT_OSS, one, other)
 
     def _sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (2 * self.shape.inner, self.shape.hidden), (self.shape.hidden, self.shape.inner)
@@ -180,7 +194,10 @@ class Layer:
             for _ in range(self.shape.experts)
         ]
         scale = torch.cat([w.scale for w in made if w.scale is not None]) if self.format != "plain" else None
-        return Weights(torch.cat([w.data for w in made]), self.format, scale, inputs)
+        data = torch.cat([w.data for w in made])
+        if self.shape.turned and self.format == "plain":
+            data = data.transpose(1, 2).contiguous().transpose(1, 2)
+        return Weights(data, self.format, scale, inputs)
 
     def inputs(self, tokens: int) -> Inputs:
         """x `[T, H]`; ids `[T, K]`, distinct, all equally likely; weights `[T, K]`. The same for the same number of tokens."""
@@ -203,6 +220,9 @@ class Layer:
 
         if self.format != "plain":
             return
+        if self.shape.turned:
+            yield from self._turned_peers(inputs, packages)
+            return
         x, ids, weights = inputs
         modules = [_as_module(experts) for experts in self.experts]
         for name in ["grouped_mm"] + (["batched_mm"] if len(x) <= 64 else []):
@@ -210,6 +230,33 @@ class Layer:
             yield f"transformers {name}", partial(self._peer, run, modules, x, ids, weights.to(x.dtype))
         for name, peer in packages.items():
             yield name, peer if isinstance(peer, str) else partial(peer.layer, self.experts, x, ids, weights)
+
+    def _turned_peers(self, inputs: Inputs, packages: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Call] | str]]:
+        """transformers' own take weights as they are; others' want them in layouts of their own."""
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        x, ids, weights = inputs
+        modules = [_as_turned_module(experts) for experts in self.experts]
+        for name in ["grouped_mm"] + (["batched_mm"] if len(x) <= 64 else []):
+            yield f"transformers {name}", partial(self._peer, ALL_EXPERTS_FUNCTIONS[name], modules, x, ids, weights.to(x.dtype))
+        for name in packages:
+            yield name, "it has no kernel for weights in this layout" if not isinstance(packages[name], str) else packages[name]
+
+    def error(self, found: torch.Tensor, inputs: Inputs) -> float:
+        """The largest error of a row of `found`, over its norm, of some tokens computed in float64 from what is stored."""
+        x, ids, weights = inputs
+        experts, worst = self.experts[0], 0.0
+        assert experts.activation is not None
+        for token in range(0, len(x), max(1, len(x) // CHECKED)):
+            right = torch.zeros(self.shape.hidden, dtype=torch.float64, device=x.device)
+            for slot, expert in enumerate(ids[token].tolist()):
+                first, second = (w.expert(expert).dequantised(torch.float64)[0] for w in (experts.first, experts.second))
+                z = first @ x[token].double()
+                z = z if experts.first_bias is None else z + experts.first_bias[expert]
+                y = second @ experts.activation(z)
+                right += weights[token, slot] * (y if experts.second_bias is None else y + experts.second_bias[expert])
+            worst = max(worst, float((found[token].double() - right).norm() / right.norm()))
+        return worst
 
     def _peer(self, run: Callable[..., torch.Tensor], modules: list[Any], *inputs: torch.Tensor) -> Call:
         return lambda turn: run(modules[turn % self.copies], *inputs)
@@ -226,6 +273,17 @@ def _as_module(experts: FusedExperts) -> Any:
         gate_up_proj=experts.first.data, down_proj=experts.second.data, num_experts=experts.experts, has_gate=True,
         has_bias=False, is_transposed=False, is_concatenated=True, has_post_expert_norm=False, _is_expert_parallel=False,
         _apply_gate=apply_gate,
+    )  # fmt: skip
+
+
+def _as_turned_module(experts: FusedExperts) -> Any:
+    """The same of gpt-oss's experts."""
+    assert experts.activation is not None
+    return SimpleNamespace(
+        gate_up_proj=experts.first.data.transpose(1, 2), down_proj=experts.second.data.transpose(1, 2),
+        gate_up_proj_bias=experts.first_bias, down_proj_bias=experts.second_bias, num_experts=experts.experts, has_gate=True,
+        has_bias=True, is_transposed=True, is_concatenated=False, has_post_expert_norm=False, _is_expert_parallel=False,
+        _apply_gate=experts.activation,
     )  # fmt: skip
 
 

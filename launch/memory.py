@@ -12,6 +12,7 @@ from coterie.launch.available import free_bytes, machine, resident_bytes, system
 from coterie.launch.commands import say
 from coterie.launch.tables import table
 from coterie.offload.expect import Weights
+from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError
 
 if TYPE_CHECKING:
@@ -165,7 +166,12 @@ def check_memory(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, g
 
     share = asked.share
     work = workload(asked.requests, options.batch_size)
-    needed = {name: estimate(sizes, share.plan, name, work, share.slots) for name in _candidates(asked)}
+    plans = [share.plan, asked.replan] if isinstance(asked.replan, PlacementPlan) else [share.plan]
+    needed = {
+        name: [max(of_rank, key=lambda n: n.total) for of_rank in zip(*by_plan, strict=True)]
+        for name in _candidates(asked)
+        for by_plan in [[estimate(sizes, plan, name, work, share.slots) for plan in plans]]
+    }
     first = next(iter(needed))
     here, found = free_bytes(share.device), None
     if group.size == share.plan.ranks:
@@ -175,12 +181,17 @@ def check_memory(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, g
     told = _json(needed, asked, here, found)
     if found and share.slots is None:
         try:
-            check_fits(sizes, first, work, Room(share.plan, found))
+            for plan in plans:
+                check_fits(sizes, first, work, Room(plan, found))
         except InputError as error:
             error.partial = told if options.dry_run else None
             error.known(alone=False)  # all ranks know what all have
             raise
     too_large = {name for name, ranks in needed.items() if any(ranks[r].total > free for r, free in (found or {}).items())}
+    if options.memory is not None:
+        budget, taken = parse_bytes(options.memory), _needs(asked, options, group)[1]
+        over = {name for name, ranks in needed.items() if any(n.total + taken > budget for n in ranks)}
+        too_large |= over - {first}  # for which `within_budget` made room
     if share.slots is not None and first in too_large:
         rank, free = min((found or {}).items(), key=lambda item: item[1])
         several = f" for rank {rank}, as many share its machine", ", or start fewer"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +103,7 @@ def index_experts(shape: ModelShape, empty: nn.Module, checkpoint: Checkpoint) -
             raise InputError(f"{place.file}: tensor {name!r}: found {place.dtype}, expected float32, bfloat16 or float16")
         layer = place_of[module]
         if pattern is not None and "*" in pattern:
-            order = _order(name, pattern, converters)
+            order = _order(f"{place.file}: tensor {name!r}", pattern, converters)
             piece = Piece(place.file, place.offset, place.length)
             found.setdefault((layer, expert_in(name), parameter), {})[order] = place, piece
         elif place.shape[:1] == (shape.num_experts,) and pattern is None:
@@ -117,10 +117,23 @@ def index_experts(shape: ModelShape, empty: nn.Module, checkpoint: Checkpoint) -
         [_record(shape, state, module, layer, expert, found) for expert in range(shape.num_experts)]
         for layer, module in enumerate(shape.expert_names.values())
     ]
-    return ExpertStore(records, checkpoint.counter)
+    _check_alike(shape, records)
+    return ExpertStore(records, checkpoint.counter, versions=checkpoint.versions)
 
 
-def _order(name: str, pattern: str, converters: list[Any]) -> int:
+def _check_alike(shape: ModelShape, records: Sequence[Sequence[Mapping[str, Part]]]) -> None:
+    """Raises InputError unless all layers' experts are of one shape: any of them may come to lie in any slot."""
+    first = {name: part.shape for name, part in records[0][0].items()}
+    for layer, of_layer in zip(shape.layer_ids, records, strict=True):
+        for name, part in of_layer[0].items():
+            if part.shape != first.get(name):
+                raise InputError(
+                    f"{shape.folder}: layer {layer}: {name}: found experts of shape {list(part.shape)}, expected "
+                    f"{list(first.get(name, ()))} as in layer {shape.layer_ids[0]}; on disk they must be alike"
+                )
+
+
+def _order(tensor: str, pattern: str, converters: list[Any]) -> int:
     """Which of the tensors put together this one is. Raises InputError for conversions other than stacking and joining."""
     for converter in converters:
         sources = list(converter.source_patterns)
@@ -130,12 +143,14 @@ def _order(name: str, pattern: str, converters: list[Any]) -> int:
         if kinds == [(MergeModulelist, 0)] or kinds == [(MergeModulelist, 0), (Concatenate, 1)]:
             return sources.index(pattern)
         break
-    raise _not_by_expert(f"tensor {name!r}")
+    raise _not_by_expert(tensor)
 
 
 def _not_by_expert(tensor: str) -> InputError:
     why = "cannot be read expert by expert, which --quantise, and memory for less than all experts, need"
-    return InputError(f"{tensor}: {why}; run without --quantise, where all fit")
+    return InputError(
+        f"{tensor}: {why}; run without --quantise, with --memory for all experts, on more ranks or a larger machine"
+    )
 
 
 def _record(

@@ -252,7 +252,8 @@ class CoherentBatch:
         lengths = [[len(s.request.token_ids) for s in taken] for taken in assigned]
         self.kv.add(self.group, home.cache, home.mask, lengths)
         self.sequences += newcomers
-        self.anchors = torch.cat([self.anchors, torch.tensor([s.home for s in newcomers], device=self.device)])
+        homes = torch.tensor([s.home for s in newcomers], dtype=torch.int64, device=self.device)
+        self.anchors = torch.cat([self.anchors, homes])
         for sequence in newcomers:
             if sequence.request.max_new_tokens == 0:
                 sequence.finish_reason = "length"
@@ -287,7 +288,8 @@ class CoherentBatch:
         """The tokens of all sequences, whichever rank chose them; with them go the step's keys and values, and the words."""
         number = {id(s): i for i, s in enumerate(self.sequences)}
         settled, self.words = self.kv.spread(self.group, {number[id(s)]: token for s, token in chosen}, word)
-        self.anchors[[i for i, _, _ in settled]] = torch.tensor([rank for _, _, rank in settled], device=self.device)
+        places, ranks = (torch.tensor([s[n] for s in settled], dtype=torch.int64, device=self.device) for n in (0, 2))
+        self.anchors[places] = ranks
         return [(self.sequences[i], token) for i, token, _ in settled]
 
     def drop_finished(self) -> None:

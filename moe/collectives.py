@@ -201,6 +201,11 @@ class Group:
         self._count([0] * self.size, 0, [8 * len(values)] * self.size)
         return [tuple(row) for row in said.tolist()]
 
+    def meet(self) -> None:
+        """Wait for all ranks as long as they live, where work beforehand may take one of them much longer than --timeout."""
+        if (meet := getattr(self.transport, "meet", None)) is not None:
+            meet()
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank, by rank."""
         return [value] if self.size == 1 else self._transport().gather_objects(value)

@@ -11,6 +11,7 @@ from coterie.moe.coherent import FAMILIES, CoherentBatch, check_family
 from coterie.moe.collectives import Group
 from coterie.moe.families import ModelShape
 from coterie.moe.generate import Executor
+from coterie.moe.invariant import varying
 from coterie.moe.layer import StepContext
 from coterie.moe.queue import PREFILL_TOKENS
 from coterie.moe.strategy import Strategy
@@ -69,8 +70,8 @@ class Dispatcher:
         if self.links is None:
             self._measure(model)
         without = self.without if self.shape.config.model_type in FAMILIES else self.without | {"coherent"}
-        if context.least_rows > 1:  # batch-invariant: coherent does not keep blocks of rows
-            without |= {"coherent"}
+        if context.least_rows > 1:
+            without |= varying(self.group.nodes)
         ranks = [i % self.group.size for i in range(len(requests))] if homes is None else homes
         rehearsal = self._rehearsal(load, model, context, [(r.token_ids, at) for r, at in zip(requests, ranks, strict=True)])
         return self._decided(load, without, rehearsal, homes is not None)

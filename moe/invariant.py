@@ -35,6 +35,11 @@ BASES = ("sdpa", "eager")
 _starts: ContextVar[Sequence[int]] = ContextVar("padding before each row of the batch")
 
 
+def varying(nodes: int) -> frozenset[str]:
+    """Strategies by which a sum's order depends on where a sequence is at home, or products on which others are there."""
+    return frozenset({"coherent", "hierarchical"} if nodes > 1 else {"coherent"})
+
+
 def make_invariant(model: Any) -> None:
     """Let every sequence of `model` attend by itself. Raises InputError for attention that cannot be run that way."""
     base = model.config._attn_implementation

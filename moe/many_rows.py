@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from coterie.kernels.cpu import NARROW, multiplies_bfloat16, multiply_widened
+from coterie.kernels.cpu import multiply_widened, slow
 
 LEAST_ROWS = 64
 AT_ONCE = 1 << 22  # float32 values of rows and their products beside the weights, about
@@ -41,10 +41,8 @@ class ManyRowsLinear(nn.Linear):
 
 def speed_up_many_rows(model: nn.Module) -> None:
     """Let the dense layers of `model` do so where they are of half precision on such a CPU. Not for one run batch-invariant."""
-    if multiplies_bfloat16():
-        return
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype in NARROW and module.weight.device.type == "cpu":
+        if type(module) is nn.Linear and slow(module.weight.dtype) and module.weight.device.type == "cpu":
             module.__class__ = ManyRowsLinear
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from coterie.moe.dispatcher import Dispatcher, check_strategy
 from coterie.moe.families import ModelShape
 from coterie.moe.generate import Generator, OnToken, Sampling
 from coterie.moe.home_ranks import HomeRanks, find_home_ranks
-from coterie.moe.invariant import BLOCK_ROWS, make_invariant
+from coterie.moe.invariant import BLOCK_ROWS, make_invariant, varying
 from coterie.moe.layer import attach
 from coterie.moe.many_rows import speed_up_many_rows
 from coterie.moe.norms import speed_up_norms
@@ -33,7 +34,7 @@ from coterie.moe.text import Output, Prompt, Text
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint
 from coterie.placement.plan import PlacementPlan
-from coterie.routing.errors import InputError, positive
+from coterie.routing.errors import CoterieError, InputError, positive
 from coterie.routing.files import check_writable
 from coterie.routing.record import Recorder, TraceWriter, expert_modules, metadata_for
 from coterie.routing.trace import check_scenario
@@ -65,7 +66,7 @@ class Model:
 
     def __init__(
         self, shape: ModelShape, transformers_model: Any, checkpoint: Checkpoint, plan: PlacementPlan, group: Group,
-        strategy: str | None, text: Text | None = None,
+        strategy: str | None, text: Text | None = None, one_copy: bool = False,
     ) -> None:  # fmt: skip
         self.shape = shape
         self.transformers = transformers_model
@@ -73,9 +74,10 @@ class Model:
         self.plan = plan
         self.group = group
         self.dispatcher = Dispatcher(shape, plan, group, strategy)
-        maps = _maps_on(plan, group.rank, self.device)
+        maps = [layer.to(self.device) for layer in layer_maps(plan, group.rank, one_copy)]
         self.context = attach(transformers_model, maps, self.dispatcher.strategy(strategy))
         self.context.told = None if self.cache is None else self.cache.read
+        self._running = threading.Lock()
         self.choice: Choice | None = None
         self.boundary: Boundary | None = None
         self.text = Text(shape) if text is None else text
@@ -140,6 +142,7 @@ class Model:
             ordered = in_order(requests, routers, self.transformers.get_input_embeddings(), batch_size)
             places = {request.index: place for place, request in enumerate(requests)}
             made = [places[request.index] for request in ordered]
+        self.group.meet()
         return [requests[place] for place in self.group.gather(made)[0]]
 
     def _output(self, prompt: Prompt, run: Running) -> Output:
@@ -170,6 +173,8 @@ class Model:
         """
         if self.boundary is not None and self.boundary.moving:
             raise InputError("--replan: found a plan half taken over, expected none; generate until it has been taken over")
+        if self.context.least_rows > 1:
+            raise InputError("--replan: found it with --batch-invariant, expected one of them: sums follow where experts are")
         if self.cache is not None:
             raise InputError("--replan: found it with experts on disk, expected all in memory")
         if any(hasattr(module, "coterie_products") for module in self.transformers.modules()):
@@ -191,11 +196,26 @@ class Model:
         between: Callable[[list[Running]], None] | None = None, boundary: Boundary | None = None,
     ) -> list[Running]:  # fmt: skip
         """The loop beneath `generate`: as `Generator.run`, with the strategies of `choice`. Closes the boundary."""
+        if not self._running.acquire(blocking=False):
+            raise CoterieError("another thread is generating with this model; one thread at a time, or a model for each")
+        try:
+            return self._run(requests, batch_size, sampling, choice, on_token, recorder, homes, between, boundary)
+        finally:
+            self._running.release()
+
+    def _run(
+        self, requests: Sequence[Request], batch_size: int, sampling: Sampling, choice: Choice, on_token: OnToken | None,
+        recorder: Recorder | None, homes: Sequence[int] | None, between: Callable[[list[Running]], None] | None,
+        boundary: Boundary | None,
+    ) -> list[Running]:  # fmt: skip
         batch = self.dispatcher.executor(self.transformers, self.context, choice, recorder)
         enough = (lambda: False) if recorder is None else (lambda: recorder.full)
         generator = Generator(batch, self.group, self.transformers.generation_config, sampling, on_token, enough)
         try:
-            return generator.run(requests, batch_size, homes, choice.shared, between, boundary)
+            ended = generator.run(requests, batch_size, homes, choice.shared, between, boundary)
+            if boundary is not None:
+                boundary.rest()
+            return ended
         finally:
             if boundary is not None:
                 boundary.close()
@@ -313,10 +333,10 @@ def assembled(
     share: Share, read: Any, strategy: str | None, group: Group, text: Text | None = None, batch_invariant: bool = False
 ) -> Model:
     """The model from what `share.read` returned on this rank. strategy: as `asked_strategy` says. Every rank must call it."""
-    check_invariant(batch_invariant, strategy, share.quantise)
+    check_invariant(batch_invariant, strategy, share)
     group.ranks_per_node = share.plan.topology.ranks_per_node  # the plan says what its nodes are
     read.requires_grad_(False)  # our kernels have no gradients
-    made = Model(share.shape, read, share.checkpoint, share.plan, group, strategy, text)
+    made = Model(share.shape, read, share.checkpoint, share.plan, group, strategy, text, one_copy=batch_invariant)
     tell_apart(read)
     if batch_invariant:
         make_invariant(read)
@@ -327,17 +347,18 @@ def assembled(
     return made
 
 
-def check_invariant(wished: bool, strategy: str | None, quantise: str | None) -> None:
+def check_invariant(wished: bool, strategy: str | None, share: Share) -> None:
     """Raises InputError for what cannot run batch-invariant. strategy: asked for, or the plan's."""
-    if wished and strategy == "coherent":
-        raise InputError("--batch-invariant: found strategy coherent, asked for or the plan's, expected --strategy all_to_all")
-    if wished and quantise is not None:
+    if not wished:
+        return
+    if strategy in varying(share.plan.topology.nodes):
+        raise InputError(
+            f"--batch-invariant: found strategy {strategy}, asked for or the plan's, expected --strategy all_to_all"
+        )
+    if share.quantise is not None:
         raise InputError("--batch-invariant: found it with --quantise, expected one of them")
-
-
-def _maps_on(plan: PlacementPlan, rank: int, device: torch.device) -> list[Any]:
-    maps = layer_maps(plan, rank)
-    return [m.to(device) for m in maps]
+    if share.misses != "fetch":
+        raise InputError(f"--batch-invariant: found it with --misses {share.misses}, expected fetch: the host rounds otherwise")
 
 
 def _streaming(streamer: Any, request: Request, on_token: OnToken | None) -> OnToken:

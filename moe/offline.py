@@ -113,16 +113,17 @@ class Collector:
 def run(
     model: Model, requests: Sequence[Request], batch_size: int, sampling: Sampling, collector: Collector,
     on_token: OnToken | None = None, use_homes: bool = True,
-    told_homes: Callable[[HomeRanks | None], object] = lambda homes: None,
+    settled: Callable[[HomeRanks | None], object] = lambda homes: None,
 ) -> Statistics:  # fmt: skip
     """Generate; every rank calls it with the same requests. Finished sequences go to the collector, the figures come back.
 
-    use_homes: carry out the plan's homes; told_homes: what they came to, None if they are not carried out.
+    use_homes: carry out the plan's homes; settled: called when the strategies are chosen, before anything is generated, with
+    what the homes came to, None if they are not carried out.
     """
     rows, started = model.group.traffic.rows, time.perf_counter()
     requests = model.scheduled(requests, batch_size)
     choice, homes = model.settle(requests, batch_size, use_homes)
-    told_homes(homes)
+    settled(homes)
     at = None if homes is None else homes.ranks
     model.run(requests, batch_size, sampling, choice, on_token, homes=at, between=collector, boundary=model.boundary)
     collector.gather()

@@ -62,14 +62,18 @@ def check_plan(plan: PlacementPlan, shape: ModelShape, ranks: int) -> None:
             )
 
 
-def layer_maps(plan: PlacementPlan, rank: int) -> list[LayerMap]:
-    """The plan's layers as `rank` sees them."""
-    return [layer_map(holds, plan.topology, rank) for holds in plan.holds()]
+def layer_maps(plan: PlacementPlan, rank: int, one_copy: bool = False) -> list[LayerMap]:
+    """The plan's layers as `rank` sees them; as `layer_map`."""
+    return [layer_map(holds, plan.topology, rank, one_copy) for holds in plan.holds()]
 
 
-def layer_map(holds: NDArray[np.bool_], topology: Topology, rank: int) -> LayerMap:
-    """One layer as `rank` sees it. holds: bool `[E, ranks]`, which rank holds which expert."""
-    routes = destinations(holds, topology).astype(np.int64)
+def layer_map(holds: NDArray[np.bool_], topology: Topology, rank: int, one_copy: bool = False) -> LayerMap:
+    """One layer as `rank` sees it. holds: bool `[E, ranks]`, which rank holds which expert.
+
+    one_copy: the first copy of an expert computes for all ranks, so that what is summed where does not depend on the sender.
+    """
+    used = holds & (np.cumsum(holds, axis=1) == 1) if one_copy else holds
+    routes = destinations(used, topology).astype(np.int64)
     order = np.where(holds, np.cumsum(holds, axis=0) - 1, -1)  # [E, ranks]: place among the ascending experts of each rank
     position = order[np.arange(len(holds)), routes[rank]]
     tensors = (torch.from_numpy(a.astype(np.int64)) for a in (routes[rank], position, routes, order[:, rank]))

@@ -1,5 +1,6 @@
 """Taking over a new plan while text is being generated: experts move a few per step, a layer changes when all of its are there.
 
+What a rank sends in a step is bounded in bytes, too: over TCP rows of tokens wait behind it, so large experts go in parts.
 Every rank computes the same list of transfers from the two plans and changes a layer at the same step boundary, so that whom
 tokens are sent to and what is loaded there always agree, and text does not change.
 """
@@ -21,6 +22,7 @@ from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
 
+STEP_BYTES = 1 << 20  # of experts that a rank sends in a step: 8 ms at 1 Gbit/s
 STACKED = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
 
 
@@ -65,10 +67,30 @@ def chunks(moves: list[Transfer], per_step: int) -> list[list[Transfer]]:
     return made
 
 
+class _Moving:
+    """A chunk under way. mine: the experts that this rank sends, by receiver, `[n, bytes]`; came: what it gets, by sender."""
+
+    def __init__(self, chunk: list[Transfer], mine: torch.Tensor, receive: int, per_step: int) -> None:
+        self.chunk, self.mine = chunk, mine
+        width = mine.shape[1]
+        self.parts = max(1, -(-width * per_step // STEP_BYTES))
+        self.part = 0
+        self.came = mine.new_empty((receive, width))
+
+    def columns(self) -> slice:
+        """Which bytes of every expert go now."""
+        width = self.mine.shape[1]
+        return slice(width * self.part // self.parts, width * (self.part + 1) // self.parts)
+
+
 class Relocation:
-    """The way from the plan that runs to another. Every rank calls `step` at every step boundary until it returns True."""
+    """The way from the plan that runs to another. Every rank calls `step` at every step boundary until it returns True.
+
+    one_copy: as `placement_map.layer_map`.
+    """
 
     def __init__(self, model: nn.Module, group: Group, old: PlacementPlan, new: PlacementPlan, per_step: int = 2) -> None:
+        self.per_step = per_step
         self.modules: list[Any] = [module for _, module in expert_modules(model).values()]
         self.group = group
         self.new = new
@@ -78,34 +100,52 @@ class Relocation:
         self._holds = new.holds()
         self._open = {layer: sum(t.layer == layer for t in moves) for layer in range(len(self.modules))}
         self._here: dict[tuple[int, int], torch.Tensor] = {}
-        self._waiting: tuple[list[Transfer], Callable[[], torch.Tensor]] | None = None
+        self._moving: _Moving | None = None
+        self._waiting: Callable[[], torch.Tensor] | None = None
 
     def step(self) -> bool:
         """Take in what has come, change complete layers, send the next few; True when nothing is left."""
-        if self._waiting is not None:
-            self._arrived(*self._waiting)
-            self._waiting = None
+        self.rest()
         for layer in [layer for layer, left in self._open.items() if left == 0]:
             del self._open[layer]
             self._change(layer)
-        if self._chunks:
-            self._send(self._chunks.pop(0))
+        if self._moving is None and self._chunks:
+            self._moving = self._begun(self._chunks.pop(0))
+        if self._moving is not None:
+            self._send(self._moving)
         return not self._open
 
-    def _send(self, chunk: list[Transfer]) -> None:
-        rank, size = self.group.rank, self.group.size
-        mine = sorted((t for t in chunk if t.source == rank), key=lambda t: t.to)
-        module = self.modules[chunk[0].layer]
-        rows = [packed(module, module.coterie_layer.map.local.index(t.expert)) for t in mine]
-        width = expert_bytes(module)
-        message = torch.stack(rows) if rows else torch.empty((0, width), dtype=torch.uint8, device=module.down_proj.device)
-        send = [sum(t.to == r for t in mine) for r in range(size)]
-        receive = [sum(t.source == r and t.to == rank for t in chunk) for r in range(size)]
-        self._waiting = chunk, self.group.start_exchange(message, send, receive, "experts moved", beside=True)
+    def rest(self) -> None:
+        """Wait for what is under way, so that nothing is; the next step goes on from there. Every rank must call it."""
+        if self._waiting is None or self._moving is None:
+            return
+        moving, came = self._moving, self._waiting()
+        self._waiting = None
+        moving.came[:, moving.columns()] = came
+        moving.part += 1
+        if moving.part == moving.parts:
+            self._moving = None
+            self._arrived(moving)
 
-    def _arrived(self, chunk: list[Transfer], wait: Callable[[], torch.Tensor]) -> None:
+    def _begun(self, chunk: list[Transfer]) -> _Moving:
+        module = self.modules[chunk[0].layer]
+        mine = sorted((t for t in chunk if t.source == self.group.rank), key=lambda t: t.to)
+        rows = [packed(module, module.coterie_layer.map.local.index(t.expert)) for t in mine]
+        nothing = torch.empty((0, expert_bytes(module)), dtype=torch.uint8, device=module.down_proj.device)
+        receive = sum(t.to == self.group.rank for t in chunk)
+        return _Moving(chunk, torch.stack(rows) if rows else nothing, receive, self.per_step)
+
+    def _send(self, moving: _Moving) -> None:
+        rank, size = self.group.rank, self.group.size
+        send = [sum(t.source == rank and t.to == r for t in moving.chunk) for r in range(size)]
+        receive = [sum(t.source == r and t.to == rank for t in moving.chunk) for r in range(size)]
+        message = moving.mine[:, moving.columns()].contiguous()
+        self._waiting = self.group.start_exchange(message, send, receive, "experts moved", beside=True)
+
+    def _arrived(self, moving: _Moving) -> None:
+        chunk = moving.chunk
         mine = sorted((t for t in chunk if t.to == self.group.rank), key=lambda t: t.source)
-        for transfer, row in zip(mine, wait(), strict=True):
+        for transfer, row in zip(mine, moving.came, strict=True):
             self._here[transfer.layer, transfer.expert] = row
         self._open[chunk[0].layer] -= len(chunk)
 

@@ -25,7 +25,8 @@ from coterie.routing.files import write_text
 from coterie.routing.trace import LoadStatistics, read_routing, save_load
 
 INTERVAL = 64  # steps between looks at the load
-DRIFTED = 1.1  # busiest rank over mean from which a new plan is looked for
+DRIFTED = 1.1  # busiest rank over mean from which a new plan is looked for, times the load for which none was found
+PATIENCE = 16  # looks for which that is remembered
 BETTER = 0.97  # a new plan must bring the load below this times the present one
 MOVES_SHARE = 0.1  # of all experts, that a new plan may move
 PLAN_SECONDS = 5
@@ -46,6 +47,10 @@ class Boundary(Protocol):
 
     def step(self, notices: list[int]) -> None:
         """After the agreement, with what every rank told."""
+        ...
+
+    def rest(self) -> None:
+        """When generation has ended well: what is on its way comes first. Every rank must call it."""
         ...
 
     def close(self) -> None:
@@ -79,6 +84,11 @@ class TakeOver:
             self.relocation = None
             self.done()
 
+    def rest(self) -> None:
+        """As `Boundary`."""
+        if self.relocation is not None:
+            self.relocation.rest()
+
     def close(self) -> None:
         """What has not been taken over yet is left to the next run."""
 
@@ -101,6 +111,7 @@ class AutoReplan:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._relocation: Relocation | None = None
         device = next(model.parameters()).device
+        self._usual, self._until = 1.0, 0  # the load for which nothing better was found, and until which step that counts
         self._loads = torch.zeros((len(plan.layer_ids), plan.num_experts), dtype=torch.int64, device=device)
 
     @property
@@ -135,7 +146,7 @@ class AutoReplan:
         statistics = LoadStatistics(total, self.plan.model, self.plan.layer_ids, ("measured",))
         load = evaluate_load(self.plan, statistics, 0).load
         self.say(f"load: the busiest rank has {load:.2f} times the mean (steps {self.steps - self.interval} to {self.steps})")
-        if load > DRIFTED:
+        if load > DRIFTED * (self._usual if self.steps < self._until else 1.0):
             self._begin(statistics)
 
     def _begin(self, statistics: LoadStatistics) -> None:
@@ -177,10 +188,17 @@ class AutoReplan:
         new = replace(read_plan(folder / "new.json"), homes=self.plan.homes)  # a tenth of the experts moves: they still fit
         loads = [evaluate_load(p, statistics, 0).load for p in (self.plan, new)]
         better = loads[1] < BETTER * loads[0]
+        if not better:
+            self._usual, self._until = loads[0], self.steps + PATIENCE * self.interval
         kept = "" if better else "; kept as it is"
         self.say(f"load: a new plan would bring it from {loads[0]:.2f} to {loads[1]:.2f}{kept}")
         self._folder.cleanup()
         return new if better else None
+
+    def rest(self) -> None:
+        """As `Boundary`."""
+        if self._relocation is not None:
+            self._relocation.rest()
 
     def close(self) -> None:
         """End the planner if it still runs; stop counting."""

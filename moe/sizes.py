@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from coterie.kernels.cpu import NARROW, Int8, kind_for, multiplies_bfloat16, widened_outputs
+from coterie.kernels.cpu import Int8, kind_for, slow, widened_outputs
 from coterie.moe.batch import keeps_only_attention
 from coterie.moe.families import ModelShape
 from coterie.moe.load import select
@@ -77,7 +77,7 @@ def casting_bytes(shape: ModelShape, empty: Any, checkpoint: Checkpoint, dtype: 
 
 def widened_bytes(model: nn.Module, dtype: torch.dtype, rounding: Rounding | None) -> int:
     """Of the weights that a CPU widens at once: of some outputs of a product, or of all of one that is rounded otherwise."""
-    narrow, whole = dtype in NARROW and not multiplies_bfloat16(), 0
+    narrow, whole = slow(dtype), 0
     parts = [tuple(module.weight.shape) for module in model.modules() if narrow and type(module) is nn.Linear]
     for outputs, inputs in _products(model):
         if rounding is None:
@@ -102,7 +102,7 @@ def _products(model: nn.Module) -> Iterator[tuple[int, int]]:
 
 def widened_rows(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
     """(bytes for each row that a dense layer multiplies by widened weights, the most for all)."""
-    if dtype not in NARROW or multiplies_bfloat16():
+    if not slow(dtype):
         return 0, 0
     sizes = [tuple(module.weight.shape) for module in model.modules() if type(module) is nn.Linear]
     most = (rows_at_once(inputs, outputs) * (inputs + outputs) for outputs, inputs in sizes)

@@ -6,6 +6,7 @@ of that, because nothing is handed to another thread, and it knows which rank it
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import pickle
 import secrets
@@ -23,7 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from coterie.moe.transports import Wait
-from coterie.routing.errors import CoterieError
+from coterie.routing.errors import CoterieError, InputError
 
 TOKEN_BYTES = 16
 RANK_BYTES = 4
@@ -117,6 +118,7 @@ class Mesh:
         self.rank = rank
         self.peers = peers
         self.timeout = timeout
+        self.on_progress: Callable[[], object] = lambda: None
         self._lines = {peer: _Line(peer, connection) for peer, connection in peers.items()}
         self._by_file = {line.connection.fileno(): line for line in self._lines.values()}
 
@@ -125,7 +127,14 @@ class Mesh:
         """Meet the other ranks, which call this too. address: of this machine, as the others reach it."""
         if rank == 0:
             store.set("coterie/token", secrets.token_hex(TOKEN_BYTES))
-        with socket.create_server((address, 0), backlog=size) as server:
+        try:
+            server = socket.create_server((address, 0), backlog=size)
+        except OSError as error:
+            raise InputError(
+                f"COTERIE_ADDRESS: rank {rank} cannot listen at {address} ({error.strerror or error}), expected an address of "
+                "this machine by which the others reach it"
+            ).known(alone=True) from error
+        with server:
             store.set(f"coterie/address/{rank}", f"{address} {server.getsockname()[1]}")
             token = bytes.fromhex(store.get("coterie/token").decode())
             peers: dict[int, socket.socket] = {}
@@ -163,21 +172,22 @@ class Mesh:
         return transfer
 
     def finish(self, transfer: _Transfer) -> None:
-        """Wait until all of it is sent and received. Raises CoterieError, naming who is waited for."""
-        deadline = time.monotonic() + self.timeout
+        """Wait until all of it is sent and received. Raises CoterieError, naming who is waited for, once nothing moves."""
         for line in self._lines.values():
             line.pull()
         while transfer.open:
-            self._wait(deadline)
+            self._wait()
+            self.on_progress()
 
-    def _wait(self, deadline: float) -> None:
+    def _wait(self) -> None:
+        """For the next bytes."""
         poll, wanted = select.poll(), []
         for line in self._lines.values():
             events = (select.POLLIN if line.into else 0) | (select.POLLOUT if line.out else 0)
             if events:
                 poll.register(line.connection, events)
                 wanted.append(line.peer)
-        ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1e3)
+        ready = poll.poll(self.timeout * 1e3)
         if not ready:
             raise CoterieError(f"waited {self.timeout:g} s for rank {_listed(wanted)}")
         for file, events in ready:
@@ -197,7 +207,9 @@ def _call(store: Store, peer: int, rank: int, token: bytes, timeout: float) -> s
         connection = socket.create_connection((host, int(port)), timeout=timeout)
         connection.sendall(token + rank.to_bytes(RANK_BYTES, "little"))
     except OSError as error:
-        raise CoterieError(f"rank {peer} cannot be reached at {host}:{port}: {error}") from error
+        raise CoterieError(
+            f"rank {peer} cannot be reached at {host}:{port}: {error}; COTERIE_ADDRESS there says where it can be"
+        ) from error
     return connection
 
 
@@ -222,6 +234,14 @@ def own_address(master: str) -> str:
         return str(probe.getsockname()[0])
 
 
+def _loopback(address: str) -> bool:
+    """Whether it is written as one: what a name stands for differs between machines."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
 class SocketTransport:
     """`Transport` over a mesh, among `members` (ranks of the whole job, in order)."""
 
@@ -235,9 +255,16 @@ class SocketTransport:
         self._others = [(i, member) for i, member in enumerate(self.members) if i != self.rank]
 
     @classmethod
-    def from_store(cls, rank: int, size: int, store: Store, master: str, timeout: timedelta) -> SocketTransport:
-        """Connects all ranks of a job whose launcher has set `master`."""
+    def from_store(
+        cls, rank: int, size: int, store: Store, master: str, timeout: timedelta, several: bool = False
+    ) -> SocketTransport:
+        """Connects all ranks of a job whose launcher has set `master`. several: whether they are on several machines."""
         address = os.environ.get("COTERIE_ADDRESS") or own_address(master)
+        if several and _loopback(address) and not _loopback(master):
+            raise InputError(
+                f"COTERIE_ADDRESS: rank {rank} would be found at {address}, which other machines cannot reach, expected an "
+                f"address of this machine; {master} may stand for it in /etc/hosts"
+            ).known(alone=True)
         return cls(Mesh.connect(rank, size, store, address, timeout.total_seconds()), range(size))
 
     def start_all_to_all(self, out: torch.Tensor, rows: torch.Tensor, receive: Sequence[int], send: Sequence[int]) -> Any:
@@ -290,6 +317,10 @@ class SocketTransport:
     def device(self) -> torch.device:
         """As `Transport`."""
         return torch.device("cpu")
+
+    def on_progress(self, told: Callable[[], object]) -> None:
+        """As `TellsProgress`."""
+        self.mesh.on_progress = told
 
     def subgroup(self, groups: Sequence[Sequence[int]]) -> SocketTransport:
         """As `Transport`: the same connections, of which both ends use the same ones in the same order."""

@@ -63,6 +63,15 @@ class CountsInside(Protocol):
         ...
 
 
+@runtime_checkable
+class TellsProgress(Protocol):
+    """A transport that notices when bytes move."""
+
+    def on_progress(self, told: Callable[[], object]) -> None:
+        """Call `told` whenever, in a collective that is waited for, some have."""
+        ...
+
+
 class TorchTransport:
     """torch.distributed with whatever backend the job was started with. timeout: seconds, of the subgroups."""
 

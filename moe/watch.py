@@ -18,14 +18,16 @@ import torch
 
 from coterie.moe.beats import STALE_SECONDS, Beat, Heard, Seat, blame, late, silence, system_says
 from coterie.moe.traffic import Traffic
-from coterie.moe.transports import CountsInside, Transport, Wait
+from coterie.moe.transports import CountsInside, TellsProgress, Transport, Wait
 from coterie.routing.errors import CoterieError, RankLostError, first_line
 
 BEAT_SECONDS, GUARD_SECONDS = 0.5, 0.25
 SEARCH_SECONDS = 3.5  # how long a failure may look for the rank to blame
-GRACE_SECONDS = 1.5  # after the timeout, for the collective to fail by itself before the guard ends the process
+SURE_BEATS = 2  # of every rank since a failure, after which all are taken to live
+GRACE_SECONDS = 0.75  # after the timeout, for the collective to fail by itself before the guard ends the process
 TERMINATED_SECONDS = 2.0  # the same after SIGTERM
-LINGER_SECONDS = 2.0  # how long the rank that keeps the store waits for the others to read why it leaves
+LINGER_SECONDS = 1.75  # how long the rank that keeps the store waits for the others to read why it leaves
+MEETING_SECONDS = 1800.0  # work between collectives, such as loading, may take one rank this much longer than another
 MESSAGE_LENGTH = 400
 
 
@@ -44,12 +46,13 @@ class Watch:
         self._connection = store.clone()  # the threads' own: a store serves one call at a time
         self.end, self.keeper, self.terminated = end, keeper, terminated
         self.beat = Beat()
-        self.entered: float | None = None  # since when the main thread waits for other ranks
+        self.entered: float | None = None  # since when the main thread waits for other ranks, without a byte from them
         self.read_at = self.resumed_at = time.monotonic()  # resumed_at: no silence before it counts
         self.heard = {seat.rank: (Beat(), self.read_at) for seat in seats}  # with the time at which the beat last changed
         self.broken = ""  # what the store's connection failed with
         self._stopping, self._kick, self._told = threading.Event(), threading.Event(), threading.Event()
         self._failing = threading.RLock()  # held for good by the thread that ends the process
+        self._saying = threading.Lock()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beats, self._guard)]
 
     def start(self) -> None:
@@ -62,10 +65,20 @@ class Watch:
         """Where a rank's beat is in the store."""
         return f"beat/{rank}"
 
+    def _say(self, **news: Any) -> None:
+        """Change what the next beat says; the guard's thread may do so, too."""
+        with self._saying:
+            self.beat = replace(self.beat, **news)
+
+    def progressed(self) -> None:
+        """Bytes have moved: whoever is waited for answers."""
+        if self.entered is not None:
+            self.entered = time.monotonic()
+
     @contextmanager
     def waiting(self, begins: bool = True) -> Iterator[None]:
         """Around what waits for other ranks, and fails if one does not answer. begins: a collective, or else ends one."""
-        self.beat = replace(self.beat, collectives=self.beat.collectives + begins)
+        self._say(collectives=self.beat.collectives + begins)
         self.entered = time.monotonic()
         try:
             yield
@@ -93,7 +106,8 @@ class Watch:
             return self._lost(found, f" (waited {waited:.0f} s for it)" if waited >= 1 else "")
         if self.broken:
             return CoterieError(f"the store in which the ranks meet is gone: its launcher has ended ({self.broken})")
-        return CoterieError(f"an exchange failed though every rank lives: {type(error).__name__}: {first_line(error)}")
+        way = "; a longer --timeout lets it take its time" if waited > self.timeout / 2 else ""
+        return CoterieError(f"an exchange failed though every rank lives: {type(error).__name__}: {first_line(error)}{way}")
 
     def _lost(self, found: Mapping[int, str], more: str = "") -> RankLostError:
         named = "; ".join(f"{self.seats[rank]} {how}" for rank, how in sorted(found.items()))
@@ -110,13 +124,15 @@ class Watch:
         return {rank: replace(h, system=known[rank].system) for rank, h in self.view().items()}
 
     def _search(self, seconds: float) -> dict[int, str]:
-        """Looks at fresh beats until some rank is clearly to blame, or the time is up."""
-        began = time.monotonic()
+        """Looks at fresh beats until some rank is clearly to blame, all have shown that they live, or the time is up."""
+        began, first = time.monotonic(), {rank: beat.number for rank, (beat, _) in self.heard.items()}
         while time.monotonic() - began < seconds:
             known = self._fresh(BEAT_SECONDS)
             found = self._without_store() if known is None and self._keeper_gone() else blame(known or {}, self.rank)
             if found:
                 return found
+            if known and all(h.beat.number >= first[rank] + SURE_BEATS for rank, h in known.items() if rank != self.rank):
+                return {}
             time.sleep(0.05)
         return self._without_store() if self.read_at <= began else {}
 
@@ -132,17 +148,16 @@ class Watch:
             return found
         return {self.keeper: silence(known[self.keeper])}
 
-    def meet(self, seconds: float) -> None:
+    def meet(self, seconds: float = MEETING_SECONDS) -> None:
         """Wait until every rank is here, as long as all live and `seconds` at most: after work that takes some much longer."""
         meeting = self.beat.meetings + 1
-        self.beat = replace(self.beat, meetings=meeting)
+        self._say(meetings=meeting)
         began = time.monotonic()
         while missing := [rank for rank, (beat, _) in self.heard.items() if beat.meetings < meeting]:
             known = self._fresh(BEAT_SECONDS)
-            absent = {rank: h for rank, h in (known or {}).items() if h.beat.meetings < meeting}
             if self.broken:
                 raise self.failure(ConnectionError(self.broken))
-            if found := blame(absent, self.rank, self.timeout, failed=False):
+            if found := blame(known or {}, self.rank, self.timeout, failed=False):  # those who have come may have gone again
                 raise self._lost(found)
             if time.monotonic() - began > seconds:
                 raise self._lost(dict.fromkeys(missing, f"lives but was not ready within {seconds:.0f} s"))
@@ -152,7 +167,7 @@ class Watch:
         """Tell the others that this rank ends, and why if that is early. The store's keeper gives them time to read it."""
         if not self._threads[0].is_alive():
             return
-        self.beat = replace(self.beat, left=message[:MESSAGE_LENGTH], lost=lost, done=not message)
+        self._say(left=message[:MESSAGE_LENGTH], lost=lost, done=not message)
         self._kick.set()
         self._told.wait(2 * BEAT_SECONDS)
         patience, stale = (LINGER_SECONDS, STALE_SECONDS) if message else (self.timeout, self.timeout)
@@ -230,12 +245,18 @@ class Watched:
     def __init__(self, inner: Transport, watch: Watch) -> None:
         self.inner, self.watch = inner, watch
         self.name, self.rank, self.size = inner.name, inner.rank, inner.size
+        if isinstance(inner, TellsProgress):
+            inner.on_progress(watch.progressed)
 
     def start_all_to_all(self, out: torch.Tensor, rows: torch.Tensor, receive: Sequence[int], send: Sequence[int]) -> Wait:
         """As `Transport`."""
         with self.watch.waiting():
             wait = self.inner.start_all_to_all(out, rows, receive, send)
         return self._ending(wait)
+
+    def meet(self) -> None:
+        """As `Watch`."""
+        self.watch.meet()
 
     def _ending(self, wait: Wait) -> Wait:
         """`wait`, watched."""

@@ -100,12 +100,16 @@ class ExpertCache:
 
         What it is expected to ask for in the first layers is read as room allows. Not needed, nor is `routed`.
         """
-        began = time.perf_counter()
-        self.guesser.token.read(step)
-        self.statistics.policy_seconds += time.perf_counter() - began
-        if 0 < len(step) <= MOST:
-            count = min(self.top_k * len(step), self.experts)
-            self._read_guessed(0, (), count, np.zeros(0, dtype=np.int64))
+        self._begin_turn()
+        try:
+            began = time.perf_counter()
+            self.guesser.token.read(step)
+            self.statistics.policy_seconds += time.perf_counter() - began
+            if 0 < len(step) <= MOST:
+                count = min(self.top_k * len(step), self.experts)
+                self._read_guessed(0, (), count, np.zeros(0, dtype=np.int64))
+        finally:
+            self._end_turn()
 
     def routed(self, layer: int, experts: np.ndarray) -> None:
         """What each row of a step picked, `[tokens, top_k]`, -1 for an empty slot or an expert of another rank."""
@@ -118,14 +122,17 @@ class ExpertCache:
 
         Raises CoterieError while another thread's step is under way: what that one waits for would give way.
         """
-        if not self._turn.acquire(blocking=False) and self._whose != threading.get_ident():
-            raise CoterieError("another thread is computing with this model, whose experts are on disk; one thread at a time")
-        self._whose = threading.get_ident()
+        self._begin_turn()
         try:
             self._announce(layer, experts)
         except BaseException:
             self._end_turn()
             raise
+
+    def _begin_turn(self) -> None:
+        if not self._turn.acquire(blocking=False) and self._whose != threading.get_ident():
+            raise CoterieError("another thread is computing with this model, whose experts are on disk; one thread at a time")
+        self._whose = threading.get_ident()
 
     def _end_turn(self) -> None:
         if self._turn.locked() and self._whose == threading.get_ident():
@@ -183,7 +190,8 @@ class ExpertCache:
                 self._wait([first] if first is not None else list(self.coming))  # the latter: what was read ahead has the room
                 self._wait([one for one, future in self.coming.items() if future.done()])
                 there = [one for one in left if self.slot_of[one] >= 0 and one not in self.coming]
-            yield [(left.pop(one), int(self.slot_of[one])) for one in there]
+            if there:  # else room was made by what came for later
+                yield [(left.pop(one), int(self.slot_of[one])) for one in there]
 
     @contextmanager
     def on_host(self, layer: int, experts: Sequence[int], rows: Sequence[int]) -> Iterator[dict[int, int]]:
@@ -194,10 +202,19 @@ class ExpertCache:
         if self.misses is None or not isinstance(self.source, HostTier):
             yield {}
             return
+        try:
+            yield from self._on_host(self.misses, self.source, layer, experts, rows)
+        except BaseException:  # then nothing is asked for in this layer any more
+            self._end_turn()
+            raise
+
+    def _on_host(
+        self, misses: Misses, source: HostTier, layer: int, experts: Sequence[int], rows: Sequence[int]
+    ) -> Iterator[dict[int, int]]:
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
         absent = [place for place, one in enumerate(at.tolist()) if self.slot_of[one] < 0][len(self.free) :]
-        chosen = [place for place in absent if self.misses.on_host(rows[place])][: max(0, self.source.slots - LEAST)]
-        with self.source.held(layer, [experts[place] for place in chosen]) as slots:
+        chosen = [place for place in absent if misses.on_host(rows[place])][: max(0, source.slots - LEAST)]
+        with source.held(layer, [experts[place] for place in chosen]) as slots:
             yield dict(zip(chosen, slots, strict=True))
         self.statistics.on_host += len(chosen)
         if chosen and not self.free:
@@ -291,10 +308,10 @@ class ExpertCache:
         """
         self._wait([one for one, future in self.coming.items() if future.done()])
         off = [one for one, future in self.coming.items() if future.cancel()]
+        self._forget(off)
         for one in off:
             del self.coming[one]
             self.reserved.get(one // self.experts, set()).discard(one)
-        self._forget(off)
         self.statistics.transfers -= len(off)
         self.statistics.prefetched -= len(off)
         return sorted(set(off) & set(needed.tolist()))
@@ -304,11 +321,12 @@ class ExpertCache:
         began = time.perf_counter()
         for one in experts:
             error = self.coming[one].exception()  # ctrl-C here leaves it among those that are coming
-            del self.coming[one]
             if error is not None:
                 self._forget([one])
+                del self.coming[one]
                 self._abandon()
                 raise error
+            del self.coming[one]
         self.statistics.stalled_seconds += time.perf_counter() - began if experts else 0.0
 
     def _abandon(self) -> None:
@@ -316,13 +334,15 @@ class ExpertCache:
         for one, future in list(self.coming.items()):
             if not future.cancel():
                 future.exception()
-            del self.coming[one]
             self._forget([one])
+            del self.coming[one]
 
     def _forget(self, experts: np.ndarray | list[int]) -> None:
-        self.free += self.slot_of[experts].tolist()
+        """In this order: interrupted, a slot may be nobody's for good, but never two experts'."""
+        slots = self.slot_of[experts]
         self.slot_of[experts] = -1
         self.early[experts] = False
+        self.free += slots[slots >= 0].tolist()
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, shift: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,38 +58,55 @@ class ReadCounter:
                 self.watch(count)
 
 
-class Checkpoint:
-    """The tensors of a checkpoint folder by name, and a counter of what was read."""
+Version = tuple[int, int, int]  # of a file: what changes when it is written to, or another takes its place
 
-    def __init__(self, folder: Path, tensors: dict[str, TensorPlace]) -> None:
+
+def version_of(file: Path | int) -> Version:
+    """The size, the time of the last write in ns, and which file it is. file: its path, or open."""
+    found = os.fstat(file) if isinstance(file, int) else file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder by name, and a counter of what was read. versions: of its files as indexed."""
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorPlace], versions: Mapping[Path, Version] | None = None) -> None:
         self.folder = folder
         self.tensors = tensors
+        self.versions = dict(versions or {})
         self.counter = ReadCounter()
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """Index the headers of all shards. Raises InputError, naming the file, for a missing, truncated or malformed one."""
         tensors: dict[str, TensorPlace] = {}
+        versions = {}
         for shard in _shards(folder):
+            try:
+                versions[shard] = version_of(shard)
+            except OSError as error:
+                raise InputError(f"{shard}: cannot be read: {error.strerror}") from error
             tensors |= read_header(shard)
         _check_index(folder, tensors)
-        return cls(folder, tensors)
+        return cls(folder, tensors, versions)
 
     def slice(self, name: str, rows: Sequence[int] | None = None) -> TensorSlice:
         """A tensor, or some of its first dimension's rows, to be read when asked for."""
-        return TensorSlice(self.tensors[name], self.counter, None if rows is None else tuple(rows))
+        place = self.tensors[name]
+        return TensorSlice(place, self.counter, None if rows is None else tuple(rows), self.versions.get(place.file))
 
 
 @dataclass(frozen=True)
 class TensorSlice:
     """A lazily read tensor; `slice[...]` reads it, as transformers' loader does with safetensors' own slices.
 
-    rows: indices into the first dimension, in the order wanted, or None for all.
+    rows: indices into the first dimension, in the order wanted, or None for all. version: the file's, None for any.
     """
 
     place: TensorPlace
     counter: ReadCounter
     rows: tuple[int, ...] | None = None
+    version: Version | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,7 +140,7 @@ class TensorSlice:
         view = memoryview(buffer)
         done = 0
         for offset, length in self._ranges():
-            _read_into(self.place.file, self.place.offset + offset, view[done : done + length])
+            _read_into(self.place.file, self.place.offset + offset, view[done : done + length], self.version)
             done += length
         self.counter.add(done)
         if not done:
@@ -154,10 +171,12 @@ def _buffer(length: int) -> bytearray | mmap.mmap:
     return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-def _read_into(file: Path, offset: int, view: memoryview) -> None:
+def _read_into(file: Path, offset: int, view: memoryview, version: Version | None) -> None:
     try:
         descriptor = os.open(file, os.O_RDONLY)
         try:
+            if version is not None and version_of(descriptor) != version:
+                raise InputError(f"{file}: was changed since its header was read; start again once it is whole")
             done = 0
             while done < len(view):
                 got = os.preadv(descriptor, [view[done:]], offset + done)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
+from coterie.offload.checkpoint import Version, version_of
 from coterie.offload.transfer import BLOCK, SECTOR, Request, Transfer, aligned_empty
 from coterie.routing.errors import CoterieError
 
@@ -18,10 +20,11 @@ class Files:
     """Opened with O_DIRECT where all of their file systems have it (`direct`); closed with this. Raises CoterieError if one
     cannot be.
 
-    block: what offsets, lengths and places in memory have to be multiples of, found out by trying.
+    versions: of those that were looked into before. block: what offsets, lengths and places in memory have to be multiples of,
+    found out by trying.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path], versions: Mapping[Path, Version] = MappingProxyType({})) -> None:
         self.descriptors: dict[Path, int] = {}
         weakref.finalize(self, _close, self.descriptors)
         self.direct = True
@@ -31,7 +34,10 @@ class Files:
             except OSError as error:
                 raise CoterieError(f"{path}: cannot be read: {error.strerror}") from error
         self.block = SECTOR if all(map(self._reads_sectors, self.descriptors)) else BLOCK
-        self._versions = {path: self._version(path) for path in self.descriptors}
+        self._versions = {path: version_of(descriptor) for path, descriptor in self.descriptors.items()}
+        for path, found in self._versions.items():
+            if versions.get(path, found) != found:
+                raise CoterieError(f"{path}: was changed since its header was read; start again once it is whole")
 
     def _opened(self, path: Path) -> int:
         try:
@@ -48,16 +54,11 @@ class Files:
             return False
         return True
 
-    def _version(self, path: Path) -> tuple[int, int]:
-        """What changes when the file that was opened does: its size, and when it was last written to, ns."""
-        found = os.fstat(self.descriptors[path])
-        return found.st_size, found.st_mtime_ns
-
     def finish(self, transfer: Transfer) -> None:
         """All is there: raises CoterieError for a wrong checksum, or a file that has been written to since it was opened."""
         transfer.check()
         for path in {request.file for request in transfer.requests}:
-            if self._version(path) != self._versions[path]:
+            if version_of(self.descriptors[path]) != self._versions[path]:
                 raise CoterieError(f"{path}: was changed while in use; start again once it is whole")
 
     def fill(self, request: Request, views: Sequence[np.ndarray]) -> None:

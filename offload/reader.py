@@ -23,6 +23,7 @@ from coterie.routing.errors import CoterieError
 
 DEPTH = 32  # reads at a time; more wait here
 AHEAD_BYTES = 3 << 20  # under way, from which on nothing begins that is not needed yet
+TOO_MANY = (errno.EAGAIN, errno.ENOMEM)  # the system can begin no more for now
 STAGES = 6  # reads at a time of what cannot be read right into its place
 
 
@@ -72,6 +73,7 @@ class AsyncReader:
         self._lock = threading.RLock()
         self._wanted: deque[Job] = deque()
         self._later: deque[Job] = deque()
+        self._open: dict[int, Job] = {}  # all that is not settled, by id
         self._flying: dict[int, Flight] = {}
         self._again: list[Flight] = []  # those that a short read stopped
         self._tags = count()
@@ -92,6 +94,7 @@ class AsyncReader:
                     "experts cannot be read any more: the model was closed, or an earlier read failed; load it again"
                 )
             try:
+                self._open[id(job)] = job
                 (self._later if ahead else self._wanted).append(job)
                 self._send()
             except BaseException:  # such as ctrl-C: nobody knows how far it came
@@ -111,18 +114,22 @@ class AsyncReader:
 
     def _reset(self, why: BaseException) -> None:
         """Wait until the system writes nowhere any more; what was asked for has failed."""
-        self._queue.close()
-        flights = (*self._flying.values(), *self._again)
-        jobs = {id(job): job for job in (*(flight.job for flight in flights), *self._wanted, *self._later)}
-        for flight in flights:
+        try:
+            self._queue.close()
+        except OSError as error:
+            why = error
+        for flight in (*self._flying.values(), *self._again):
             flight.job.under_way -= 1
             self._release(flight)
         for line in (self._flying, self._again, self._wanted, self._later):
             line.clear()
-        for job in jobs.values():
+        for job in list(self._open.values()):
             if job.sent or job.future.set_running_or_notify_cancel():
                 job.error = job.error or why
+                if not job.future.done():
+                    job.future.set_exception(job.error)
                 self._settle(job)
+        self._open.clear()
 
     def _run(self) -> None:
         why: BaseException = CoterieError("experts were still being read when reading was closed")
@@ -154,9 +161,14 @@ class AsyncReader:
             try:
                 reads = reads[self._queue.submit(reads) :]
             except OSError as error:
+                if error.errno in TOO_MANY and self._flying.keys() - {read.tag for read in reads}:
+                    self._again += [self._flying.pop(read.tag) for read in reads]  # until some have ended
+                    return
                 flight = self._ended(reads.pop(0).tag, -(error.errno or errno.EIO))
                 assert flight is not None
-                self._put_away(flight)
+                flight.job.under_way -= 1
+                self._release(flight)
+                self._settle(flight.job)
 
     def _read_of(self, flight: Flight) -> Read:
         tag, request, done = next(self._tags), flight.request, flight.done
@@ -239,11 +251,14 @@ class AsyncReader:
 
     def _settle(self, job: Job) -> None:
         """Tell how it ended, once nothing is written to its tensors any more."""
-        if job.under_way or job.future.done() or (job.error is None and job.taken < len(job.transfer.requests)):
+        if job.under_way or (job.error is None and job.taken < len(job.transfer.requests)):
             return
+        self._open.pop(id(job), None)
         for flight in job.came.values():
             self._release(flight)
         job.came.clear()
+        if job.future.done():  # told before, when all was given up
+            return
         try:
             if job.error is None:
                 self._files.finish(job.transfer)

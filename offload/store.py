@@ -11,11 +11,13 @@ import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
+from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
-from coterie.offload.checkpoint import ReadCounter
+from coterie.offload.checkpoint import ReadCounter, Version
 from coterie.offload.files import Files
 from coterie.offload.reader import AsyncReader
 from coterie.offload.transfer import STAGE_BYTES, Expected, Record, Request, Slot, Transfer, aligned_empty, plan, shifts_of
@@ -29,16 +31,18 @@ class ExpertStore:
     """All experts of a checkpoint. records: `[layer][expert]`, layers by their place among those with experts.
 
     checksums: `[layer][expert]`, what the bytes of an expert's parts must give (offload/checksum.py); None: not checked.
+    versions: of the files when their headers were read, as far as they are known.
     """
 
     def __init__(
-        self, records: Sequence[Sequence[Record]], counter: ReadCounter, checksums: Sequence[Sequence[str]] | None = None
-    ) -> None:
+        self, records: Sequence[Sequence[Record]], counter: ReadCounter, checksums: Sequence[Sequence[str]] | None = None,
+        versions: Mapping[Path, Version] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.records = records
         self.counter = counter
         self.checksums = checksums
         self.files = Files(
-            {piece.file for layer in records for record in layer for part in record.values() for piece in part.pieces}
+            {piece.file for layer in records for record in layer for part in record.values() for piece in part.pieces}, versions
         )
         self.readers = ThreadPoolExecutor(READERS, "coterie-read")
         self.ahead = ThreadPoolExecutor(AHEAD_READERS, "coterie-ahead")

@@ -24,6 +24,7 @@ from coterie.launch.kernel_cases import (
     SHAPES,
     STORED,
     TINY,
+    WRONG,
     Layer,
     Machine,
     Shape,
@@ -167,6 +168,24 @@ def test_options_that_would_have_no_effect_are_refused(tmp_path: Path, capsys) -
         assert "expected one of them" in capsys.readouterr().err
     assert main(["bench", "kernels", "--traces", str(tmp_path)]) == 2
     assert "--traces: found it with bench kernels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("format", ["plain", "int8"])
+def test_a_layer_that_computes_something_else_is_no_figure(monkeypatch, turned: bool, format: str) -> None:
+    """Of either form; and a tile that miscomputes, as racing ones do, is not measured."""
+    if not interpreting():
+        pytest.skip("a GPU has the real thing")
+    shape = replace(TINY, turned=turned)
+    layer = Layer(shape, format, "cpu")
+    inputs = layer.inputs(5)
+    right = layer.ours(inputs)(0)
+    assert layer.error(right, inputs) < WRONG < layer.error(right * 1.1, inputs)
+    assert layer.experts[0].first.data.is_contiguous() == (not turned or format != "plain")
+    plain = Layer.ours
+    monkeypatch.setattr(Layer, "ours", lambda self, *given: lambda turn: 1.1 * plain(self, *given)(turn))
+    (row,) = shape_rows(shape, format, (3,), Machine(1e9, 1e9), "cpu")
+    assert row.value is None and "ours: wrong by" in row.why
 
 
 def test_ours_and_peers_get_the_same_inputs() -> None:

@@ -25,7 +25,7 @@ from tiny_models import FAMILIES, make_model
 import coterie
 from coterie.launch.cli import main
 from coterie.launch.memory import parse_bytes
-from coterie.moe.cached import index_experts
+from coterie.moe.cached import _check_alike, index_experts
 from coterie.moe.collectives import Group
 from coterie.moe.journal import journal_of
 from coterie.moe.model import assembled
@@ -274,6 +274,57 @@ def test_one_thread_at_a_time_computes_with_experts_on_disk(tmp_path: Path) -> N
     assert "right" in told and "wrong" not in told
     assert all("one thread at a time" in one for one in told if one != "right")
     assert all(torch.equal(a, b) for a, b in zip(logits(made, 0), right, strict=True))
+
+
+def test_what_a_step_will_read_is_refused_to_another_thread_too(tmp_path: Path) -> None:
+    """As `generate` does before the first layer: what is read ahead there takes slots from which another thread computes."""
+    made = model(make_model("qwen3_moe", tmp_path), 3)
+    cache, refused = made.cache, []
+    cache.announce(0, [0, 1])
+
+    def other() -> None:
+        try:
+            cache.read([(5, 1, 2)])
+        except CoterieError as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join(60)
+    list(cache.arrivals(0, [0, 1]))
+    assert refused and "one thread at a time" in refused[0]
+    assert all(torch.equal(a, b) for a, b in zip(logits(made, 0), logits(model(tmp_path, None), 0), strict=True))
+
+
+def test_two_threads_do_not_generate_with_one_model(tmp_path: Path) -> None:
+    made, told = coterie.load(make_model("qwen3_moe", tmp_path)), []
+
+    def other() -> None:
+        try:
+            made.generate([coterie.Prompt(token_ids=(4,))], 2)
+        except CoterieError as error:
+            told.append(str(error))
+
+    def first_token(index: int, token: int) -> None:
+        if not told:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join(60)
+
+    made.generate([coterie.Prompt(token_ids=(1, 2, 3))], 3, on_token=first_token)
+    assert told and "another thread is generating with this model" in told[0]
+    assert made.generate([coterie.Prompt(token_ids=(1, 2, 3))], 3)[0]
+
+
+def test_experts_of_other_shapes_in_other_layers_are_refused(tmp_path: Path) -> None:
+    share = prepare(make_model("qwen3_moe", tmp_path), None, "float32", 1)
+    store = index_experts(share.shape, share.empty, share.checkpoint)
+    records = [list(layer) for layer in store.records]
+    records[1] = [
+        {name: replace(part, shape=(part.shape[0] * 2, *part.shape[1:])) for name, part in r.items()} for r in records[1]
+    ]
+    with pytest.raises(InputError, match=r"layer 1: \w+: found experts of shape .*, expected .* as in layer 0"):
+        _check_alike(share.shape, records)
 
 
 def test_generate_within_a_budget_writes_the_same_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,6 +171,38 @@ def test_who_does_not_come_to_a_meeting_is_named(ranks: Ranks) -> None:
         ranks.watches[1].meet(0.5)
 
 
+def test_who_has_come_to_a_meeting_and_gone_is_named_by_those_who_wait_there(ranks: Ranks) -> None:
+    """Rank 1 still works; rank 2 has come, then left, blamed by the rank that loads."""
+    ranks.start(0, 1, 2)
+    ranks.watches[2]._say(meetings=1)
+    assert wait_for(lambda: ranks.watches[0].heard[2][0].meetings == 1, PATIENCE)
+    ranks.watches[1].leave("rank 2 is dead", lost=(2,))
+    with pytest.raises(RankLostError, match=r"rank 2 \(host h2, pid 102\)") as caught:
+        ranks.watches[0].meet(60)
+    assert caught.value.ranks == (2,)
+
+
+def test_ranks_that_all_live_are_not_searched_for_long(ranks: Ranks) -> None:
+    ranks.start(0, 1, 2)
+    for other in (1, 2):
+        ranks.watches[other]._say(collectives=5)
+    assert wait_for(lambda: all(ranks.watches[0].heard[r][0].collectives == 5 for r in (1, 2)), PATIENCE)
+    began = time.monotonic()
+    with pytest.raises(CoterieError, match=r"though every rank lives.*--timeout"), ranks.watches[0].waiting():
+        ranks.watches[0].entered = began - 100
+        raise RuntimeError("odd")
+    assert time.monotonic() - began < watch_module.SEARCH_SECONDS
+
+
+def test_a_rank_from_which_bytes_come_is_not_late(ranks: Ranks) -> None:
+    ranks.start(0, 1, 2)
+    with ranks.watches[0].waiting():
+        for _ in range(30):  # six seconds, longer than the timeout
+            time.sleep(0.2)
+            ranks.watches[0].progressed()
+    assert not ranks.ended
+
+
 def test_the_guard_ends_a_process_whose_main_thread_never_comes_back(ranks: Ranks) -> None:
     ranks.start(0, 1, 2)
     ranks.watches[0].traffic.step = 7
@@ -184,7 +216,9 @@ def test_the_guard_ends_a_process_whose_main_thread_never_comes_back(ranks: Rank
 
 def test_times_add_up_to_less_than_promised() -> None:
     w = watch_module
-    assert w.GUARD_SECONDS + w.GRACE_SECONDS + 2 * w.BEAT_SECONDS + w.LINGER_SECONDS <= 5
+    search = (w.SURE_BEATS + 0.1) * w.BEAT_SECONDS  # where all live and one is late; who is gone is found sooner
+    told = 2 * w.BEAT_SECONDS
+    assert w.GUARD_SECONDS + w.GRACE_SECONDS + search + told + w.LINGER_SECONDS <= 5
 
 
 @pytest.fixture(scope="module")

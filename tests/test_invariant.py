@@ -1,11 +1,15 @@
-"""The batch-invariant mode: logits are the same to the bit, whatever the batch, the rank and the number of ranks."""
+"""The batch-invariant mode: logits are the same to the bit, whatever the batch, the rank and the strategy."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from test_dispatch import random_plan
 from test_processes import tokens
 from thread_ranks import load, on_ranks
 from tiny_models import FOUR_RANK_FAMILIES, make_model
@@ -14,11 +18,15 @@ import coterie
 from coterie.kernels.experts import grouped_experts
 from coterie.moe.batch import Batch, Running
 from coterie.moe.collectives import Group
+from coterie.placement.plan import PlacementPlan
 
 
-def logits_by_prompt(folder: Path, group: Group, prompts: list[list[int]], batch_size: int, invariant: bool, steps: int = 4):
+def logits_by_prompt(
+    folder: Path, group: Group, prompts: list[list[int]], batch_size: int, invariant: bool, steps: int = 4,
+    plan: PlacementPlan | None = None, strategy: str = "all_to_all",
+):  # fmt: skip
     """Of every prompt this rank runs: the logits of each step, of a greedy text."""
-    model = load(folder, dtype="float32", strategy="all_to_all" if group.size > 1 else "local", group=group,
+    model = load(folder, plan, dtype="float32", strategy=strategy if group.size > 1 else "local", group=group,
                          batch_invariant=invariant)  # fmt: skip
     requests = model.text.requests([coterie.Prompt(token_ids=tuple(p)) for p in prompts], steps)
     found: dict[int, list[torch.Tensor]] = {}
@@ -56,6 +64,31 @@ def test_logits_do_not_depend_on_batch_or_ranks(tmp_path: Path, family: str) -> 
         one_rank_of_three |= part
     for index in range(len(prompts)):
         assert torch.equal(spread[index], one_rank_of_three[len(prompts) - 1 - index]), index
+
+
+def spread_over(ranks: int, prompts: list[list[int]], *args: Any) -> dict[int, torch.Tensor]:
+    """By prompt, of all ranks."""
+    folder, *rest = args
+    parts = on_ranks(ranks, lambda group: logits_by_prompt(folder, group, prompts, 2, True, 3, *rest))
+    return {index: rows for part in parts for index, rows in part.items()}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_neither_copies_nodes_nor_strategies_change_logits(tmp_path: Path, family: str) -> None:
+    """A plan with copies on two nodes, every prompt at home on another rank the second time."""
+    folder = make_model(family, tmp_path / family)
+    shape = coterie.load(folder, dtype="float32").shape
+    made = random_plan(np.random.default_rng(1), shape.num_experts, 4, True)
+    slots = np.tile(made.physical_to_logical, (len(shape.layer_ids), 1))
+    plan = replace(made, physical_to_logical=slots, layer_ids=shape.layer_ids, topology=coterie.Topology(2, 2))
+    assert (plan.holds().sum(2) > 1).any()
+    prompts = [tokens(n, n) for n in (3, 21, 1, 12, 9)]
+    first = spread_over(4, prompts, folder, plan, "all_to_all")
+    for strategy in ("all_gather", "overlapped"):
+        other = spread_over(4, prompts, folder, plan, strategy)
+        assert all(torch.equal(first[index], other[index]) for index in range(len(prompts))), strategy
+    elsewhere = spread_over(4, prompts[::-1], folder, plan, "all_to_all")
+    assert all(torch.equal(first[index], elsewhere[len(prompts) - 1 - index]) for index in range(len(prompts)))
 
 
 def test_experts_with_few_rows_round_as_with_many() -> None:

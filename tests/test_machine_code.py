@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ pytest.importorskip("triton")
 
 import triton
 
+from coterie.kernels import cubin
 from coterie.kernels.cubin import pending
+from coterie.kernels.tiles import rule
 from coterie.launch.bench_kernels import compiled_rows, sources_digest
 
 WAITING = "wgmma.wait_group.sync.aligned {};\n"
@@ -26,6 +30,20 @@ def test_products_that_run_on_over_a_wait_are_found_by_their_left_operand() -> N
     assert pending(from_registers + WAITING.format(7) + WAITING.format(0)) == 7
     assert pending(from_registers + WAITING.format(0)) == 0
     assert pending(from_memory + WAITING.format(1)) == 0
+
+
+def test_every_kernel_that_the_rules_come_to_is_in_the_table() -> None:
+    """Also for numbers of tokens in between: a tile that nobody compiled could spill unseen."""
+    made = json.loads(COMMITTED.read_text())["kernels"]
+    compiled = {
+        (k["arch"], "first product" in k["case"], k["case"].split(", ")[1], tuple(k["tile"].items())) for k in made if k["tile"]
+    }
+    for arch, format, sizes, first in product(cubin.MATRIX, cubin.POINTERS, cubin.MODELS.values(), (True, False)):
+        if (format == "fp8" and arch < 89) or (sizes[4] and format != "plain"):
+            continue
+        for tokens in (*range(1, 200), *range(200, 20_000, 331)):
+            tile = rule(cubin.work_of(sizes, tokens, format, first), arch)
+            assert (arch, first, format, tuple(asdict(tile).items())) in compiled, (arch, format, sizes, tokens, first, tile)
 
 
 @pytest.mark.slow

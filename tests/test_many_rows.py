@@ -12,15 +12,16 @@ from transformers import AutoModelForCausalLM
 
 import coterie
 from coterie.kernels import cpu
-from coterie.moe import many_rows, sizes
+from coterie.moe import many_rows, one_row, sizes
 from coterie.moe.many_rows import LEAST_ROWS, ManyRowsLinear, plain_many_rows_again, speed_up_many_rows
 from coterie.moe.prepare import prepare
 
 
 @pytest.fixture(autouse=True)
 def without_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (cpu, many_rows):
-        monkeypatch.setattr(module, "multiplies_bfloat16", lambda: False)
+    for name in ("multiplies_bfloat16", "multiplies_float16"):
+        monkeypatch.setattr(cpu, name, lambda: False)
+    monkeypatch.setattr(one_row, "multiplies_bfloat16", lambda: False)  # which has a class of its own for one row
     monkeypatch.setattr(cpu._scratch, "panels", {})
 
 
@@ -77,10 +78,14 @@ def test_only_half_precision_without_instructions_is_changed(monkeypatch: pytest
     wide = nn.Linear(8, 8)
     speed_up_many_rows(wide)
     assert type(wide) is nn.Linear
-    monkeypatch.setattr(many_rows, "multiplies_bfloat16", lambda: True)
-    half = nn.Linear(8, 8).bfloat16()
-    speed_up_many_rows(half)
-    assert type(half) is nn.Linear
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
+    half, other = nn.Linear(8, 8).bfloat16(), nn.Linear(8, 8).half()
+    for layer in (half, other):
+        speed_up_many_rows(layer)
+    assert type(half) is nn.Linear and type(other) is ManyRowsLinear, "instructions for the one are none for the other"
+    assert not cpu.widens(torch.empty(8, 8, dtype=torch.float16, device="meta"), 100), (
+        "a host's instructions are not a device's"
+    )
 
 
 def test_a_loaded_model_has_them_unless_it_is_batch_invariant(tmp_path: Path, monkeypatch) -> None:
@@ -124,7 +129,6 @@ def test_memory_counts_what_is_widened(
 ) -> None:
     monkeypatch.setattr(cpu, "WIDENED", 5_000)
     monkeypatch.setattr(cpu, "LEAST_OUTPUTS", 64)
-    monkeypatch.setattr(sizes, "multiplies_bfloat16", lambda: False)
     folder = make_model("qwen3_moe", tmp_path, hidden_size=128, moe_intermediate_size=128)
     share = prepare(folder, None, str(dtype).removeprefix("torch."), 1, device="cpu", quantise=format)
     told = sizes.sizes_of(share.shape, share.empty, share.dtype, share.rounding)

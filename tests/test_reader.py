@@ -341,6 +341,65 @@ def test_ctrl_c_while_reads_begin_leaves_a_store_that_reads(
 
 
 @needs_them
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_reader_that_dies_ends_all_that_was_asked_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, whoever waited for what had just come would have waited for good."""
+    store, right = stored(tmp_path / "f", 40, STAGE_BYTES // 4)
+    reader = store.asynchronous
+    assert reader is not None
+    send = reader._send
+
+    hold, ended = threading.Event(), Queue.ended
+    monkeypatch.setattr(Queue, "ended", lambda queue: ended(queue) if hold.is_set() else [])
+
+    def failing() -> None:
+        if threading.current_thread() is reader._thread and hold.is_set():
+            raise MemoryError("no more memory")
+        send()
+
+    monkeypatch.setattr(reader, "_send", failing)
+    futures = [store.start(0, e, {"w": torch.zeros(right.shape[1])}) for e in range(len(right))]
+    hold.set()
+    os.eventfd_write(reader._wake, 1)
+    for future in futures:
+        assert isinstance(future.exception(timeout=20), MemoryError)
+    with pytest.raises(CoterieError, match="load it again"):
+        store.start(0, 0, {"w": torch.zeros(right.shape[1])})
+    store.close()
+
+
+@needs_them
+def test_reads_that_the_system_has_no_room_for_yet_begin_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, right = stored(tmp_path / "f", 40, STAGE_BYTES // 8)
+    calls, submit = iter(range(1 << 30)), Queue.submit
+
+    def full(queue: Queue, reads: Any) -> int:
+        if next(calls) % 2:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return submit(queue, reads[:1])
+
+    monkeypatch.setattr(Queue, "submit", full)
+    into = [{"w": torch.zeros(right.shape[1])} for _ in right]
+    futures = [store.start(0, expert, into[expert]) for expert in range(len(right))]
+    for future in futures:
+        future.result(timeout=60)
+    assert all(torch.equal(tensors["w"], row) for tensors, row in zip(into, right, strict=True))
+    store.close()
+
+
+def test_a_checkpoint_exchanged_for_another_while_it_is_loaded_is_named(tmp_path: Path) -> None:
+    """One of the same shape: experts would be the old ones', the rest the new one's."""
+    folder = make_model("qwen3_moe", tmp_path / "m")
+    share = replace(prepare(folder, None, "float32", 1), slots=3)
+    other = make_model("qwen3_moe", tmp_path / "other")
+    (other / "model.safetensors").replace(folder / "model.safetensors")
+    with pytest.raises(CoterieError, match=r"model\.safetensors: was changed since its header was read; start again"):
+        share.read(0)
+    with pytest.raises(CoterieError, match=r"model\.safetensors: was changed since its header was read; start again"):
+        replace(share, slots=None).read(0)
+
+
+@needs_them
 def test_a_system_that_refuses_leaves_it_to_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> int:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))

@@ -32,6 +32,7 @@ from coterie.launch.memory import parse_bytes
 from coterie.moe.journal import Journal
 from coterie.moe.memory import told
 from coterie.moe.model import check_invariant
+from coterie.moe.prepare import prepare
 from coterie.moe.quantise import rounding_of
 from coterie.placement.cost import evaluate, evaluate_load
 from coterie.placement.planner import PlanRequest, plan
@@ -53,9 +54,22 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 # --- options that do not go together ---
 
 
-def test_coherent_does_not_run_batch_invariant() -> None:
-    with pytest.raises(InputError, match="--batch-invariant: found strategy coherent"):
-        check_invariant(True, "coherent", None)
+def test_what_depends_on_the_batch_or_the_home_rank_does_not_run_batch_invariant() -> None:
+    share = prepare("coterie-tiny", None, "float32", 4, 2)
+    for strategy in ("coherent", "hierarchical"):
+        with pytest.raises(InputError, match=f"--batch-invariant: found strategy {strategy}"):
+            check_invariant(True, strategy, share)
+    check_invariant(True, "hierarchical", prepare("coterie-tiny", None, "float32", 4, 1))
+    with pytest.raises(InputError, match="--batch-invariant: found it with --misses cpu"):
+        check_invariant(True, None, replace(share, misses="cpu"))
+    with pytest.raises(InputError, match="--batch-invariant: found it with --quantise"):
+        check_invariant(True, None, replace(share, quantise="int8"))
+
+
+def test_experts_do_not_move_in_a_batch_invariant_run() -> None:
+    made = coterie.load("coterie-tiny", batch_invariant=True)
+    with pytest.raises(InputError, match="--replan: found it with --batch-invariant"):
+        made.follow("auto", print)
 
 
 @pytest.mark.parametrize("misses", ["cpu", "auto"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -184,6 +185,9 @@ def test_an_exchange_that_is_awaited_later_is_watched_to_its_end_and_counted_onc
             yield
             self.inside = False
 
+        def progressed(self) -> None:
+            assert self.inside
+
     def work(t: SocketTransport) -> Any:
         noting = Noting()
         group = Group(watched(t, noting))  # type: ignore[arg-type]
@@ -194,3 +198,24 @@ def test_an_exchange_that_is_awaited_later_is_watched_to_its_end_and_counted_onc
         return list(receive), noting.begins
 
     assert on_sockets(2, work) == [([2, 2], [True, True, False, False])] * 2
+
+
+def test_what_comes_slowly_is_waited_for_as_long_as_it_comes() -> None:
+    """Four parts, 0.6 s apart, where no more than a second may pass without a byte."""
+    told: list[bool] = []
+
+    def work(t: SocketTransport) -> Any:
+        if t.rank == 1:
+            line = t.mesh.peers[0]
+            line.setblocking(True)
+            for part in range(4):
+                line.sendall(bytes([part]) * 10)
+                time.sleep(0.6)
+            return None
+        t.on_progress(lambda: told.append(True))
+        out = torch.zeros((8, 5), dtype=torch.uint8)
+        t.start_all_to_all(out, torch.empty((0, 5), dtype=torch.uint8), [0, 8], [0, 0])()
+        return out[::2, 0].tolist()
+
+    assert on_sockets(2, work, timeout=1.0)[0] == [0, 1, 2, 3]
+    assert len(told) >= 3
