@@ -188,7 +188,7 @@ def disk_rate(model: Model) -> float:
     store = model.cache.store
     file = next(iter(store.records[0][0].values())).pieces[0].file
     size = min(file.stat().st_size, STRAIGHT) // STAGE_BYTES * STAGE_BYTES
-    read: Callable[[int], None] = lambda at: store.files.fill(Request(file, at, STAGE_BYTES, False), [store.stage()])  # noqa: E731
+    read: Callable[[int], None] = lambda at: store.files.fill(Request(file, at, STAGE_BYTES, False), [store.stage().bytes])  # noqa: E731
     list(store.readers.map(read, range(0, size // 8, STAGE_BYTES)))  # their memory is there once it was used
     started = time.perf_counter()
     list(store.readers.map(read, range(0, size, STAGE_BYTES)))

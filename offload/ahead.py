@@ -58,19 +58,26 @@ class Guesser:
         router: that layer's own choice, if it was asked; count: how many the others are asked for; absent: of all experts,
         those that would have to be read; None: all. Only those are named.
         """
-        guesses: dict[str, list[Guess]] = {}
+        known: list[str] = []
         if self.here is not None and (self.here + ahead) % self.layers == layer:  # not after a token that was not finished
-            guesses["path"] = _graded(self.path.scores(ahead), count, absent)
+            known.append("path")
         if self.token.foretold is not None:
-            guesses["token"] = _graded(self.token.scores(ahead), count, absent)
+            known.append("token")
         if router:
-            away = [True] * len(router) if absent is None else absent[list(router)].tolist()
-            guesses["router"] = [(one, min(n, GRADES - 1), a) for n, (one, a) in enumerate(zip(router, away, strict=True))]
+            known.append("router")
+        best = max(known, key=self.right.__getitem__, default=None)
+        if best is None:
+            self.made = (layer, {}) if ahead == 1 else self.made
+            return []
+        guesses: dict[str, list[Guess]] = {}
+        for name in known if ahead == 1 else [best]:  # of the next layer all are compared with what it then asks for
+            if name == "router":
+                away = [True] * len(router) if absent is None else absent[list(router)].tolist()
+                guesses[name] = [(one, min(n, GRADES - 1), a) for n, (one, a) in enumerate(zip(router, away, strict=True))]
+            else:
+                guesses[name] = _graded((self.path if name == "path" else self.token).scores(ahead), count, absent)
         if ahead == 1:
             self.made = layer, guesses
-        best = max(guesses, key=self.right.__getitem__, default=None)
-        if best is None:
-            return []
         chance = self.chance[best]
         return [one for one, grade, away in guesses[best] if away and chance[grade] >= worth]
 

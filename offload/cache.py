@@ -239,26 +239,39 @@ class ExpertCache:
 
     def _read_guessed(self, layer: int, router: Sequence[int], count: int, held: np.ndarray) -> None:
         """What is guessed of `layer`, the next one, and those after it, `count` experts of each; `held` stay."""
+        began = time.perf_counter()
         worth = min(max(self.busy, LEAST_WORTH), MOST_WORTH)
+        wanted: list[int] = []
         for ahead in range(1, DEPTH + 1):
-            if layer + ahead - 1 == len(self.source.records) or len(self.coming) >= MOST_COMING:
-                break
-            began = time.perf_counter()
             later = layer + ahead - 1
-            absent = self.slot_of[later * self.experts : (later + 1) * self.experts] < 0
-            guess = self.guesser.guess(later, router if ahead == 1 else (), count, ahead, worth, absent)
-            self.statistics.policy_seconds += time.perf_counter() - began
-            self._prefetch(later, guess, held)
+            room = min(self._room_ahead(), MOST_COMING - len(self.coming)) - len(wanted)
+            if later == len(self.source.records) or (ahead > 1 and room <= 0):
+                break
+            first = later * self.experts
+            absent = self.slot_of[first : first + self.experts] < 0
+            wanted += [
+                first + one for one in self.guesser.guess(later, router if ahead == 1 else (), count, ahead, worth, absent)
+            ]
+        self.statistics.policy_seconds += time.perf_counter() - began
+        self._start_ahead(wanted, held)
 
     def _prefetch(self, layer: int, experts: Sequence[int], held: np.ndarray) -> None:
-        """What is read so stays until its layer's turn, if nothing needed wants the room."""
+        """Those of them that are not there."""
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
-        room = int(AHEAD_SHARE * self.slots) - sum(map(len, self.reserved.values()))
-        missing = at[self.slot_of[at] < 0][: max(0, room)].tolist()
-        started = self._start_some(missing, np.concatenate([held, at]), ahead=True)
-        self.reserved.setdefault(layer, set()).update(missing[:started])
-        self.early[missing[:started]] = True
-        self.statistics.prefetched += started
+        self._start_ahead(at[self.slot_of[at] < 0].tolist(), np.concatenate([held, at]))
+
+    def _room_ahead(self) -> int:
+        """How many more experts may wait for later layers."""
+        return max(0, int(AHEAD_SHARE * self.slots) - sum(map(len, self.reserved.values())))
+
+    def _start_ahead(self, missing: list[int], held: np.ndarray) -> None:
+        """What is read so stays until its layer's turn, if nothing needed wants the room."""
+        missing = missing[: self._room_ahead()]
+        started = missing[: self._start_some(missing, held, ahead=True)]
+        for one in started:
+            self.reserved.setdefault(one // self.experts, set()).add(one)
+        self.early[started] = True
+        self.statistics.prefetched += len(started)
 
     def _start_some(self, missing: list[int], kept: Collection[int], ahead: bool = False) -> int:
         """Begin to read the first of these, as many as there is room for without `kept`; returns how many."""
@@ -290,16 +303,19 @@ class ExpertCache:
         return count
 
     def _start(self, experts: list[int], ahead: bool = False) -> None:
+        if not experts:
+            return
         self.statistics.transfers += len(experts)
-        for one in experts:
-            try:
-                slot = self.slot_of[one] = self.free.pop()
-                self.coming[one] = self.source.start(one // self.experts, one % self.experts, self.slot[slot], ahead)
-            except BaseException as error:  # such as ctrl-C: whether something is written to the slot is not known then
-                if isinstance(error, Exception):
-                    self.free.append(slot)
-                self.slot_of[one] = -1
-                raise
+        slots = [self.free.pop() for _ in experts]
+        wanted = [(one // self.experts, one % self.experts, self.slot[s]) for one, s in zip(experts, slots, strict=True)]
+        try:
+            self.slot_of[experts] = slots
+            self.coming.update(zip(experts, self.source.start_many(wanted, ahead), strict=True))
+        except BaseException as error:  # such as ctrl-C: whether something is written to the slots is not known then
+            self.slot_of[experts] = -1
+            if isinstance(error, Exception):
+                self.free += slots
+            raise
 
     def _give_way(self, needed: np.ndarray) -> list[int]:
         """Of what was being read for later: what is there is like any other, what has not begun is called off.

@@ -57,9 +57,12 @@ class Files:
     def finish(self, transfer: Transfer) -> None:
         """All is there: raises CoterieError for a wrong checksum, or a file that has been written to since it was opened."""
         transfer.check()
-        for path in {request.file for request in transfer.requests}:
-            if version_of(self.descriptors[path]) != self._versions[path]:
+        seen = None
+        for request in transfer.requests:
+            path = request.file
+            if path is not seen and version_of(self.descriptors[path]) != self._versions[path]:
                 raise CoterieError(f"{path}: was changed while in use; start again once it is whole")
+            seen = path
 
     def fill(self, request: Request, views: Sequence[np.ndarray]) -> None:
         """Read a request into `views`, waiting for it. Raises CoterieError for an error of the disk or a short file."""

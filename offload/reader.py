@@ -9,16 +9,16 @@ import errno
 import os
 import threading
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
 
-import numpy as np
 import torch
 
 from coterie.offload.aio import Queue, Read
-from coterie.offload.files import Files, gone_on, remaining
-from coterie.offload.transfer import EDGES, STAGE_BYTES, Request, Transfer, aligned_empty
+from coterie.offload.files import Files, gone_on
+from coterie.offload.transfer import EDGES, STAGE_BYTES, Own, Request, Transfer, aligned_empty
 from coterie.routing.errors import CoterieError
 
 DEPTH = 32  # reads at a time; more wait here
@@ -42,15 +42,25 @@ class Job:
 
 @dataclass
 class Flight:
-    """A read under way. number: of the request; views: where it goes; own: the reader's part of that, the nth of its kind."""
+    """A read under way. number: of the request; places: where it goes; own: the reader's part of that, the nth of its kind."""
 
     job: Job
     number: int
     request: Request
-    views: list[np.ndarray]
-    own: np.ndarray
+    places: list[tuple[int, int]]
+    own: Own
     nth: int | None
     done: int = 0
+
+
+def _left(places: list[tuple[int, int]], done: int) -> list[tuple[int, int]]:
+    """What is left of them after the first `done` bytes."""
+    left = []
+    for address, length in places:
+        if done < length:
+            left.append((address + done, length - done))
+        done = max(0, done - length)
+    return left
 
 
 class AsyncReader:
@@ -77,31 +87,32 @@ class AsyncReader:
         self._flying: dict[int, Flight] = {}
         self._again: list[Flight] = []  # those that a short read stopped
         self._tags = count()
-        self._stages: list[np.ndarray] = []
+        self._stages: list[Own] = []
         self._free = list(range(STAGES))
-        self._edges = aligned_empty((DEPTH + STAGES, EDGES), torch.uint8).numpy()  # some wait for their turn to be put away
+        edges = aligned_empty((DEPTH + STAGES, EDGES), torch.uint8).numpy()  # some wait for their turn to be put away
+        self._edges = [Own.of(row) for row in edges]
         self._free_edges = list(range(len(self._edges)))
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="coterie-read", daemon=True)
         self._thread.start()
 
-    def start(self, transfer: Transfer, ahead: bool) -> Future[None]:
+    def start(self, transfers: Sequence[Transfer], ahead: bool) -> list[Future[None]]:
         """Begin; ahead: behind all that is needed. What has not begun can be cancelled."""
-        job = Job(transfer)
+        jobs = [Job(transfer) for transfer in transfers]
         with self._lock:
             if self._closing:
                 raise CoterieError(
                     "experts cannot be read any more: the model was closed, or an earlier read failed; load it again"
                 )
             try:
-                self._open[id(job)] = job
-                (self._later if ahead else self._wanted).append(job)
+                self._open.update((id(job), job) for job in jobs)
+                (self._later if ahead else self._wanted).extend(jobs)
                 self._send()
             except BaseException:  # such as ctrl-C: nobody knows how far it came
                 self._reset(CoterieError("experts were still being read when the run was interrupted"))
                 self._queue = Queue(DEPTH, self._wake)
                 raise
-        return job.future
+        return [job.future for job in jobs]
 
     def close(self) -> None:
         """Wait until nothing is written any more, and give the system's part back; what was not there yet has failed."""
@@ -138,9 +149,10 @@ class AsyncReader:
                 os.eventfd_read(self._wake)
                 with self._lock:
                     came = [self._ended(tag, result) for tag, result in self._queue.ended()]
+                    slow = [flight for flight in came if flight is not None and not self._put_away_at_once(flight)]
                     if not self._closing:
-                        self._send()  # before anything is put away: the disk is to have something to do
-                for flight in filter(None, came):
+                        self._send()  # before anything else is put away: the disk is to have something to do
+                for flight in slow:
                     self._put_away(flight)
         except BaseException as error:  # theirs who wait
             why = error
@@ -173,7 +185,7 @@ class AsyncReader:
     def _read_of(self, flight: Flight) -> Read:
         tag, request, done = next(self._tags), flight.request, flight.done
         self._flying[tag] = flight
-        places = [(view.ctypes.data, len(view)) for view in remaining(flight.views, done)]
+        places = _left(flight.places, done) if done else flight.places
         return Read(tag, self._files.descriptors[request.file], request.offset + done, places)
 
     def _next(self) -> Flight | None:
@@ -203,9 +215,9 @@ class AsyncReader:
         else:
             nth = self._free.pop()
             while len(self._stages) <= nth:
-                self._stages.append(aligned_empty((STAGE_BYTES,), torch.uint8).numpy())
+                self._stages.append(Own.of(aligned_empty((STAGE_BYTES,), torch.uint8).numpy()))
             own = self._stages[nth]
-        return Flight(job, number, request, job.transfer.views(request, own), own, nth)
+        return Flight(job, number, request, job.transfer.goes_to(request, own), own, nth)
 
     def _ended(self, tag: int, result: int) -> Flight | None:
         """The flight whose read has ended, its job's error set if it failed; None if it goes on where a short read stopped."""
@@ -224,12 +236,26 @@ class AsyncReader:
         self._again.append(flight)
         return None
 
+    def _put_away_at_once(self, flight: Flight) -> bool:
+        """Where that takes next to no time, and no turn: what was read right into its place, without a checksum."""
+        job = flight.job
+        if not flight.request.direct or job.transfer.seen is not None:
+            return False
+        if job.error is None:
+            job.transfer.take(flight.request, flight.own)
+        job.taken += 1
+        job.under_way -= 1
+        self._release(flight)
+        self._settle(job)
+        return True
+
     def _put_away(self, flight: Flight) -> None:
         """Take what has come, as far as its turn has."""
         job = flight.job
         job.came[flight.number] = flight
-        while job.taken in job.came:
-            came = job.came.pop(job.taken)
+        in_turn = job.transfer.seen is not None
+        while job.came if not in_turn else job.taken in job.came:
+            came = job.came.pop(job.taken if in_turn else flight.number)
             job.taken += 1
             try:
                 if job.error is None:

@@ -8,23 +8,50 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
 import torch
 
 from coterie.offload.checkpoint import ReadCounter, Version
 from coterie.offload.files import Files
 from coterie.offload.reader import AsyncReader
-from coterie.offload.transfer import STAGE_BYTES, Expected, Record, Request, Slot, Transfer, aligned_empty, plan, shifts_of
+from coterie.offload.transfer import (
+    STAGE_BYTES,
+    Expected,
+    Own,
+    Record,
+    Request,
+    Slot,
+    Transfer,
+    aligned_empty,
+    plan,
+    shifts_of,
+)
 
 READERS = 4  # threads for what is needed, where the system has no asynchronous reads; and
 PLANNED = 4096  # experts whose reads are remembered, about 1 KB each
 AHEAD_READERS = 2  # for what may be: few, so that what is needed meanwhile does not wait long
+
+
+Wanted = tuple[int, int, Mapping[str, torch.Tensor]]  # layer, expert, and the tensors that it goes to
+
+
+def start_each(start: Callable[..., Future[None]], experts: Sequence[Wanted], ahead: bool) -> list[Future[None]]:
+    """`start_many` by `start`."""
+    begun: list[Future[None]] = []
+    try:
+        for one in experts:
+            begun.append(start(*one, ahead))  # noqa: PERF401 - what was begun before one fails is needed
+    except BaseException:
+        for future in begun:
+            if not future.cancel():
+                future.exception()
+        raise
+    return begun
 
 
 class ExpertStore:
@@ -67,6 +94,12 @@ class ExpertStore:
         weakref.finalize(self, reader.close)
         return reader
 
+    def start_many(self, experts: Sequence[Wanted], ahead: bool = False) -> list[Future[None]]:
+        """As `start` of each; if one cannot be begun, nothing is written to any of them any more when that is raised."""
+        if self.asynchronous is None:
+            return start_each(self.start, experts, ahead)
+        return self.asynchronous.start([self._transfer(*one) for one in experts], ahead)
+
     def start(self, layer: int, expert: int, into: Mapping[str, torch.Tensor], ahead: bool = False) -> Future[None]:
         """Begin to fill the tensors (by parameter) with an expert, casting as needed; what has not begun can be cancelled.
 
@@ -76,7 +109,7 @@ class ExpertStore:
         """
         if self.asynchronous is None:
             return (self.ahead if ahead else self.readers).submit(self.read, layer, expert, into)
-        return self.asynchronous.start(self._transfer(layer, expert, into), ahead)
+        return self.asynchronous.start([self._transfer(layer, expert, into)], ahead)[0]
 
     def read(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> None:
         """The same in the calling thread."""
@@ -93,11 +126,11 @@ class ExpertStore:
         expected = None if self.checksums is None else Expected(self.checksums[layer][expert], layer, expert)
         return Transfer(record, slot, requests, self.counter, expected)
 
-    def stage(self) -> np.ndarray:
-        """This thread's own memory for what cannot be read right into its place, uint8 `[STAGE_BYTES]`."""
+    def stage(self) -> Own:
+        """This thread's own memory for what cannot be read right into its place, `[STAGE_BYTES]`."""
         if not hasattr(self._own, "stage"):
-            self._own.stage = aligned_empty((STAGE_BYTES,), torch.uint8).numpy()
-        found: np.ndarray = self._own.stage
+            self._own.stage = Own.of(aligned_empty((STAGE_BYTES,), torch.uint8).numpy())
+        found: Own = self._own.stage
         return found
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import torch
 
-from coterie.offload.store import AHEAD_READERS, READERS, ExpertStore
+from coterie.offload.store import AHEAD_READERS, READERS, ExpertStore, Wanted, start_each
 from coterie.offload.transfer import Record, aligned_empty, usual_shift
 from coterie.routing.errors import CoterieError
 
@@ -85,6 +85,10 @@ class HostTier:
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(torch.cuda.current_stream(next(iter(into.values())).device))
         return (self.store.ahead if ahead else self.store.readers).submit(self._deliver, (layer, expert), into, ready)
+
+    def start_many(self, experts: Sequence[Wanted], ahead: bool = False) -> list[Future[None]]:
+        """As `ExpertStore.start_many`."""
+        return start_each(self.start, experts, ahead)
 
     def _deliver(self, key: tuple[int, int], into: Mapping[str, torch.Tensor], ready: torch.cuda.Event | None) -> None:
         slot = self._taken(key)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from ctypes import memmove
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -70,17 +71,17 @@ class Span:
 
 
 class Run(NamedTuple):
-    """Bytes `begin` to `end` of a span, by its number, or, where that is None, of the scratch."""
+    """`length` bytes from `begin` on of a parameter in memory, or, where that is None, of the scratch."""
 
-    span: int | None
+    name: str | None
     begin: int
-    end: int
+    length: int
 
 
 class Edge(NamedTuple):
-    """`length` bytes of a span from `at` on that come to the scratch, at `scratch`."""
+    """`length` bytes of a parameter from `at` on that come to the scratch, at `scratch`."""
 
-    span: int
+    name: str
     at: int
     scratch: int
     length: int
@@ -111,20 +112,20 @@ class Request:
         runs: list[Run] = []
         edges: list[Edge] = []
         at = kept = 0  # of the request, and of the scratch
-        for number, span in enumerate(self.spans):
+        for span in self.spans:
             first, end = -(-span.start // self.block) * self.block, span.start + span.length
             last = end // self.block * self.block
             if first > at:
-                runs.append(Run(None, kept, kept + self.block))
+                runs.append(Run(None, kept, self.block))
                 kept += self.block
             if first > span.start:
-                edges.append(Edge(number, 0, kept - (first - span.start), first - span.start))
-            runs.append(Run(number, first - span.start, last - span.start))
+                edges.append(Edge(span.name, span.first, kept - (first - span.start), first - span.start))
+            runs.append(Run(span.name, span.first + first - span.start, last - first))
             if last < end:  # in the block that comes next
-                edges.append(Edge(number, last - span.start, kept, end - last))
+                edges.append(Edge(span.name, span.first + last - span.start, kept, end - last))
             at = last
         if self.least > at:
-            runs.append(Run(None, kept, kept + self.block))
+            runs.append(Run(None, kept, self.block))
         return runs, edges
 
 
@@ -146,9 +147,26 @@ class Slot(dict[str, torch.Tensor]):
         return {name: _bytes_of(tensor) for name, tensor in self.items() if tensor.device.type == "cpu"}
 
     @cached_property
+    def addresses(self) -> dict[str, int]:
+        """Where that begins."""
+        return {name: found.ctypes.data for name, found in self.bytes.items()}
+
+    @cached_property
     def offsets(self) -> dict[str, int]:
         """How far behind a block each begins."""
         return {name: tensor.data_ptr() % BLOCK for name, tensor in self.items()}
+
+
+class Own(NamedTuple):
+    """A reader's own memory, uint8, and where it begins."""
+
+    bytes: np.ndarray
+    address: int
+
+    @classmethod
+    def of(cls, memory: np.ndarray) -> Own:
+        """With its address."""
+        return cls(memory, memory.ctypes.data)
 
 
 class Transfer:
@@ -163,43 +181,46 @@ class Transfer:
     ) -> None:  # fmt: skip
         self.record, self.into, self.requests, self.counter, self.expected = record, into, requests, counter, expected
         self.seen = None if expected is None else Checksum()
-        self.places = {name: into.bytes[name] for name, part in record.items() if _as_stored(part, into[name])}
 
-    def views(self, request: Request, own: np.ndarray) -> list[np.ndarray]:
-        """Where a request reads to, one after another. own: uint8 of the reader, EDGES; of what is not direct STAGE_BYTES."""
+    def views(self, request: Request, own: Own) -> list[np.ndarray]:
+        """Where a request reads to, one after another. own: of the reader, EDGES; of what is not direct STAGE_BYTES."""
         if not request.direct:
-            return [own[: request.length]]
-        places = [self._place(span) for span in request.spans]
-        return [(own if span is None else places[span])[begin:end] for span, begin, end in request.layout[0]]
+            return [own.bytes[: request.length]]
+        parts = self.into.bytes
+        return [(own.bytes if name is None else parts[name])[at : at + size] for name, at, size in request.layout[0]]
 
-    def take(self, request: Request, own: np.ndarray) -> None:
-        """Put the bytes of a request where they belong, once they are in its `views` with the same `own`."""
+    def goes_to(self, request: Request, own: Own) -> list[tuple[int, int]]:
+        """The same as addresses and lengths."""
+        if not request.direct:
+            return [(own.address, request.length)]
+        parts = self.into.addresses
+        return [((own.address if name is None else parts[name]) + at, size) for name, at, size in request.layout[0]]
+
+    def take(self, request: Request, own: Own) -> None:
+        """Put the bytes of a request where they belong, once they are in its `views` with the same `own`.
+
+        In any order, unless `seen` is not None: a checksum goes by the requests' own.
+        """
         if request.direct:
-            self._take_edges(request, own)
+            parts = self.into.addresses
+            for name, at, scratch, length in request.layout[1]:
+                memmove(parts[name] + at, own.address + scratch, length)
+            if self.seen is not None:
+                for span in request.spans:
+                    self.seen.update(self.into.bytes[span.name][span.first : span.first + span.length].data)
+            self.counter.add(request.least - request.spans[0].start)
             return
         for span in request.spans:
-            found = own[span.start : span.start + span.length]
+            found = own.bytes[span.start : span.start + span.length]
             if self.seen is not None:
                 self.seen.update(found.data)
-            if span.name in self.places:
-                self.places[span.name][span.first : span.first + span.length] = found
+            if _as_stored(self.record[span.name], self.into[span.name]):
+                self.into.bytes[span.name][span.first : span.first + span.length] = found
             else:
                 dtype = self.record[span.name].dtype
                 values = torch.from_numpy(found.copy() if found.ctypes.data % dtype.itemsize else found).view(dtype)
                 self.into[span.name].view(-1)[span.first // dtype.itemsize :][: len(values)].copy_(values)
         self.counter.add(sum(span.length for span in request.spans))
-
-    def _take_edges(self, request: Request, own: np.ndarray) -> None:
-        places = [self._place(span) for span in request.spans]
-        for span, at, scratch, length in request.layout[1]:
-            places[span][at : at + length] = own[scratch : scratch + length]
-        if self.seen is not None:
-            for place in places:
-                self.seen.update(place.data)
-        self.counter.add(request.least - request.spans[0].start)
-
-    def _place(self, span: Span) -> np.ndarray:
-        return self.places[span.name][span.first : span.first + span.length]
 
     def check(self) -> None:
         """Raises CoterieError, once all has been taken, for bytes that do not give what is expected."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from coterie.moe.model import assembled
 from coterie.moe.prepare import prepare
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import ReadCounter
-from coterie.offload.store import ExpertStore
+from coterie.offload.store import ExpertStore, Wanted, start_each
 from coterie.offload.transfer import Part, Piece
 from coterie.routing.errors import CoterieError, InputError
 from coterie.routing.record import expert_modules
@@ -168,6 +169,9 @@ class Ready:
         future.set_running_or_notify_cancel()
         future.set_result(None)
         return future
+
+    def start_many(self, experts: Sequence[Wanted], ahead: bool = False) -> list[Future[None]]:
+        return start_each(self.start, experts, ahead)
 
 
 def test_the_default_policy_learns_although_guesses_are_read_ahead() -> None:
