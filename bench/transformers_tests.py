@@ -38,8 +38,11 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 import coterie.moe.layer
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from .test_modeling_common import ModelTesterMixin, ids_tensor
 
+ours, calls = ALL_EXPERTS_FUNCTIONS["coterie"], []
+ALL_EXPERTS_FUNCTIONS.register("coterie", lambda *given, **named: calls.append(1) or ours(*given, **named))
 before = PreTrainedModel.get_correct_experts_implementation
 name = os.environ["IMPLEMENTATION"]
 PreTrainedModel.get_correct_experts_implementation = lambda self, asked: before(self, name if asked is None else asked)
@@ -68,6 +71,11 @@ class Common(ModelTesterMixin):
 
     def setUp(self):
         self.model_tester = Tester(self.family)
+        calls.clear()
+
+    def tearDown(self):
+        with open("reached.txt", "a") as file:
+            file.write("%s.%s %d\\n" % (type(self).__name__, self._testMethodName, len(calls)))
 
     def _is_moe(self):
         return True
@@ -82,8 +90,8 @@ del family, title
 """
 
 
-def outcomes(tests: Path, families: list[str], implementation: str) -> dict[str, str]:
-    """By test: `passed`, `skipped`, or the first line of what went wrong."""
+def outcomes(tests: Path, families: list[str], implementation: str) -> tuple[dict[str, str], dict[str, int]]:
+    """By test: `passed`, `skipped`, or the first line of what went wrong; and how often our experts were called."""
     with tempfile.TemporaryDirectory(prefix="coterie-transformers-") as name:
         package = Path(name) / "common"
         package.mkdir()
@@ -110,6 +118,8 @@ def outcomes(tests: Path, families: list[str], implementation: str) -> dict[str,
         ]
         subprocess.run(command, cwd=name, env=environment, stdout=sys.stderr, check=False)
         found = ElementTree.parse(Path(name) / "r.xml").getroot()
+        told = (line.rsplit(" ", 1) for line in (Path(name) / "reached.txt").read_text().splitlines())
+        reached = {test: int(count) for test, count in told}
     made = {}
     for case in found.iter("testcase"):
         wrong = [child for child in case if child.tag in ("failure", "error", "skipped")]
@@ -120,7 +130,7 @@ def outcomes(tests: Path, families: list[str], implementation: str) -> dict[str,
             made[title] = (
                 "skipped" if wrong[0].tag == "skipped" else (wrong[0].get("message") or "failed").splitlines()[0][:200]
             )
-    return made
+    return made, reached
 
 
 def main() -> int:
@@ -132,18 +142,20 @@ def main() -> int:
     options = parser.parse_args()
     import transformers
 
-    eager, ours = (outcomes(options.tests, options.families, name) for name in IMPLEMENTATIONS)
+    (eager, nothing), (ours, reached) = (outcomes(options.tests, options.families, name) for name in IMPLEMENTATIONS)
     passed = [name for name, outcome in eager.items() if outcome == "passed"]
     worse = {name: ours.get(name, "not run") for name in passed if ours.get(name) != "passed"}
     result = {
         "transformers": transformers.__version__, "families": options.families, "passed_with_eager": len(passed),
         "of_these_passed_with_coterie": len(passed) - len(worse), "worse": worse,
+        "of_these_reached_our_experts": sum(bool(reached.get(name)) for name in passed),
         "failed_with_both": {n: o for n, o in eager.items() if o not in ("passed", "skipped")},
     }  # fmt: skip
     print(json.dumps(result, indent=1))
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 1 if worse or not passed else 0
+    through_us = result["of_these_reached_our_experts"] and not any(nothing.values())
+    return 0 if passed and not worse and through_us else 1
 
 
 if __name__ == "__main__":

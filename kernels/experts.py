@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from coterie.kernels.activations import Activation
-from coterie.kernels.cpu import Product, multiply_row, multiply_widened, widens
+from coterie.kernels.cpu import Product, multiply_each, multiply_row, multiply_widened, widens
 from coterie.kernels.formats import Weights
 
 if TYPE_CHECKING:
@@ -143,8 +143,8 @@ class StackedExperts:
         if not isinstance(weight, torch.Tensor):
             return weight.vectors(experts, x)
         out = x.new_empty(x.shape[0], weight.shape[2 if self.transposed else 1])
-        for expert, row, y in zip(experts, x.unbind(), out.unbind(), strict=True):
-            multiply_row(weight[expert].T if self.transposed else weight[expert], row, y)
+        matrices = (weight[expert].T if self.transposed else weight[expert] for expert in experts)
+        multiply_each(matrices, x.unbind(), out.unbind())
         return out
 
     def _multiply(self, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:

@@ -90,6 +90,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
         model.dispatcher.without = too_large
         if asked.replan is not None:
             model.follow(asked.replan, say if group.rank == 0 else lambda text: None)
+        if model.cache is not None and model.device.type == "cpu" and group.rank == 0 and not model.cache.store.reads_beside:
+            say("experts: read by threads, which is slower: no asynchronous reads here, or files that have no O_DIRECT")
         if options.trace_events is not None:
             timeline.begin(group, model.cache)
         result = _run(model, asked, options, resuming)
@@ -310,6 +312,13 @@ def _finish(
     result = {"outputs": list(asked.rows(kept)) if options.json else [], "stats": asdict(statistics)}
     if isinstance(kept, Journal):
         kept.remove()
+    if model.cache is not None:
+        c = model.cache.statistics
+        read = f"{c.transfers} read, {c.prefetched} of them before they were asked for"
+        say(
+            f"experts: {c.requests} asked for, {read}; {c.stalled_seconds:.2f} s waited for reads, {c.policy_seconds:.2f} s in "
+            "policy and guesses"
+        )
     s = statistics
     if s.strategy is None or s.tokens_per_second is None:
         say("every prompt was finished before")

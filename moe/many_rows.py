@@ -1,7 +1,8 @@
-"""Dense layers in prefill on processors without bfloat16 instructions: float32 products of widened weights.
+"""Dense layers on processors without bfloat16 instructions: in prefill float32 products of widened weights.
 
 torch computes bfloat16 there by other instructions, which with 512 rows takes three times as long (docs/kernels.md). Widening
-is exact, so the products are those of the stored weights, summed in float32 and rounded once.
+is exact, so the products are those of the stored weights, summed in float32 and rounded once. One row is a matrix times a
+vector, as in `one_row.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from coterie.kernels.cpu import multiply_widened, slow
+from coterie.kernels.cpu import multiply_row, multiply_widened, slow
 
 LEAST_ROWS = 64
 AT_ONCE = 1 << 22  # float32 values of rows and their products beside the weights, about
@@ -29,6 +30,8 @@ class ManyRowsLinear(nn.Linear):
         rows = input.reshape(-1, self.in_features)
         learning = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
         other = learning or input.dtype != self.weight.dtype or torch.compiler.is_compiling()
+        if len(rows) == 1 and self.bias is None and not other:
+            return multiply_row(self.weight, rows[0]).view(*input.shape[:-1], self.out_features)
         if other or len(rows) < LEAST_ROWS:
             return F.linear(input, self.weight, self.bias)
         out = input.new_empty(len(rows), self.out_features)

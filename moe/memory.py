@@ -26,6 +26,7 @@ FLOAT32 = 4
 READING_BYTES = (READERS + AHEAD_READERS + STAGES) * STAGE_BYTES + 44_000_000  # their own memory, and what threads, libraries
 # and large pages take
 RECORD_BYTES = 6_000  # of an expert of a layer: its places on disk, as Python's objects
+BEYOND = 1.25  # times the estimate: the most seen of a process that has all experts (docs/running.md)
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,12 @@ def estimate(
 
 
 def most_slots(sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Workload, budget: int, taken: int) -> int | None:
-    """How many experts fit in `budget` bytes of a process that has `taken` so many already; None if all of every rank's do.
+    """How many experts fit in `budget` bytes of a process that has `taken` so many already; None if all of every rank's do,
+    with what loading and running them takes beyond the estimate. Slots are allocated to the byte, so that these need no more.
 
     Raises InputError, saying the least that works, if one token's experts of a layer do not fit.
     """
-    if all(need.total + taken <= budget for need in estimate(sizes, plan, strategy, work)):
+    if all(BEYOND * need.total + taken <= budget for need in estimate(sizes, plan, strategy, work)):
         return None
     least = taken + estimate(sizes, plan, strategy, work, sizes.top_k)[0].total
     if budget < least:

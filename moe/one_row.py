@@ -1,9 +1,9 @@
 """Dense layers in decode: a bfloat16 product with one row as a matrix times a vector, and layers with one input as one product.
 
-torch's Linear gives a single row to oneDNN as a matrix, which takes about twice as long as the same weights times a vector;
-on processors with bfloat16 instructions both give the same bits (tests/test_one_row.py), but for inputs so long that they are
-summed in other parts. Layers that stand side by side and
-are called with one input, as query, key and value are, lie in one stack: the first one called computes all.
+torch's Linear gives a single row to oneDNN as a matrix, which takes two to three times as long as torch's own product with a
+vector (`kernels.cpu.multiply_each`). Both sum in float32 and round once, in another order: some 2 of 10,000 outputs differ by
+their last bit. Layers that stand side by side and are called with one input, as query, key and value are, lie in one stack:
+the first one called computes all.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from coterie.kernels.cpu import multiplies_bfloat16
+from coterie.kernels.cpu import multiplies_bfloat16, multiply_row
 
-MOST_INPUTS = 8192  # of 14,336 one output in 2,500 was rounded otherwise, of 7,168 none
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names of layers that are given the same input
 
 
@@ -33,7 +32,7 @@ class Stack:
     def output(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """Of one layer, `[N]`. Each output is given once, so that an input whose values change is computed anew."""
         if self.seen is not x or number not in self.left:
-            self.left = dict(enumerate(torch.split(torch.mv(self.weight, x.reshape(-1)), self.sizes)))
+            self.left = dict(enumerate(torch.split(multiply_row(self.weight, x.reshape(-1)), self.sizes)))
             self.seen = x
         return self.left.pop(number)
 
@@ -47,15 +46,16 @@ class OneRowLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., K]` to `[..., N]`."""
-        if input.numel() != self.in_features:
+        learning = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
+        if input.numel() != self.in_features or input.dtype != self.weight.dtype or learning or torch.compiler.is_compiling():
             return F.linear(input, self.weight, self.bias)
         if self.stack is not None and self.weight.data_ptr() == self.place:
             return self.stack.output(self.number, input).view(*input.shape[:-1], -1)
-        return torch.mv(self.weight, input.reshape(-1)).view(*input.shape[:-1], -1)
+        return multiply_row(self.weight, input.reshape(-1)).view(*input.shape[:-1], -1)
 
 
 def speed_up_one_row(model: nn.Module) -> None:
-    """Let the dense layers of `model` do so where it is known to give the same bits: bfloat16 on a CPU that multiplies it.
+    """Let the dense layers of `model` do so in bfloat16 on a CPU that multiplies it; on others `many_rows.py` does.
 
     Weights of layers that stand side by side are laid one below another; they are otherwise as they were. Not for a model that
     is to be trained or run batch-invariant.
@@ -84,7 +84,7 @@ def plain_again(model: nn.Module) -> None:
 def _fits(layer: nn.Linear) -> bool:
     weight = layer.weight
     here = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
-    return here and layer.bias is None and layer.in_features <= MOST_INPUTS
+    return here and layer.bias is None
 
 
 @torch.no_grad()

@@ -149,7 +149,8 @@ class ExpertCache:
         unread = len(missing) + int(self.early[at].sum())
         self.early[at] = False
         self.reserved = {ahead: held for ahead, held in self.reserved.items() if layer < ahead <= layer + DEPTH}
-        self._start((self._give_way(at) + missing if missing else [])[: len(self.free)])
+        coming = self.coming.keys() & set(at.tolist())  # some of it perhaps behind what else is read ahead
+        self._start((self._give_way(at) + missing if missing or coming else [])[: len(self.free)])
         began = time.perf_counter()
         self.policy.observe(layer, np.asarray(experts, dtype=np.int64), unread)
         self.guesser.observe(layer, experts)

@@ -111,14 +111,14 @@ def test_a_loaded_model_has_them_unless_it_is_batch_invariant(tmp_path: Path, mo
 def test_a_row_is_multiplied_by_either_way(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
     matrix, row = torch.randn(shape).bfloat16(), torch.randn(shape[1]).bfloat16()
     right = matrix.double() @ row.double()
-    for small in (0, 1 << 20):
-        monkeypatch.setattr(cpu, "SMALL", small)
-        other = torch.full((shape[0],), float("nan"), dtype=torch.float16)
-        cpu.multiply_row(matrix.half(), row.half(), other)
-        assert torch.equal(other, torch.mv(matrix.half(), row.half()))
-        out = torch.full((shape[0],), float("nan"), dtype=torch.bfloat16)
-        cpu.multiply_row(matrix, row, out)
-        assert error(out, right) < 5e-3
+    for dtype in (torch.bfloat16, torch.float16):
+        for stored in (matrix.to(dtype), matrix.to(dtype).T.contiguous().T):
+            out = torch.full((shape[0],), float("nan"), dtype=dtype)
+            cpu.multiply_row(stored, row.to(dtype), out)
+            assert error(out, right) < 5e-3
+    layer, x = layer_of(96, 700, False, torch.bfloat16), torch.randn(1, 1, 96).bfloat16()
+    one = x.double()[0] @ layer.weight.double().T
+    assert layer(x).shape == (1, 1, 700) and error(layer(x)[0], one) <= 1.01 * error(one.bfloat16(), one)
 
 
 @pytest.mark.parametrize(

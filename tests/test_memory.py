@@ -191,7 +191,8 @@ def test_no_more_slots_are_told_than_there_are_experts() -> None:
     sizes, plan = replace(SIZES, expert=(10**8, 10**8), process=1), plan_of([[0] * 4, [0] * 4], 1)
     assert most_held(plan) == 8
     assert most_slots(sizes, plan, "local", WORK, 1_500_000_000, 0) == 8
-    assert most_slots(sizes, plan, "local", WORK, 1_700_000_000, 0) is None
+    assert most_slots(sizes, plan, "local", WORK, 1_700_000_000, 0) == 8, "a process with all takes a quarter more than told"
+    assert most_slots(sizes, plan, "local", WORK, 2_100_000_000, 0) is None
 
 
 def test_what_is_held_while_it_is_cast_is_told(tmp_path: Path) -> None:

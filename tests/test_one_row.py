@@ -1,4 +1,4 @@
-"""Dense layers in decode: what is faster with one row gives the bits of torch's own Linear."""
+"""Dense layers in decode: what is faster with one row is as near to float64 as torch's own Linear."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tiny_models import FAMILIES, assert_same_steps, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from coterie.kernels import cpu
 from coterie.kernels.cpu import multiplies_bfloat16
 from coterie.moe import one_row
 from coterie.moe.model import load
@@ -20,24 +21,35 @@ needs_bfloat16 = pytest.mark.skipif(not multiplies_bfloat16(), reason="no bfloat
 
 @needs_bfloat16
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_step_of_every_family_has_the_bits_of_torchs_layers(family: str, tmp_path: Path) -> None:
+def test_every_step_of_every_family_is_as_by_torchs_layers(family: str, tmp_path: Path) -> None:
     folder = make_model(family, tmp_path)
     plain, fast = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval() for _ in range(2))
     speed_up_one_row(fast)
     assert any(isinstance(module, OneRowLinear) for module in fast.modules())
     assert set(fast.state_dict()) == set(plain.state_dict())
-    assert_same_steps(plain, fast)
+    assert_same_steps(plain, fast, most=0.05)
 
 
-@needs_bfloat16
-@pytest.mark.parametrize(("inputs", "outputs"), [(2048, 1408), (1408, 2048), (7168, 512), (one_row.MOST_INPUTS, 100)])
-def test_real_sizes_have_the_bits_of_torchs_layers(inputs: int, outputs: int) -> None:
+@pytest.mark.parametrize(("inputs", "outputs"), [(2048, 1408), (1408, 2048), (7168, 512), (14_336, 100), (96, 40)])
+def test_real_sizes_are_summed_in_float32_and_rounded_once(monkeypatch, inputs: int, outputs: int) -> None:
+    monkeypatch.setattr(one_row, "multiplies_bfloat16", lambda: True)
     torch.manual_seed(0)
     layer = nn.Linear(inputs, outputs, bias=False).bfloat16().requires_grad_(False)
     x = torch.randn(1, inputs).bfloat16()
-    right = layer(x)
     speed_up_one_row(layer)
-    assert type(layer) is OneRowLinear and torch.equal(layer(x), right)
+    found, right = layer(x), x.double() @ layer.weight.double().T
+    assert type(layer) is OneRowLinear and found.shape == (1, outputs)
+    assert float((found - right).norm()) <= 1.01 * float((right.to(x.dtype) - right).norm()), "no worse than rounding once"
+
+
+def test_onednn_is_on_again_whatever_happens() -> None:
+    assert torch._C._get_mkldnn_enabled()
+    with pytest.raises(RuntimeError):
+        cpu.multiply_row(torch.ones(3, 4).bfloat16(), torch.ones(5).bfloat16())
+    assert torch._C._get_mkldnn_enabled()
+    with torch.backends.mkldnn.flags(enabled=False):
+        cpu.multiply_row(torch.ones(3, 4).bfloat16(), torch.ones(4).bfloat16())
+        assert not torch._C._get_mkldnn_enabled(), "and off where somebody else has it so"
 
 
 class Block(nn.Module):
@@ -69,7 +81,7 @@ def test_one_product_is_made_for_layers_with_one_input(blocks: tuple[Block, Bloc
     plain, fast = blocks
     made: list[tuple[int, ...]] = []
     mv = torch.mv
-    monkeypatch.setattr(torch, "mv", lambda w, v: made.append(tuple(w.shape)) or mv(w, v))
+    monkeypatch.setattr(torch, "mv", lambda w, v, out: made.append(tuple(w.shape)) or mv(w, v, out=out))
     x = torch.randn(1, 1, 64).bfloat16()
     assert close(fast(x), plain(x)) and made == [(160, 64)]
     x.mul_(-2)

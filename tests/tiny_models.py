@@ -73,11 +73,12 @@ def _written(family: str, folder: Path, seed: int, changes: dict[str, Any]) -> P
     return folder
 
 
-def assert_same_steps(plain: Any, fast: Any) -> None:
-    """A prompt, two single tokens and two at once give logits with the same bits."""
+def assert_same_steps(plain: Any, fast: Any, most: float = 0.0) -> None:
+    """A prompt, two single tokens and two at once give logits with the same bits; most: or as far off, of each row's norm."""
     caches, ids = [None, None], torch.tensor([[5, 17, 33, 60]])
     with torch.inference_mode():
         for step in (ids, ids[:, :1], ids[:, 1:2], ids[:, 2:]):
             outs = [m(step, past_key_values=c, use_cache=True) for m, c in zip((plain, fast), caches, strict=True)]
             caches = [out.past_key_values for out in outs]
-            assert torch.equal(outs[0].logits, outs[1].logits)
+            right, found = (out.logits.float() for out in outs)
+            assert ((found - right).norm(dim=-1) <= most * right.norm(dim=-1)).all()
