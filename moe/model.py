@@ -351,6 +351,11 @@ def check_invariant(wished: bool, strategy: str | None, share: Share) -> None:
     """Raises InputError for what cannot run batch-invariant. strategy: asked for, or the plan's."""
     if not wished:
         return
+    scans = {name for name in (type(module).__name__ for module in share.empty.modules()) if "Mamba" in name}
+    if scans:
+        raise InputError(
+            f"--batch-invariant: found {min(scans)}, whose scan follows the batch, expected a model without such layers"
+        )
     if strategy in varying(share.plan.topology.nodes):
         raise InputError(
             f"--batch-invariant: found strategy {strategy}, asked for or the plan's, expected --strategy all_to_all"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from tiny_models import FAMILIES, make_model
 import coterie
 from coterie.launch.cli import main
 from coterie.launch.memory import parse_bytes
-from coterie.moe.cached import _check_alike, index_experts
+from coterie.moe.cached import _check_alike, _order, index_experts
 from coterie.moe.collectives import Group
 from coterie.moe.journal import journal_of
 from coterie.moe.model import assembled
@@ -318,6 +319,12 @@ def test_two_threads_do_not_generate_with_one_model(tmp_path: Path) -> None:
     made.generate([coterie.Prompt(token_ids=(1, 2, 3))], 3, on_token=first_token)
     assert told and "another thread is generating with this model" in told[0]
     assert made.generate([coterie.Prompt(token_ids=(1, 2, 3))], 3)[0]
+
+
+def test_a_checkpoint_whose_experts_cannot_be_read_one_by_one_is_named() -> None:
+    odd = SimpleNamespace(source_patterns=["experts.*.packed"], operations=[SimpleNamespace(dim=0)])
+    with pytest.raises(InputError, match=r"m\.safetensors: tensor 'x': cannot be read expert by expert"):
+        _order("m.safetensors: tensor 'x'", "experts.*.packed", [odd])
 
 
 def test_experts_of_other_shapes_in_other_layers_are_refused(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +20,13 @@ from tiny_models import FAMILIES, make_model
 from transformers import AutoModelForCausalLM
 
 import coterie
-from coterie.launch.available import system_bytes
+from coterie.launch.available import resident_bytes, system_bytes
 from coterie.launch.cli import main
+from coterie.launch.generating import Asked
+from coterie.launch.memory import check_memory, sizes_on_device
 from coterie.moe.batch import Batch, Request
 from coterie.moe.choose import STRATEGIES
+from coterie.moe.collectives import Group
 from coterie.moe.generate import Sampling
 from coterie.moe.memory import (
     SLACK,
@@ -38,6 +43,7 @@ from coterie.moe.memory import (
 )
 from coterie.moe.prepare import prepare
 from coterie.moe.sizes import _kept, sizes_of, weight_bytes
+from coterie.moe.text import Prompt, Text
 from coterie.placement.plan import PlacementPlan, save_plan, slots_from_assignment
 from coterie.placement.topology import Topology
 from coterie.routing.errors import InputError
@@ -125,6 +131,41 @@ def test_what_does_not_fit_says_what_would() -> None:
         check_fits(SIZES, "all_to_all", WORK, Room(PLAN, {0: 10.0}))
     with pytest.raises(InputError, match="--dtype bfloat16"):
         check_fits(SIZES, "all_to_all", WORK, Room(PLAN, {1: whole * 0.6}))
+
+
+def asked_for(folder: Path, **more: Any) -> Asked:
+    """Two long prompts for four ranks with two experts a layer each."""
+    plan = PlacementPlan(
+        slots_from_assignment(np.arange(24).reshape(3, 8) % 4, 4, 2), 8, (0, 1, 2), Topology(1, 4), folder.name
+    )
+    share, prompts = prepare(folder, plan, "float32", 4, 1), [Prompt(token_ids=tuple(range(1, 90)) * 40)] * 8
+    text = Text(share.shape)
+    return Asked(share, None, text, prompts, text.requests(prompts, 8), Sampling(), False, **more)
+
+
+def test_a_strategy_that_would_break_the_budget_is_not_chosen(tmp_path: Path) -> None:
+    """`coherent` keeps the keys and values of all four ranks on each."""
+    asked = asked_for(make_model("mixtral", tmp_path / "m"))
+    sizes, work = sizes_on_device(asked.share), workload(asked.requests, 4)
+    needs = {name: estimate(sizes, asked.share.plan, name, work)[0].total for name in ("all_to_all", "coherent")}
+    assert needs["coherent"] > needs["all_to_all"] + 1_000_000
+    options = SimpleNamespace(batch_size=4, memory=None, dry_run=True)
+    assert check_memory(asked, sizes, options, Group()).too_large == frozenset()
+    for budget, left_out in ((sum(needs.values()) // 2, True), (2 * needs["coherent"], False)):
+        options.memory = str(budget + resident_bytes())
+        found = check_memory(asked, sizes, options, Group()).too_large
+        assert ("coherent" in found) == left_out and "all_to_all" not in found
+
+
+def test_what_a_plan_to_come_needs_counts_too(tmp_path: Path) -> None:
+    asked = asked_for(make_model("mixtral", tmp_path / "m"))
+    options = SimpleNamespace(batch_size=4, memory=None, dry_run=True)
+    sizes, plan = sizes_on_device(asked.share), asked.share.plan
+    copies = replace(plan, physical_to_logical=np.tile(np.arange(8, dtype=np.int32), (3, 4)))  # all experts on every rank
+    before, after = (
+        check_memory(replace(asked, replan=wish), sizes, options, Group()).told["memory"]["ranks"] for wish in (None, copies)
+    )
+    assert [rank["experts"] for rank in after] == [4 * rank["experts"] for rank in before]
 
 
 def test_a_dry_run_needs_one_process_for_any_plan(tmp_path: Path, capsys) -> None:

@@ -19,6 +19,7 @@ from tiny_models import FOUR_RANK_FAMILIES, make_model
 
 import coterie
 from coterie.kernels.experts import grouped_experts, reference_experts
+from coterie.moe import coherent
 from coterie.moe.choose import MADE
 from coterie.moe.coherent import next_anchor
 from coterie.moe.collectives import Group
@@ -181,7 +182,8 @@ def by_every_strategy(folder: Path, asked: list[coterie.Prompt], new_tokens: int
 
     def work(group: Group) -> dict[str, list[list[int]]]:
         model, found = load(folder, dtype="float32", group=group), {}
-        for name in MADE:
+        walked = model.transformers.config.model_type in coherent.FAMILIES
+        for name in MADE if walked else [n for n in MADE if n != "coherent"]:
             model.dispatcher.asked = name
             outputs, figures = model.generate(asked, new_tokens, batch_size=batch_size)
             assert name in figures.strategy

@@ -39,7 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
                      layer_types=["conv", "full_attention", "conv"]),
     "ernie4_5_moe": dict(moe_num_experts=8, moe_k=2, moe_intermediate_size=24, moe_layer_start_index=1),
 }  # fmt: skip
-FOUR_RANK_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "phimoe", "granitemoe")
+FOUR_RANK_FAMILIES = tuple(FAMILIES)
 
 
 _MADE: dict[str, Path] = {}
