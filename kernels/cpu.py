@@ -59,7 +59,10 @@ def multiplies_bfloat16() -> bool:
 @lru_cache(maxsize=1)
 def multiplies_float16() -> bool:
     """Whether it multiplies float16 itself (AMX_FP16, AVX512_FP16): many that know bfloat16 do not."""
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    except (AttributeError, RuntimeError):  # torch without oneDNN
+        return False
 
 
 def slow(dtype: torch.dtype) -> bool:
@@ -128,17 +131,22 @@ def multiply_each(matrices: Iterable[torch.Tensor], rows: Iterable[torch.Tensor]
     the whole process: what other threads multiply in bfloat16 meanwhile goes the other way, too, and may be rounded
     otherwise. bfloat16 stored transposed as a product of two matrices, float16 as a vector, whichever way it is stored.
     """
+    as_vectors = []
+    for matrix, row, out in zip(matrices, rows, outs, strict=True):
+        if row.dtype != torch.bfloat16:
+            torch.mv(matrix, row, out=out)
+        elif matrix.stride(1) != 1:
+            torch.mm(row[None], matrix.T, out=out[None])
+        else:
+            as_vectors.append((matrix, row, out))
+    if not as_vectors:
+        return
     with _by_itself:
         before = torch._C._get_mkldnn_enabled()
-        torch._C._set_mkldnn_enabled(False)
         try:
-            for matrix, row, out in zip(matrices, rows, outs, strict=True):
-                if row.dtype == torch.bfloat16 and matrix.stride(1) != 1:
-                    torch._C._set_mkldnn_enabled(before)
-                    torch.mm(row[None], matrix.T, out=out[None])
-                    torch._C._set_mkldnn_enabled(False)
-                else:
-                    torch.mv(matrix, row, out=out)
+            torch._C._set_mkldnn_enabled(False)
+            for matrix, row, out in as_vectors:
+                torch.mv(matrix, row, out=out)
         finally:
             torch._C._set_mkldnn_enabled(before)
 

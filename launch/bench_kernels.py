@@ -131,9 +131,14 @@ def shape_rows(
         floor = machine.floor(shape, count, format, hit)
         found, failures = _in_turns(layer, count, packages or {})
         seconds = found.pop(OURS)
-        if seconds is not None and (off := layer.error(layer.ours(layer.inputs(count))(0), layer.inputs(count))) > WRONG:
-            failures.append(f"{OURS}: wrong by {off:.2g}")
-            seconds = None
+        if seconds is not None:
+            try:
+                off = layer.error(layer.ours(layer.inputs(count))(0), layer.inputs(count))
+                failures += [f"{OURS}: wrong by {off:.2g}"] if off > WRONG else []
+            except Exception as error:
+                off = float("inf")
+                failures.append(f"{OURS}: could not be checked: {first_line(error, 200)}")
+            seconds = seconds if off <= WRONG else None
         peers = {name: None if took is None else 1e6 * took for name, took in found.items()}
         why = "; ".join(failures)
         if seconds is None:

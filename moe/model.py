@@ -197,7 +197,7 @@ class Model:
     ) -> list[Running]:  # fmt: skip
         """The loop beneath `generate`: as `Generator.run`, with the strategies of `choice`. Closes the boundary."""
         if not self._running.acquire(blocking=False):
-            raise CoterieError("another thread is generating with this model; one thread at a time, or a model for each")
+            raise CoterieError("this model is generating already; one thread at a time, or a model for each")
         try:
             return self._run(requests, batch_size, sampling, choice, on_token, recorder, homes, between, boundary)
         finally:

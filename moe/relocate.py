@@ -84,10 +84,7 @@ class _Moving:
 
 
 class Relocation:
-    """The way from the plan that runs to another. Every rank calls `step` at every step boundary until it returns True.
-
-    one_copy: as `placement_map.layer_map`.
-    """
+    """The way from the plan that runs to another. Every rank calls `step` at every step boundary until it returns True."""
 
     def __init__(self, model: nn.Module, group: Group, old: PlacementPlan, new: PlacementPlan, per_step: int = 2) -> None:
         self.per_step = per_step

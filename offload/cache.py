@@ -136,6 +136,7 @@ class ExpertCache:
 
     def _end_turn(self) -> None:
         if self._turn.locked() and self._whose == threading.get_ident():
+            self._whose = 0
             self._turn.release()
 
     def _announce(self, layer: int, experts: Sequence[int]) -> None:
@@ -254,7 +255,7 @@ class ExpertCache:
                 first + one for one in self.guesser.guess(later, router if ahead == 1 else (), count, ahead, worth, absent)
             ]
         self.statistics.policy_seconds += time.perf_counter() - began
-        self._start_ahead(wanted, held)
+        self._start_ahead(wanted[: max(0, MOST_COMING - len(self.coming))], held)
 
     def _prefetch(self, layer: int, experts: Sequence[int], held: np.ndarray) -> None:
         """Those of them that are not there."""

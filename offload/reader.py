@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -24,6 +25,7 @@ from coterie.routing.errors import CoterieError
 DEPTH = 32  # reads at a time; more wait here
 AHEAD_BYTES = 3 << 20  # under way, from which on nothing begins that is not needed yet
 TOO_MANY = (errno.EAGAIN, errno.ENOMEM)  # the system can begin no more for now
+MOST_TRIES, TRY_SECONDS = 100, 0.01
 STAGES = 6  # reads at a time of what cannot be read right into its place
 
 
@@ -123,8 +125,11 @@ class AsyncReader:
         if threading.current_thread() is not self._thread:  # where garbage may be collected
             self._thread.join()
 
-    def _reset(self, why: BaseException) -> None:
-        """Wait until the system writes nowhere any more; what was asked for has failed."""
+    def _reset(self, why: BaseException, ended: bool = False) -> None:
+        """Wait until the system writes nowhere any more; what was asked for has failed.
+
+        ended: the reader's thread puts nothing away any more. Else what it is just putting away is told once it has done so.
+        """
         try:
             self._queue.close()
         except OSError as error:
@@ -135,12 +140,15 @@ class AsyncReader:
         for line in (self._flying, self._again, self._wanted, self._later):
             line.clear()
         for job in list(self._open.values()):
-            if job.sent or job.future.set_running_or_notify_cancel():
-                job.error = job.error or why
-                if not job.future.done():
-                    job.future.set_exception(job.error)
-                self._settle(job)
-        self._open.clear()
+            if job.future.cancelled() or not (job.sent or job.future.set_running_or_notify_cancel()):
+                self._open.pop(id(job))
+                continue
+            job.error = job.error or why
+            if ended:
+                job.future.set_exception(job.error)
+            self._settle(job)
+        if ended:
+            self._open.clear()
 
     def _run(self) -> None:
         why: BaseException = CoterieError("experts were still being read when reading was closed")
@@ -160,7 +168,7 @@ class AsyncReader:
         finally:
             with self._lock:
                 self._closing = True
-                self._reset(why)
+                self._reset(why, ended=True)
                 os.close(self._wake)
 
     def _send(self) -> None:
@@ -169,6 +177,7 @@ class AsyncReader:
         self._again.clear()
         while len(self._flying) < DEPTH and (found := self._next()) is not None:
             reads.append(self._read_of(found))
+        tries = 0
         while reads:
             try:
                 reads = reads[self._queue.submit(reads) :]
@@ -176,6 +185,10 @@ class AsyncReader:
                 if error.errno in TOO_MANY and self._flying.keys() - {read.tag for read in reads}:
                     self._again += [self._flying.pop(read.tag) for read in reads]  # until some have ended
                     return
+                if error.errno in TOO_MANY and tries < MOST_TRIES:  # others' reads have to end
+                    tries += 1
+                    time.sleep(TRY_SECONDS)
+                    continue
                 flight = self._ended(reads.pop(0).tag, -(error.errno or errno.EIO))
                 assert flight is not None
                 flight.job.under_way -= 1
@@ -192,7 +205,9 @@ class AsyncReader:
         """The next request of what was asked for first."""
         for line in (self._wanted, self._later):
             while line and (line[0].error is not None or line[0].future.cancelled()):
-                line.popleft()
+                dropped = line.popleft()
+                if dropped.future.cancelled():
+                    self._open.pop(id(dropped), None)
             if not line:
                 continue
             job = line[0]

@@ -317,7 +317,7 @@ def test_two_threads_do_not_generate_with_one_model(tmp_path: Path) -> None:
             thread.join(60)
 
     made.generate([coterie.Prompt(token_ids=(1, 2, 3))], 3, on_token=first_token)
-    assert told and "another thread is generating with this model" in told[0]
+    assert told and "this model is generating already" in told[0]
     assert made.generate([coterie.Prompt(token_ids=(1, 2, 3))], 3)[0]
 
 

@@ -369,6 +369,29 @@ def test_a_reader_that_dies_ends_all_that_was_asked_of_it(tmp_path: Path, monkey
 
 
 @needs_them
+def test_what_was_called_off_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read-ahead is called off in nearly every layer: what remembered each would grow for as long as text is made."""
+    store, right = stored(tmp_path / "f", 12, STAGE_BYTES // 4)
+    reader = store.asynchronous
+    assert reader is not None
+    hold, ended = threading.Event(), Queue.ended
+    monkeypatch.setattr(Queue, "ended", lambda queue: ended(queue) if hold.is_set() else [])
+    for _ in range(3):
+        hold.clear()
+        futures = [store.start(0, e, {"w": torch.zeros(right.shape[1])}, ahead=True) for e in range(len(right))]
+        called_off = [future.cancel() for future in futures]
+        hold.set()
+        os.eventfd_write(reader._wake, 1)
+        assert any(called_off)
+        for future, off in zip(futures, called_off, strict=True):
+            if not off:
+                future.result(timeout=60)
+        store.start(0, 0, {"w": torch.zeros(right.shape[1])}).result(timeout=60)
+    assert not reader._open and not reader._later and not reader._wanted
+    store.close()
+
+
+@needs_them
 def test_reads_that_the_system_has_no_room_for_yet_begin_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, right = stored(tmp_path / "f", 40, STAGE_BYTES // 8)
     calls, submit = iter(range(1 << 30)), Queue.submit
