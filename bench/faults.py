@@ -240,12 +240,13 @@ def undisturbed() -> str:
 
 
 def restart(fault: Fault, expected: bytes) -> Outcome:
-    """Kill a rank of a job that torchrun starts again; the output must be that of an undisturbed one, to the byte."""
+    """Kill a rank of a job that torchrun starts again; the output must be that of an undisturbed one, to the byte.
+
+    Each attempt may choose another strategy.
+    """
     with tempfile.TemporaryDirectory(prefix="coterie-fault-") as name:
         out, journal = Path(name) / "out.jsonl", Path(name) / ".out.jsonl.journal"
-        job = Job(
-            [*launcher("torchrun", restarts=RESTARTS), *offline(Path(name), out)]
-        )  # each attempt may choose another strategy
+        job = Job([*launcher("torchrun", restarts=RESTARTS), *offline(Path(name), out)])
 
         def finished() -> int:  # behind the header
             return journal.read_bytes().count(b"\n") - 1 if journal.is_file() else 0

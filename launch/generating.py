@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,12 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
         model.dispatcher.without = too_large
         if asked.replan is not None:
             model.follow(asked.replan, say if group.rank == 0 else lambda text: None)
-        if model.cache is not None and model.device.type == "cpu" and group.rank == 0 and not model.cache.store.reads_beside:
+        if (
+            model.cache is not None
+            and model.device.type == "cpu"
+            and group.rank == 0
+            and model.cache.store.asynchronous is None
+        ):
             say("experts: read by threads, which is slower: no asynchronous reads here, or files that have no O_DIRECT")
         if options.trace_events is not None:
             timeline.begin(group, model.cache)
@@ -170,9 +175,7 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
         if options.plan is None or "the plan" not in str(error):
             raise
         raise type(error)(f"{options.plan}: {error}") from error
-    check_invariant(options.batch_invariant, strategy, share)
-    if options.batch_invariant and options.misses != "fetch":
-        raise InputError(f"--misses: found {options.misses} with --batch-invariant, expected fetch: the host rounds otherwise")
+    check_invariant(options.batch_invariant, strategy, replace(share, misses=options.misses))
     if options.batch_invariant and options.replan is not None:
         raise InputError("--replan: found it with --batch-invariant, expected one of them: sums follow where experts are")
     replan, text = _new_plan(options.replan, share, to_come.size), Text(share.shape)

@@ -16,6 +16,7 @@ import torch
 from coterie.kernels.activations import Activation
 from coterie.kernels.formats import GROUP, Weights, quantise
 from coterie.kernels.fused import FusedExperts
+from coterie.routing.errors import CoterieError
 
 L2_BYTES = 256 << 20  # what must be read between two readings of the same weights, at least: five times the largest L2
 STORED = {"plain": 2.0, "int8": 1.0, "int4": 0.5 + 4 / GROUP, "fp8": 1.0}  # bytes of a weight, scales included
@@ -220,27 +221,23 @@ class Layer:
 
         if self.format != "plain":
             return
-        if self.shape.turned:
-            yield from self._turned_peers(inputs, packages)
-            return
         x, ids, weights = inputs
         modules = [_as_module(experts) for experts in self.experts]
         for name in ["grouped_mm"] + (["batched_mm"] if len(x) <= 64 else []):
             run = ALL_EXPERTS_FUNCTIONS[name]
             yield f"transformers {name}", partial(self._peer, run, modules, x, ids, weights.to(x.dtype))
         for name, peer in packages.items():
-            yield name, peer if isinstance(peer, str) else partial(peer.layer, self.experts, x, ids, weights)
+            if isinstance(peer, str):
+                yield name, peer
+            elif self.shape.turned:
+                yield name, "it has no kernel for weights in this layout"
+            else:
+                yield name, partial(peer.layer, self.experts, x, ids, weights)
 
-    def _turned_peers(self, inputs: Inputs, packages: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Call] | str]]:
-        """transformers' own take weights as they are; others' want them in layouts of their own."""
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        x, ids, weights = inputs
-        modules = [_as_turned_module(experts) for experts in self.experts]
-        for name in ["grouped_mm"] + (["batched_mm"] if len(x) <= 64 else []):
-            yield f"transformers {name}", partial(self._peer, ALL_EXPERTS_FUNCTIONS[name], modules, x, ids, weights.to(x.dtype))
-        for name in packages:
-            yield name, "it has no kernel for weights in this layout" if not isinstance(packages[name], str) else packages[name]
+    def check(self, found: torch.Tensor, inputs: Inputs) -> None:
+        """Raises CoterieError for a result that is `WRONG`, or more."""
+        if (off := self.error(found, inputs)) > WRONG:
+            raise CoterieError(f"wrong by {off:.2g}")
 
     def error(self, found: torch.Tensor, inputs: Inputs) -> float:
         """The largest error of a row of `found`, over its norm, of some tokens computed in float64 from what is stored."""
@@ -263,27 +260,14 @@ class Layer:
 
 
 def _as_module(experts: FusedExperts) -> Any:
-    """What transformers' functions ask of an experts module."""
-
-    def apply_gate(z: torch.Tensor) -> torch.Tensor:
-        gate, up = z.chunk(2, -1)
-        return torch.nn.functional.silu(gate) * up
-
-    return SimpleNamespace(
-        gate_up_proj=experts.first.data, down_proj=experts.second.data, num_experts=experts.experts, has_gate=True,
-        has_bias=False, is_transposed=False, is_concatenated=True, has_post_expert_norm=False, _is_expert_parallel=False,
-        _apply_gate=apply_gate,
-    )  # fmt: skip
-
-
-def _as_turned_module(experts: FusedExperts) -> Any:
-    """The same of gpt-oss's experts."""
+    """What transformers' functions ask of an experts module, as its family stores the weights."""
     assert experts.activation is not None
+    turned = experts.activation.interleaved
+    first, second = (w.data.transpose(1, 2) if turned else w.data for w in (experts.first, experts.second))
     return SimpleNamespace(
-        gate_up_proj=experts.first.data.transpose(1, 2), down_proj=experts.second.data.transpose(1, 2),
-        gate_up_proj_bias=experts.first_bias, down_proj_bias=experts.second_bias, num_experts=experts.experts, has_gate=True,
-        has_bias=True, is_transposed=True, is_concatenated=False, has_post_expert_norm=False, _is_expert_parallel=False,
-        _apply_gate=experts.activation,
+        gate_up_proj=first, down_proj=second, gate_up_proj_bias=experts.first_bias, down_proj_bias=experts.second_bias,
+        num_experts=experts.experts, has_gate=True, has_bias=turned, is_transposed=turned, is_concatenated=not turned,
+        has_post_expert_norm=False, _is_expert_parallel=False, _apply_gate=experts.activation,
     )  # fmt: skip
 
 

@@ -56,15 +56,15 @@ def within_budget(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, 
         if options.host_memory is not None:
             raise InputError("--host-memory: found it where all experts fit, expected --memory with it: nothing is left there")
         return asked
-    from coterie.moe.memory import BEYOND, estimate, most_held, most_slots
+    from coterie.moe.memory import estimate, most_held, most_slots
 
     share, (work, taken) = asked.share, _needs(asked, options, group)
     slots = most_slots(sizes, share.plan, _candidates(asked)[0], work, budget, taken)
     if slots is not None and share.quantise is not None and share.packed is None:
         from coterie.moe.prepare import not_packed
 
-        whole = max(need.total for need in estimate(sizes, share.plan, _candidates(asked)[0], work))
-        enough = f"--memory {int(BEYOND * whole) + taken} holds all experts"
+        peak = max(need.peak for need in estimate(sizes, share.plan, _candidates(asked)[0], work))
+        enough = f"--memory {int(peak) + taken} holds all experts"
         raise InputError(f"{not_packed('--memory', share.quantise)}; {enough}")
     if group.rank == 0:
         whole = most_held(share.plan)
@@ -164,16 +164,17 @@ def check_memory(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, g
     sizes: `sizes_on_device`. On fewer processes than the plan has ranks (a dry run) nothing is known of the ranks' machines,
     and nothing is checked.
     """
-    from coterie.moe.memory import BEYOND, Room, check_fits, estimate, workload
+    from coterie.moe.memory import Room, check_fits, estimate, workload
 
     share = asked.share
     work = workload(asked.requests, options.batch_size)
     plans = [share.plan, asked.replan] if isinstance(asked.replan, PlacementPlan) else [share.plan]
-    needed = {
-        name: [max(of_rank, key=lambda n: n.total) for of_rank in zip(*by_plan, strict=True)]
-        for name in _candidates(asked)
-        for by_plan in [[estimate(sizes, plan, name, work, share.slots) for plan in plans]]
-    }
+
+    def of_ranks(name: str) -> list[RankMemory]:
+        by_plan = [estimate(sizes, plan, name, work, share.slots) for plan in plans]
+        return [max(needs, key=lambda need: need.total) for needs in zip(*by_plan, strict=True)]
+
+    needed = {name: of_ranks(name) for name in _candidates(asked)}
     first = next(iter(needed))
     here, found = free_bytes(share.device), None
     if group.size == share.plan.ranks:
@@ -192,9 +193,10 @@ def check_memory(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, g
     too_large = {name for name, ranks in needed.items() if any(ranks[r].total > free for r, free in (found or {}).items())}
     if options.memory is not None:
         budget, taken = parse_bytes(options.memory), _needs(asked, options, group)[1]
-        more = BEYOND if share.slots is None else 1.0
-        over = {name for name, ranks in needed.items() if any(more * n.total + taken > budget for n in ranks)}
-        too_large |= over - {first}  # for which `within_budget` made room
+        most = {name: max(n.peak if share.slots is None else n.total for n in ranks) for name, ranks in needed.items()}
+        too_large |= {
+            name for name, peak in most.items() if peak + taken > budget and name != first
+        }  # `within_budget` made room
     if share.slots is not None and first in too_large:
         rank, free = min((found or {}).items(), key=lambda item: item[1])
         several = f" for rank {rank}, as many share its machine", ", or start fewer"

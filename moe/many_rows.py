@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from coterie.kernels.cpu import multiply_row, multiply_widened, slow
+from coterie.moe.one_row import torchs_own
 
 LEAST_ROWS = 64
 AT_ONCE = 1 << 22  # float32 values of rows and their products beside the weights, about
@@ -28,8 +29,7 @@ class ManyRowsLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., K]` to `[..., N]`."""
         rows = input.reshape(-1, self.in_features)
-        learning = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        other = learning or input.dtype != self.weight.dtype or torch.compiler.is_compiling()
+        other = torchs_own(self, input)
         if len(rows) == 1 and self.bias is None and not other:
             return multiply_row(self.weight, rows[0]).view(*input.shape[:-1], self.out_features)
         if other or len(rows) < LEAST_ROWS:

@@ -110,6 +110,11 @@ class RankMemory:
         """All together."""
         return self.dense + self.experts + self.states + self.buffers
 
+    @property
+    def peak(self) -> float:
+        """With what loading all experts and running them takes beyond that."""
+        return BEYOND * self.total
+
     def to_json(self) -> dict[str, int]:
         """As `--dry-run --json` prints it."""
         return {
@@ -148,7 +153,7 @@ def most_slots(sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Work
 
     Raises InputError, saying the least that works, if one token's experts of a layer do not fit.
     """
-    if all(BEYOND * need.total + taken <= budget for need in estimate(sizes, plan, strategy, work)):
+    if all(need.peak + taken <= budget for need in estimate(sizes, plan, strategy, work)):
         return None
     least = taken + estimate(sizes, plan, strategy, work, sizes.top_k)[0].total
     if budget < least:

@@ -20,6 +20,12 @@ from coterie.kernels.cpu import multiplies_bfloat16, multiply_row
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names of layers that are given the same input
 
 
+def torchs_own(layer: nn.Linear, input: torch.Tensor) -> bool:
+    """Whether only torch's Linear will do: where gradients are wanted, dtypes differ, or a graph is made of it."""
+    learning = torch.is_grad_enabled() and (input.requires_grad or layer.weight.requires_grad)
+    return learning or input.dtype != layer.weight.dtype or torch.compiler.is_compiling()
+
+
 @dataclass
 class Stack:
     """Layers with one input. weight: theirs, one below another `[sum of N, K]`; left: outputs that nobody has taken yet."""
@@ -46,8 +52,7 @@ class OneRowLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., K]` to `[..., N]`."""
-        learning = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        if input.numel() != self.in_features or input.dtype != self.weight.dtype or learning or torch.compiler.is_compiling():
+        if input.numel() != self.in_features or torchs_own(self, input):
             return F.linear(input, self.weight, self.bias)
         if self.stack is not None and self.weight.data_ptr() == self.place:
             return self.stack.output(self.number, input).view(*input.shape[:-1], -1)

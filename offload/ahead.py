@@ -65,12 +65,9 @@ class Guesser:
             known.append("token")
         if router:
             known.append("router")
-        best = max(known, key=self.right.__getitem__, default=None)
-        if best is None:
-            self.made = (layer, {}) if ahead == 1 else self.made
-            return []
+        known.sort(key=self.right.__getitem__, reverse=True)
         guesses: dict[str, list[Guess]] = {}
-        for name in known if ahead == 1 else [best]:  # of the next layer all are compared with what it then asks for
+        for name in known if ahead == 1 else known[:1]:  # of the next layer all are compared with what it then asks for
             if name == "router":
                 away = [True] * len(router) if absent is None else absent[list(router)].tolist()
                 guesses[name] = [(one, min(n, GRADES - 1), a) for n, (one, a) in enumerate(zip(router, away, strict=True))]
@@ -78,6 +75,9 @@ class Guesser:
                 guesses[name] = _graded((self.path if name == "path" else self.token).scores(ahead), count, absent)
         if ahead == 1:
             self.made = layer, guesses
+        if not known:
+            return []
+        best = known[0]
         chance = self.chance[best]
         return [one for one, grade, away in guesses[best] if away and chance[grade] >= worth]
 

@@ -244,10 +244,10 @@ class ExpertCache:
         began = time.perf_counter()
         worth = min(max(self.busy, LEAST_WORTH), MOST_WORTH)
         wanted: list[int] = []
+        room = max(0, min(self._room_ahead(), MOST_COMING - len(self.coming)))
         for ahead in range(1, DEPTH + 1):
             later = layer + ahead - 1
-            room = min(self._room_ahead(), MOST_COMING - len(self.coming)) - len(wanted)
-            if later == len(self.source.records) or (ahead > 1 and room <= 0):
+            if later == len(self.source.records) or (ahead > 1 and len(wanted) >= room):
                 break
             first = later * self.experts
             absent = self.slot_of[first : first + self.experts] < 0
@@ -255,7 +255,7 @@ class ExpertCache:
                 first + one for one in self.guesser.guess(later, router if ahead == 1 else (), count, ahead, worth, absent)
             ]
         self.statistics.policy_seconds += time.perf_counter() - began
-        self._start_ahead(wanted[: max(0, MOST_COMING - len(self.coming))], held)
+        self._start_ahead(wanted[:room], held)
 
     def _prefetch(self, layer: int, experts: Sequence[int], held: np.ndarray) -> None:
         """Those of them that are not there."""

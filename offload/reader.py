@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
@@ -18,7 +18,7 @@ from itertools import count
 import torch
 
 from coterie.offload.aio import Queue, Read
-from coterie.offload.files import Files, gone_on
+from coterie.offload.files import Files, gone_on, remaining
 from coterie.offload.transfer import EDGES, STAGE_BYTES, Own, Request, Transfer, aligned_empty
 from coterie.routing.errors import CoterieError
 
@@ -44,25 +44,14 @@ class Job:
 
 @dataclass
 class Flight:
-    """A read under way. number: of the request; places: where it goes; own: the reader's part of that, the nth of its kind."""
+    """A read under way. number: of the request; own: the reader's part of where it goes, the nth of its kind."""
 
     job: Job
     number: int
     request: Request
-    places: list[tuple[int, int]]
     own: Own
     nth: int | None
     done: int = 0
-
-
-def _left(places: list[tuple[int, int]], done: int) -> list[tuple[int, int]]:
-    """What is left of them after the first `done` bytes."""
-    left = []
-    for address, length in places:
-        if done < length:
-            left.append((address + done, length - done))
-        done = max(0, done - length)
-    return left
 
 
 class AsyncReader:
@@ -198,7 +187,11 @@ class AsyncReader:
     def _read_of(self, flight: Flight) -> Read:
         tag, request, done = next(self._tags), flight.request, flight.done
         self._flying[tag] = flight
-        places = _left(flight.places, done) if done else flight.places
+        if done:  # a short read stopped it
+            views = remaining(flight.job.transfer.views(request, flight.own), done)
+            places = [(view.ctypes.data, len(view)) for view in views]
+        else:
+            places = flight.job.transfer.goes_to(request, flight.own)
         return Read(tag, self._files.descriptors[request.file], request.offset + done, places)
 
     def _next(self) -> Flight | None:
@@ -232,7 +225,7 @@ class AsyncReader:
             while len(self._stages) <= nth:
                 self._stages.append(Own.of(aligned_empty((STAGE_BYTES,), torch.uint8).numpy()))
             own = self._stages[nth]
-        return Flight(job, number, request, job.transfer.goes_to(request, own), own, nth)
+        return Flight(job, number, request, own, nth)
 
     def _ended(self, tag: int, result: int) -> Flight | None:
         """The flight whose read has ended, its job's error set if it failed; None if it goes on where a short read stopped."""
@@ -256,9 +249,7 @@ class AsyncReader:
         job = flight.job
         if not flight.request.direct or job.transfer.seen is not None:
             return False
-        if job.error is None:
-            job.transfer.take(flight.request, flight.own)
-        job.taken += 1
+        self._take(flight)
         job.under_way -= 1
         self._release(flight)
         self._settle(job)
@@ -267,16 +258,8 @@ class AsyncReader:
     def _put_away(self, flight: Flight) -> None:
         """Take what has come, as far as its turn has."""
         job = flight.job
-        job.came[flight.number] = flight
-        in_turn = job.transfer.seen is not None
-        while job.came if not in_turn else job.taken in job.came:
-            came = job.came.pop(job.taken if in_turn else flight.number)
-            job.taken += 1
-            try:
-                if job.error is None:
-                    job.transfer.take(came.request, came.own)
-            except BaseException as error:  # the future's to raise
-                job.error = error
+        for came in self._due(flight):
+            self._take(came)
             with self._lock:
                 self._release(came)
                 if not self._closing:
@@ -284,6 +267,25 @@ class AsyncReader:
         with self._lock:
             job.under_way -= 1
             self._settle(job)
+
+    def _due(self, flight: Flight) -> Iterator[Flight]:
+        """What may be taken now: this, or, where a checksum goes by their order, those whose turn has come."""
+        job = flight.job
+        if job.transfer.seen is None:
+            yield flight
+            return
+        job.came[flight.number] = flight
+        while job.taken in job.came:
+            yield job.came.pop(job.taken)
+
+    def _take(self, flight: Flight) -> None:
+        job = flight.job
+        job.taken += 1
+        try:
+            if job.error is None:
+                job.transfer.take(flight.request, flight.own)
+        except BaseException as error:  # the future's to raise
+            job.error = error
 
     def _release(self, flight: Flight) -> None:
         if flight.nth is not None:

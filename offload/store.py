@@ -94,11 +94,6 @@ class ExpertStore:
         weakref.finalize(self, reader.close)
         return reader
 
-    @property
-    def reads_beside(self) -> bool:
-        """Whether the system reads while the processor computes, without threads of ours."""
-        return self.asynchronous is not None
-
     def start_many(self, experts: Sequence[Wanted], ahead: bool = False) -> list[Future[None]]:
         """As `start` of each; if one cannot be begun, nothing is written to any of them any more when that is raised."""
         if self.asynchronous is None:
