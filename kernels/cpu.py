@@ -21,7 +21,6 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 
@@ -31,23 +30,6 @@ FEW_ROWS = 4
 PANEL_ROWS = 16
 WIDENED = 1 << 21  # float32 values that are widened at once, about
 LEAST_OUTPUTS = 256  # of a product; with fewer the library is slow
-
-
-class Product(Protocol):
-    """y = W x of S experts that are not plain tensors."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(S, N, K)."""
-        ...
-
-    def multiply(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> None:
-        """x `[rows, K]` to out `[rows, N]`."""
-        ...
-
-    def vectors(self, experts: list[int], x: torch.Tensor) -> torch.Tensor:
-        """Each expert on its one row of x `[len(experts), K]`, to the bit as `multiply`: `[len(experts), N]`."""
-        ...
 
 
 @lru_cache(maxsize=1)
@@ -266,6 +248,11 @@ class Int4:
         data, scales = self.data, _scales(self.scales, self._rounded, wide.dtype)
         rows = zip(experts, torch.split(wide, 1), strict=True)
         return torch.cat([torch._weight_int4pack_mm_for_cpu(row, data[e], GROUP, scales[e]) for e, row in rows]).to(x.dtype)
+
+
+Product = (
+    Panels | Int8 | Int4
+)  # y = W x of S experts that are not plain tensors; each the same to the bit for one row as for many
 
 
 def scaled_in(dtype: torch.dtype) -> torch.dtype:

@@ -55,6 +55,20 @@ class Residency(Protocol):
         ...
 
 
+class Places(Protocol):
+    """Tensors of one shape that lie anywhere: `offload/slots.py`."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """As if they were stacked: `[S, ...]`."""
+        ...
+
+    def __getitem__(self, place: int) -> torch.Tensor: ...
+
+
+Stack = torch.Tensor | Places
+
+
 @dataclass(frozen=True)
 class StackedExperts:
     """The weights of S experts as transformers stacks them, and what happens between the two products.
@@ -69,11 +83,11 @@ class StackedExperts:
     least_rows, most_rows: of one product; fewer are filled up with zeros (libraries round differently for few rows).
     """
 
-    first: torch.Tensor | Product | Weights
-    second: torch.Tensor | Product | Weights
+    first: Stack | Product | Weights
+    second: Stack | Product | Weights
     activation: Callable[[torch.Tensor], torch.Tensor]
-    first_bias: torch.Tensor | None = None
-    second_bias: torch.Tensor | None = None
+    first_bias: Stack | None = None
+    second_bias: Stack | None = None
     transposed: bool = False
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
     known: Activation | None = None
@@ -117,7 +131,7 @@ class StackedExperts:
         return torch.cat([self.activation(part) for part in torch.split(z, [rows for _, rows in chunk])])
 
     def _products(
-        self, chunk: list[tuple[int, int]], x: torch.Tensor, weight: torch.Tensor | Product | Weights, bias: torch.Tensor | None
+        self, chunk: list[tuple[int, int]], x: torch.Tensor, weight: Stack | Product | Weights, bias: Stack | None
     ) -> torch.Tensor:
         assert not isinstance(weight, Weights)  # of a GPU
         if len(chunk) == len(x) and bias is None and self.least_rows == 1 and x.dtype != torch.float32:
@@ -125,7 +139,7 @@ class StackedExperts:
         out = x.new_empty(x.shape[0], weight.shape[2 if self.transposed else 1])
         start = 0
         for expert, count in chunk:
-            if not isinstance(weight, torch.Tensor):
+            if isinstance(weight, Product):
                 weight.multiply(expert, x[start : start + count], out[start : start + count])
                 if bias is not None:
                     out[start : start + count] += bias[expert]
@@ -138,9 +152,9 @@ class StackedExperts:
             start += count
         return out
 
-    def _vectors(self, experts: list[int], x: torch.Tensor, weight: torch.Tensor | Product) -> torch.Tensor:
+    def _vectors(self, experts: list[int], x: torch.Tensor, weight: Stack | Product) -> torch.Tensor:
         """One row for each expert, to the bit as `_products`: what a call costs counts here, so there are as few as can be."""
-        if not isinstance(weight, torch.Tensor):
+        if isinstance(weight, Product):
             return weight.vectors(experts, x)
         out = x.new_empty(x.shape[0], weight.shape[2 if self.transposed else 1])
         matrices = (weight[expert].T if self.transposed else weight[expert] for expert in experts)
@@ -163,11 +177,10 @@ class StackedExperts:
         else:
             torch.addmm(bias, rows, matrix, out=out)
 
-    def _product(
-        self, x: torch.Tensor, weight: torch.Tensor | Product | Weights, bias: torch.Tensor | None, expert: int
-    ) -> torch.Tensor:
-        if not isinstance(weight, torch.Tensor):
+    def _product(self, x: torch.Tensor, weight: Stack | Product | Weights, bias: Stack | None, expert: int) -> torch.Tensor:
+        if isinstance(weight, Product):
             return self._products([(expert, len(x))], x, weight, bias)
+        assert not isinstance(weight, Weights)  # of a GPU
         matrix = weight[expert].T if self.transposed else weight[expert]
         return F.linear(x, matrix, None if bias is None else bias[expert])
 
@@ -217,14 +230,19 @@ def fused(experts: StackedExperts) -> FusedExperts:
     """The same experts for Triton's kernels; the weights are not copied."""
     from coterie.kernels.fused import FusedExperts
 
-    def as_weights(stack: torch.Tensor | Product | Weights) -> Weights:
+    def as_weights(stack: Stack | Product | Weights) -> Weights:
         if isinstance(stack, torch.Tensor):
             return Weights(stack.transpose(1, 2) if experts.transposed else stack)
         assert isinstance(stack, Weights)  # a `Product` is of a CPU
         return stack
 
+    def as_bias(stack: Stack | None) -> torch.Tensor | None:
+        assert stack is None or isinstance(stack, torch.Tensor)  # `Places` are of a CPU
+        return stack
+
     return FusedExperts(
-        as_weights(experts.first), as_weights(experts.second), experts.known, experts.first_bias, experts.second_bias,
+        as_weights(experts.first), as_weights(experts.second), experts.known,
+        as_bias(experts.first_bias), as_bias(experts.second_bias),
         between=experts.activation if experts.known is None else None, finish=experts.finish,
     )  # fmt: skip
 

@@ -92,7 +92,7 @@ def sizes_on_device(share: Share) -> ModelSizes:
     from coterie.moe.sizes import sizes_of
 
     sizes = sizes_of(share.shape, share.empty, share.dtype, share.rounding, share.checkpoint)
-    return sizes if share.device.type == "cpu" else replace(sizes, process=0, widened=0, widened_rows=(0, 0))
+    return sizes if share.device.type == "cpu" else replace(sizes, process=0, widened=0, widened_rows=(0, 0), room=0)
 
 
 def _needs(asked: Asked, options: argparse.Namespace, group: Group) -> tuple[Workload, int]:

@@ -49,21 +49,26 @@ class LayerCache:
         """Expect in the next layer what its router would pick for x `[T, H]`, this layer's input; ids `[T, K]` are this one's.
 
         The state changes little from one layer to the next: three in four of the experts are those (Eliseev and Mazur 2023).
-        Many tokens together pick nearly all that they could: what most of them would comes first.
+        Many tokens together pick nearly all that they could: what most of them would comes first. The router is asked once this
+        layer's own experts are being read.
         """
         following, picks = self.following, ids.cpu().numpy()
         elsewhere = len(self.local) < self.cache.experts
         self.cache.routed(self.layer, np.where(np.isin(picks, self.local), picks, -1) if elsewhere else picks)
         if following is None:
             return
-        picked: list[int] = []
-        if following.router is not None:
+
+        def picked() -> list[int]:
+            if following.router is None:
+                return []
             chosen = F.linear(x.to(following.router.dtype), following.router).topk(ids.shape[1], 1).indices.flatten()
-            times = torch.bincount(chosen, minlength=len(following.router)) if len(x) > 1 else None
-            order = chosen if times is None else times.argsort(descending=True, stable=True)[: int((times > 0).sum())]
+            if len(x) > 1:
+                times = torch.bincount(chosen, minlength=len(following.router))
+                chosen = times.argsort(descending=True, stable=True)[: int((times > 0).sum())]
             here = set(following.local)
-            picked = [expert for expert in order.tolist() if expert in here]
-        self.cache.expect(following.layer, picked, sure=len(x) > LOOK_AHEAD_TOKENS and bool(picked))
+            return [expert for expert in chosen.tolist() if expert in here]
+
+        self.cache.expect(following.layer, picked, sure=len(x) > LOOK_AHEAD_TOKENS)
 
     @property
     def experts(self) -> int:

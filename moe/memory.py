@@ -50,7 +50,8 @@ class ModelSizes:
     rounding: what rounding an expert takes beside it, while they are loaded; 0 where experts stay as stored. casting: what is
     held as stored while the dense part is loaded and cast. widened: weights of a product, to float32 on a CPU (kernels/cpu.py);
     widened_rows: for each row that dense layers multiply by such, and the most for all (many_rows.py).
-    Where a budget is a GPU's, what the host takes is 0: process, widened, widened_rows.
+    room: of a slot around its expert, where experts come and go.
+    Where a budget is a GPU's, what the host takes is 0: process, widened, widened_rows, room.
     """
 
     value: int
@@ -66,6 +67,12 @@ class ModelSizes:
     casting: int = 0
     widened: int = 0
     widened_rows: tuple[int, int] = (0, 0)
+    room: int = 0
+
+    @property
+    def slot(self) -> int:
+        """Bytes of a slot, which any layer's expert may come to."""
+        return max(self.expert) + self.room
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ def estimate(
         kept = READING_BYTES + layers * experts * RECORD_BYTES + remembered_bytes(layers, experts, sizes.top_k)
         if not sizes.process:  # then it is the host's, and the budget a GPU's
             kept = 0
-        held = slots * max(sizes.expert)
+        held = slots * sizes.slot
         loading = sizes.casting - held - states  # which come afterwards
         return [RankMemory(sizes.dense, held, states, max(buffers + kept, loading) + sizes.process)] * plan.ranks
     held = plan.holds().sum(1)  # [layers, ranks]
@@ -162,7 +169,7 @@ def most_slots(sizes: ModelSizes, plan: PlacementPlan, strategy: str, work: Work
             f"{told(taken)} that the process has taken, "
             f"{told(sizes.dense)} for all but the experts, room for {sizes.top_k} experts, cache and buffers"
         )
-    return int(min(sizes.top_k + (budget - least) // max(sizes.expert), most_held(plan)))
+    return int(min(sizes.top_k + (budget - least) // sizes.slot, most_held(plan)))
 
 
 def most_held(plan: PlacementPlan) -> int:

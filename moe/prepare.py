@@ -21,6 +21,7 @@ from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint
 from coterie.offload.copies import AS_STORED, Rounding
 from coterie.offload.sidecar import Sidecar, open_sidecar
+from coterie.offload.slots import slot_bytes
 from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import LEAST, HostTier
 from coterie.placement.plan import PlacementPlan
@@ -110,7 +111,7 @@ class Share:
         modules = [module for _, module in expert_modules(read).values()]
         if self.rounding is not None:
             for module in modules:
-                hold(module, cache.pools, self.rounding)
+                hold(module, cache.memory.stacked, self.rounding)
         if isinstance(source, HostTier):
             cache.misses = misses_of(self.misses, cache, modules[0])
         return read
@@ -125,7 +126,10 @@ class Share:
         self, store: ExpertStore, whole: int, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]
     ) -> HostTier:
         """whole: this rank's experts, all layers together."""
-        one = sum(torch.Size(shape).numel() * dtypes.get(name, self.dtype).itemsize for name, shape in shapes.items())
+        one = 0
+        for name, shape in shapes.items():
+            kept = dtypes.get(name, self.dtype)
+            one += slot_bytes(torch.Size(shape).numel() * kept.itemsize, kept)
         slots, least = whole if self.host_bytes is None else min(whole, self.host_bytes // one), min(whole, LEAST)
         if slots < least:
             found = f"found {self.host_bytes}, expected {least * one} or more: room for {least} experts"

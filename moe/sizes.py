@@ -21,6 +21,7 @@ from coterie.moe.memory import FLOAT32, LayerState, ModelSizes
 from coterie.moe.quantise import ROUNDING_BYTES, stacked_record
 from coterie.offload.checkpoint import Checkpoint
 from coterie.offload.copies import Rounding
+from coterie.offload.slots import slot_bytes
 from coterie.routing.errors import CoterieError, first_line
 from coterie.routing.record import expert_modules
 
@@ -66,6 +67,7 @@ def sizes_of(
         casting=0 if checkpoint is None else casting_bytes(shape, empty, checkpoint, dtype),
         widened=widened_bytes(model, dtype, rounding),
         widened_rows=widened_rows(model, dtype),
+        room=slot_room(model, dtype, rounding),
     )
 
 
@@ -118,6 +120,18 @@ def weight_bytes(model: nn.Module, num_experts: int) -> tuple[int, tuple[int, ..
     )
     everything = sum(map(_bytes, model.parameters())) + sum(map(_bytes, model.buffers()))
     return everything - num_experts * sum(expert), expert
+
+
+def slot_room(model: nn.Module, dtype: torch.dtype, rounding: Rounding | None) -> int:
+    """Bytes that a slot on a CPU has around its expert, of the layer that has most."""
+    most = 0
+    for _, module in expert_modules(model).values():
+        record = stacked_record(module)
+        dtypes = dict.fromkeys(record, dtype) if rounding is None else rounding.dtypes(record, dtype)
+        parts = record if rounding is None else rounding.record(record)
+        lengths = {name: replace(part, dtype=dtypes[name]).length for name, part in parts.items()}
+        most = max(most, sum(slot_bytes(length, dtypes[name]) - length for name, length in lengths.items()))
+    return most
 
 
 def rounded_bytes(model: nn.Module, rounding: Rounding, dtype: torch.dtype) -> tuple[tuple[int, ...], int]:

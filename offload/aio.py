@@ -20,7 +20,7 @@ EVENT = struct.Struct("<QQqq")  # struct io_event
 PLACE = struct.Struct("<QQ")  # struct iovec
 SCATTERED = 7  # IOCB_CMD_PREADV
 TO_EVENTFD = 1  # IOCB_FLAG_RESFD
-MOST_PLACES = 7  # of a read
+MOST_PLACES = 2  # of a read
 
 
 class Read(NamedTuple):

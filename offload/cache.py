@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,18 +17,19 @@ import torch
 
 from coterie.offload.ahead import Guesser
 from coterie.offload.policies import MAKERS, lowest
+from coterie.offload.slots import Slots
 from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import LEAST, HostTier, Misses
-from coterie.offload.transfer import Slot, aligned_empty, usual_shift
 from coterie.offload.whole_path import CONTEXT_BYTES, MOST, TOKENS, Context
 from coterie.routing.errors import CoterieError
 
 DEFAULT = "coterie"
-DEPTH = 3  # layers ahead that experts are read for
+DEPTH = 6  # layers ahead that experts are read for
 AHEAD_SHARE = 0.25  # of the slots, that may wait for later layers
 MOST_COMING = 12  # experts, from which on nothing more is read ahead
-LEAST_WORTH, MOST_WORTH = 0.5, 0.9  # of an expert's chance to be asked for, where the disk is idle and where it is busy
-BUSY_LAYERS = 64  # that tell which
+LEAST_WORTH, MOST_WORTH = 0.4, 0.9  # of an expert's chance to be asked for, where guesses never and where they always are in
+# the way of what is needed
+BUSY_LAYERS = 64  # that tell how often
 PATH_BYTES = 2 * 512  # by expert and layer: a byte for each of 512 tokens, twice (predictors.Path)
 
 
@@ -77,21 +78,20 @@ class ExpertCache:
         layers = len(source.records)
         self.source, self.experts, self.slots, self.top_k, self.misses = source, experts, slots, top_k, misses
         self.store = source.store if isinstance(source, HostTier) else source
-        self.pools = {}
-        for name, shape in shapes.items():
-            kept = dtypes.get(name, dtype)
-            self.pools[name] = _empty((slots, *shape), kept, torch.device(device), _shift(self.store, name, kept))
-        self.slot = [Slot({name: pool[slot] for name, pool in self.pools.items()}) for slot in range(slots)]
+        kept = {name: dtypes.get(name, dtype) for name in shapes}
+        records, block = self.store.records, self.store.files.block
+        self.memory = Slots(slots, shapes, kept, torch.device(device), records, block, moving=not dtypes)
+        self.pools = self.memory.pools
         self.slot_of = np.full(layers * experts, -1, dtype=np.int64)
         self.free = list(range(slots - 1, -1, -1))
         self.policy = MAKERS[policy](layers, experts, top_k, slots)
         self.statistics = CacheStatistics()
         self.samples: list[Sample] | None = None  # a step each, where a timeline is recorded
         self.coming: dict[int, Future[None]] = {}  # experts that have a slot and are still being read
-        self.busy = 0.5  # the share of layers that began before what was read ahead had come, of late
+        self.busy = 0.5  # the share of layers, of late, that had to wait for their own behind what was read for others
         self.early = np.zeros(layers * experts, dtype=bool)  # read ahead, and not asked for since
         self.reserved: dict[int, set[int]] = {}  # by layer, what was read for its next turn
-        self.expected: tuple[int, Sequence[int], bool] | None = None
+        self.expected: tuple[int, Callable[[], Sequence[int]], bool] | None = None
         self.guesser = Guesser(layers, experts)
         self._turn, self._whose = threading.Lock(), 0  # of the thread whose step is between `announce` and its last arrival
 
@@ -146,7 +146,8 @@ class ExpertCache:
             self.samples.append(now)
         at = layer * self.experts + np.asarray(experts, dtype=np.int64)
         missing = at[self.slot_of[at] < 0].tolist()
-        self.busy += (any(not future.done() for future in self.coming.values()) - self.busy) / BUSY_LAYERS
+        behind = bool(missing) and any(future.running() for future in self.coming.values())
+        self.busy += (behind - self.busy) / BUSY_LAYERS
         unread = len(missing) + int(self.early[at].sum())
         self.early[at] = False
         self.reserved = {ahead: held for ahead, held in self.reserved.items() if layer < ahead <= layer + DEPTH}
@@ -225,16 +226,18 @@ class ExpertCache:
             self._prefetch(layer, [experts[place] for place in chosen if worth[at[place]] > least], at)
             self.early[at] = False  # they were asked for
 
-    def expect(self, layer: int, experts: Sequence[int], sure: bool = False) -> None:
+    def expect(self, layer: int, experts: Callable[[], Sequence[int]], sure: bool = False) -> None:
         """What the next step's router would pick now, likeliest first: read behind what is needed, as room allows.
 
-        Unless sure, or where the path so far has been a better guide, or neither was any good (offload/ahead.py).
+        Asked for once that is being read. If sure and not empty all is read; else not where the path so far has been a better
+        guide, or neither was any good (offload/ahead.py).
         """
         self.expected = layer, experts, sure
 
-    def _read_ahead(self, layer: int, router: Sequence[int], sure: bool, held: np.ndarray) -> None:
+    def _read_ahead(self, layer: int, experts: Callable[[], Sequence[int]], sure: bool, held: np.ndarray) -> None:
         """The experts that the next layer is expected to ask for, and other guesses for those after it."""
-        if sure:
+        router = experts()
+        if sure and router:
             self._prefetch(layer, router, held)
         else:
             self._read_guessed(layer, router, len(held), held)
@@ -309,7 +312,10 @@ class ExpertCache:
             return
         self.statistics.transfers += len(experts)
         slots = [self.free.pop() for _ in experts]
-        wanted = [(one // self.experts, one % self.experts, self.slot[s]) for one, s in zip(experts, slots, strict=True)]
+        wanted = []
+        for one, slot in zip(experts, slots, strict=True):
+            layer, expert = divmod(one, self.experts)
+            wanted.append((layer, expert, self.memory.place(slot, self.store.shifts(layer, expert))))
         try:
             self.slot_of[experts] = slots
             self.coming.update(zip(experts, self.source.start_many(wanted, ahead), strict=True))
@@ -361,18 +367,6 @@ class ExpertCache:
         self.slot_of[experts] = -1
         self.early[experts] = False
         self.free += slots[slots >= 0].tolist()
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, shift: int) -> torch.Tensor:
-    if device.type != "cpu":
-        with torch.inference_mode(False):
-            return torch.empty(shape, dtype=dtype, device=device)
-    return aligned_empty(shape, dtype, shift)
-
-
-def _shift(store: ExpertStore, name: str, dtype: torch.dtype) -> int:
-    """So that experts lie in their slots as they do in the file. Not float32, whose products may be summed otherwise then."""
-    return 0 if dtype == torch.float32 else usual_shift(store.records, name)
 
 
 def remembered_bytes(layers: int, experts: int, top_k: int) -> int:

@@ -56,7 +56,7 @@ class Files:
 
     def finish(self, transfer: Transfer) -> None:
         """All is there: raises CoterieError for a wrong checksum, or a file that has been written to since it was opened."""
-        transfer.check()
+        transfer.complete()
         seen = None
         for request in transfer.requests:
             path = request.file

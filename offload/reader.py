@@ -19,14 +19,14 @@ import torch
 
 from coterie.offload.aio import Queue, Read
 from coterie.offload.files import Files, gone_on, remaining
-from coterie.offload.transfer import EDGES, STAGE_BYTES, Own, Request, Transfer, aligned_empty
+from coterie.offload.transfer import BLOCK, STAGE_BYTES, Own, Request, Transfer, aligned_empty
 from coterie.routing.errors import CoterieError
 
 DEPTH = 32  # reads at a time; more wait here
-AHEAD_BYTES = 3 << 20  # under way, from which on nothing begins that is not needed yet
+AHEAD_BYTES = 8 << 20  # under way, from which on nothing begins that is not needed yet
 TOO_MANY = (errno.EAGAIN, errno.ENOMEM)  # the system can begin no more for now
 MOST_TRIES, TRY_SECONDS = 100, 0.01
-STAGES = 6  # reads at a time of what cannot be read right into its place
+STAGES = 8  # reads at a time of what cannot be read right into its place
 
 
 @dataclass
@@ -80,7 +80,7 @@ class AsyncReader:
         self._tags = count()
         self._stages: list[Own] = []
         self._free = list(range(STAGES))
-        edges = aligned_empty((DEPTH + STAGES, EDGES), torch.uint8).numpy()  # some wait for their turn to be put away
+        edges = aligned_empty((DEPTH + STAGES, BLOCK), torch.uint8).numpy()  # some wait for their turn to be put away
         self._edges = [Own.of(row) for row in edges]
         self._free_edges = list(range(len(self._edges)))
         self._closing = False

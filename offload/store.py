@@ -28,6 +28,7 @@ from coterie.offload.transfer import (
     Slot,
     Transfer,
     aligned_empty,
+    own_shift,
     plan,
     shifts_of,
 )
@@ -81,6 +82,7 @@ class ExpertStore:
             return plan(records[layer][expert], shifts, in_order, block)
 
         self._planned = planned
+        self._shifts = [[tuple(own_shift(part, block) for part in record.values()) for record in layer] for layer in records]
 
     @cached_property
     def asynchronous(self) -> AsyncReader | None:
@@ -119,6 +121,10 @@ class ExpertStore:
             self.files.fill(request, transfer.views(request, own))
             transfer.take(request, own)
         self.files.finish(transfer)
+
+    def shifts(self, layer: int, expert: int) -> tuple[int, ...]:
+        """How far behind a page each part of an expert is best read to (`transfer.own_shift`)."""
+        return self._shifts[layer][expert]
 
     def _transfer(self, layer: int, expert: int, into: Mapping[str, torch.Tensor]) -> Transfer:
         record, slot = self.records[layer][expert], into if isinstance(into, Slot) else Slot(into)

@@ -16,8 +16,9 @@ from types import MappingProxyType
 
 import torch
 
+from coterie.offload.slots import Slots
 from coterie.offload.store import AHEAD_READERS, READERS, ExpertStore, Wanted, start_each
-from coterie.offload.transfer import Record, aligned_empty, usual_shift
+from coterie.offload.transfer import Record
 from coterie.routing.errors import CoterieError
 
 LEAST = READERS + AHEAD_READERS + 1  # experts: one for each reader, and one that can give way
@@ -50,10 +51,9 @@ class HostTier:
         dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         self.store, self.slots = store, slots
-        self.pools = {
-            name: aligned_empty((slots, *shape), dtypes.get(name, dtype), usual_shift(store.records, name))
-            for name, shape in shapes.items()
-        }
+        kept = {name: dtypes.get(name, dtype) for name in shapes}
+        self.memory = Slots(slots, shapes, kept, torch.device("cpu"), store.records, store.files.block, moving=False)
+        self.pools: dict[str, torch.Tensor] = self.memory.stacked
         self._unpin: weakref.finalize[..., HostTier] | None = None
         if pinned:
             self._pin()
@@ -71,12 +71,12 @@ class HostTier:
     def _pin(self) -> None:
         pinned: list[torch.Tensor] = []  # kept until they are registered no more: their addresses will be others' later
         self._unpin = weakref.finalize(self, _unregister, pinned)
-        for pool in self.pools.values():
-            size = pool.numel() * pool.element_size()
-            if int(torch.cuda.cudart().cudaHostRegister(pool.data_ptr(), size, 0)):  # type: ignore[no-untyped-call]
+        for memory in (stack.memory for stack in self.memory.stacks.values()):
+            size = memory.numel()
+            if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)):  # type: ignore[no-untyped-call]
                 self._unpin()
                 raise CoterieError(f"host memory: {size / 1e9:.1f} GB cannot be pinned; give a smaller --host-memory")
-            pinned.append(pool)
+            pinned.append(memory)
 
     def start(self, layer: int, expert: int, into: Mapping[str, torch.Tensor], ahead: bool = False) -> Future[None]:
         """As `ExpertStore.start`. What the device is still computing may read the old contents of `into`: it is waited for."""
@@ -122,7 +122,7 @@ class HostTier:
                 return self.slot_of[key]
             slot = self.free.pop() if self.free else self._given_up()
         try:
-            self.store.read(*key, {name: pool[slot] for name, pool in self.pools.items()})
+            self.store.read(*key, self.memory.place(slot, ()))
         except BaseException:
             with self.lock:
                 self.free.append(slot)

@@ -1,9 +1,8 @@
 """An expert on its way from disk into tensors: which blocks of files are read for it, and where their bytes go.
 
-A checkpoint's offsets are not aligned to blocks. What lies in memory at the same distance from a block as in its file (see
-`usual_shift`) is read right into its place by one scattered read, all of an expert that lies together in the file at once.
-Blocks that hold the end of one part and the beginning of another go to a scratch, and are copied from there. What lies
-otherwise is read into memory of the reader's own, and copied from there.
+A checkpoint's offsets are not aligned to blocks. A slot's tensors have room around them (`offload/slots.py`) and begin as many
+bytes behind a page as their part of the expert does behind a block of its file: whole blocks are then read right into them, and
+what is a neighbour's in the first and the last falls into that room. Other tensors are filled from memory of the reader's own.
 """
 
 from __future__ import annotations
@@ -11,27 +10,23 @@ from __future__ import annotations
 import mmap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from ctypes import memmove
+from ctypes import c_uint8, memmove, string_at
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from coterie.offload.aio import MOST_PLACES
 from coterie.offload.checkpoint import ReadCounter
 from coterie.offload.checksum import Checksum, check
 
-BLOCK = 4096  # what O_DIRECT can always do with: offsets, lengths and places in memory are multiples
+BLOCK = 4096  # what O_DIRECT can always do with: offsets, lengths and places in memory are multiples; a page
 SECTOR = 512  # what it can do with on most devices
 STAGE_BYTES = 2 << 20  # the most that is read at once; of 4 MiB ahead what is needed would wait too long
-LEAST_DIRECT = 4  # blocks from which on a piece is read right into its place
-MOST_SPANS = (
-    MOST_PLACES - 1
-) // 2  # of a request that is: pieces that lie one after another, a block of the scratch around each
-EDGES = (MOST_SPANS + 1) * BLOCK  # bytes of the scratch for a request's blocks that are not all one span's
+LEAST_DIRECT = 16  # blocks from which on a parameter is read right into its place
 
 
 @dataclass(frozen=True)
@@ -70,28 +65,12 @@ class Span:
     first: int
 
 
-class Run(NamedTuple):
-    """`length` bytes from `begin` on of a parameter in memory, or, where that is None, of the scratch."""
-
-    name: str | None
-    begin: int
-    length: int
-
-
-class Edge(NamedTuple):
-    """`length` bytes of a parameter from `at` on that come to the scratch, at `scratch`."""
-
-    name: str
-    at: int
-    scratch: int
-    length: int
-
-
 @dataclass
 class Request:
     """A read of whole blocks: `least` of its bytes must be there, the file may end within the last block.
 
-    direct: right into the places of its spans, but for blocks that are not all one span's.
+    direct: right into the place of its only span, with what is read before it; the block that holds its last `tail` bytes, if
+    there are such, to the reader's own memory: another piece of the parameter goes on there.
     """
 
     file: Path
@@ -100,33 +79,12 @@ class Request:
     direct: bool
     spans: list[Span] = field(default_factory=list)
     block: int = BLOCK
+    tail: int = 0
 
     @property
     def length(self) -> int:
         """Bytes, to the end of the last block."""
         return -(-self.least // self.block) * self.block
-
-    @cached_property
-    def layout(self) -> tuple[list[Run], list[Edge]]:
-        """Of a direct request: where its bytes go, one run after another, and what of the scratch is to be copied."""
-        runs: list[Run] = []
-        edges: list[Edge] = []
-        at = kept = 0  # of the request, and of the scratch
-        for span in self.spans:
-            first, end = -(-span.start // self.block) * self.block, span.start + span.length
-            last = end // self.block * self.block
-            if first > at:
-                runs.append(Run(None, kept, self.block))
-                kept += self.block
-            if first > span.start:
-                edges.append(Edge(span.name, span.first, kept - (first - span.start), first - span.start))
-            runs.append(Run(span.name, span.first + first - span.start, last - first))
-            if last < end:  # in the block that comes next
-                edges.append(Edge(span.name, span.first + last - span.start, kept, end - last))
-            at = last
-        if self.least > at:
-            runs.append(Run(None, kept, self.block))
-        return runs, edges
 
 
 @dataclass(frozen=True)
@@ -139,7 +97,14 @@ class Expected:
 
 
 class Slot(dict[str, torch.Tensor]):
-    """Tensors that experts are read into again and again, by parameter; what must be known of them is found out once."""
+    """Tensors that an expert is read into, by parameter; what must be known of them is found out once.
+
+    shifts: of those with a block's room before and behind them, by how many bytes they begin behind a page.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], shifts: Mapping[str, int] = MappingProxyType({})) -> None:
+        super().__init__(tensors)
+        self.shifts = shifts
 
     @cached_property
     def bytes(self) -> dict[str, np.ndarray]:
@@ -149,12 +114,7 @@ class Slot(dict[str, torch.Tensor]):
     @cached_property
     def addresses(self) -> dict[str, int]:
         """Where that begins."""
-        return {name: found.ctypes.data for name, found in self.bytes.items()}
-
-    @cached_property
-    def offsets(self) -> dict[str, int]:
-        """How far behind a block each begins."""
-        return {name: tensor.data_ptr() % BLOCK for name, tensor in self.items()}
+        return {name: tensor.data_ptr() for name, tensor in self.items() if tensor.device.type == "cpu"}
 
 
 class Own(NamedTuple):
@@ -181,20 +141,20 @@ class Transfer:
     ) -> None:  # fmt: skip
         self.record, self.into, self.requests, self.counter, self.expected = record, into, requests, counter, expected
         self.seen = None if expected is None else Checksum()
-
-    def views(self, request: Request, own: Own) -> list[np.ndarray]:
-        """Where a request reads to, one after another. own: of the reader, EDGES; of what is not direct STAGE_BYTES."""
-        if not request.direct:
-            return [own.bytes[: request.length]]
-        parts = self.into.bytes
-        return [(own.bytes if name is None else parts[name])[at : at + size] for name, at, size in request.layout[0]]
+        self.tails: list[tuple[int, bytes]] = []  # addresses, and what belongs there once all has been read
 
     def goes_to(self, request: Request, own: Own) -> list[tuple[int, int]]:
-        """The same as addresses and lengths."""
+        """Where a request reads to, addresses and lengths. own: of the reader, a block; of what is not direct STAGE_BYTES."""
         if not request.direct:
             return [(own.address, request.length)]
-        parts = self.into.addresses
-        return [((own.address if name is None else parts[name]) + at, size) for name, at, size in request.layout[0]]
+        span, last = request.spans[0], request.block if request.tail else 0
+        places = [(self.into.addresses[span.name] + span.first - span.start, request.length - last), (own.address, last)]
+        return [place for place in places if place[1]]
+
+    def views(self, request: Request, own: Own) -> list[np.ndarray]:
+        """The same as memory."""
+        places = self.goes_to(request, own)
+        return [np.ctypeslib.as_array((c_uint8 * length).from_address(address)) for address, length in places]
 
     def take(self, request: Request, own: Own) -> None:
         """Put the bytes of a request where they belong, once they are in its `views` with the same `own`.
@@ -202,13 +162,13 @@ class Transfer:
         In any order, unless `seen` is not None: a checksum goes by the requests' own.
         """
         if request.direct:
-            parts = self.into.addresses
-            for name, at, scratch, length in request.layout[1]:
-                memmove(parts[name] + at, own.address + scratch, length)
+            span = request.spans[0]
+            if request.tail:
+                end = span.first + span.length
+                self.tails.append((self.into.addresses[span.name] + end - request.tail, string_at(own.address, request.tail)))
             if self.seen is not None:
-                for span in request.spans:
-                    self.seen.update(self.into.bytes[span.name][span.first : span.first + span.length].data)
-            self.counter.add(request.least - request.spans[0].start)
+                self.seen.update(self.into.bytes[span.name][span.first : span.first + span.length].data)
+            self.counter.add(span.length)
             return
         for span in request.spans:
             found = own.bytes[span.start : span.start + span.length]
@@ -222,8 +182,10 @@ class Transfer:
                 self.into[span.name].view(-1)[span.first // dtype.itemsize :][: len(values)].copy_(values)
         self.counter.add(sum(span.length for span in request.spans))
 
-    def check(self) -> None:
-        """Raises CoterieError, once all has been taken, for bytes that do not give what is expected."""
+    def complete(self) -> None:
+        """Once all has been taken. Raises CoterieError for bytes that do not give what is expected."""
+        for address, tail in self.tails:
+            memmove(address, tail, len(tail))
         if self.seen is not None and self.expected is not None:
             check(self.seen, self.expected.checksum, self.requests[0].file, self.expected.layer, self.expected.expert)
 
@@ -241,12 +203,13 @@ def plan(record: Record, shifts: Sequence[int | None], in_order: bool, block: in
             first += piece.length
     if not in_order:
         pieces.sort(key=lambda found: (str(found[0].file), found[0].offset))
+    pieces = _run_together(pieces)
     known = dict(zip(record, shifts, strict=True))
+    direct = {name for name, part in record.items() if _is_direct(part, name, known[name], pieces, in_order, block)}
     made: list[Request] = []
-    for piece, name, first in _run_together(pieces):
-        shift = known[name]
-        if shift is not None and (shift + first - piece.offset) % block == 0 and piece.length >= LEAST_DIRECT * block:
-            _add_direct(made, piece, name, first, block)
+    for piece, name, first in pieces:
+        if name in direct:
+            made += _direct(piece, name, first, first + piece.length == record[name].length, block)
             continue
         done = 0
         while done < piece.length:
@@ -259,8 +222,24 @@ def plan(record: Record, shifts: Sequence[int | None], in_order: bool, block: in
 
 
 def shifts_of(record: Record, into: Slot) -> tuple[int | None, ...]:
-    """Of each part in order, how far behind a block its tensor begins in memory; None where the part must be cast for it."""
-    return tuple(into.offsets[name] if _as_stored(part, into[name]) else None for name, part in record.items())
+    """Of each part in order, how far behind a page its tensor begins; None without room around it, or if it must be cast."""
+    return tuple(into.shifts.get(name) if _as_stored(part, into[name]) else None for name, part in record.items())
+
+
+def own_shift(part: Part, block: int) -> int:
+    """How far behind a page a part's tensor should begin: as its bytes behind a block of their file."""
+    shift = part.pieces[0].offset % block
+    return 0 if shift % part.dtype.itemsize else shift
+
+
+def _is_direct(
+    part: Part, name: str, shift: int | None, pieces: Sequence[tuple[Piece, str, int]], in_order: bool, block: int
+) -> bool:
+    """Whether all pieces of a parameter can be read right into its tensor, which begins at `shift`."""
+    mine = [(piece, first) for piece, whose, first in pieces if whose == name]
+    if shift is None or part.length < LEAST_DIRECT * block or (in_order and len(mine) > 1):
+        return False
+    return all((shift + first - piece.offset) % block == 0 and piece.length >= 2 * block for piece, first in mine)
 
 
 def _run_together(pieces: list[tuple[Piece, str, int]]) -> list[tuple[Piece, str, int]]:
@@ -277,30 +256,25 @@ def _run_together(pieces: list[tuple[Piece, str, int]]) -> list[tuple[Piece, str
     return made
 
 
-def _add_direct(made: list[Request], piece: Piece, name: str, first: int, block: int) -> None:
-    """Requests of STAGE_BYTES at most, cut at blocks, the last one there first, if the piece follows on it."""
-    at, end = piece.offset, piece.offset + piece.length
-    if made and made[-1].direct and (made[-1].file, made[-1].offset + made[-1].least) == (piece.file, at):
-        last = made[-1]
-        until = min(end, last.offset + STAGE_BYTES)
-        if len(last.spans) < MOST_SPANS and until - at >= LEAST_DIRECT * block:
-            last.spans.append(Span(name, last.least, until - at, first))
-            last.least += until - at
-            at = until
-    while at < end:
-        offset = at // block * block
-        until = min(end, offset + STAGE_BYTES)
-        span = Span(name, at - offset, until - at, first + at - piece.offset)
-        made.append(Request(piece.file, offset, until - offset, True, [span], block))
-        at = until
+def _direct(piece: Piece, name: str, first: int, ends: bool, block: int) -> list[Request]:
+    """Requests of about the same size, STAGE_BYTES at most, cut at blocks. ends: the parameter does so with this piece."""
+    offset, end = piece.offset // block * block, piece.offset + piece.length
+    tail = 0 if ends else end % block
+    parts = -(-(end - offset) // (STAGE_BYTES - block))
+    size = -(-(end - offset) // parts // BLOCK) * BLOCK
+    made = []
+    for at in range(offset, end, size):
+        until = min(end, at + size)
+        begins = max(at, piece.offset)
+        span = Span(name, begins - at, until - begins, first + begins - piece.offset)
+        made.append(Request(piece.file, at, until - at, True, [span], block, tail if until == end else 0))
+    return made
 
 
-def usual_shift(records: Iterable[Iterable[Record]], name: str) -> int:
-    """Bytes by which most experts' parameter `name` begins behind a block in its file; a multiple of its values' size."""
-    found = Counter(part.pieces[0].offset % BLOCK for layer in records for record in layer for part in [record[name]])
-    sizes = {record[name].dtype.itemsize for layer in records for record in layer}
-    shift = found.most_common(1)[0][0] if found else 0
-    return shift if all(shift % size == 0 for size in sizes) else 0
+def usual_shift(records: Iterable[Iterable[Record]], name: str, block: int) -> int:
+    """`own_shift` of most experts' parameter `name`."""
+    found = Counter(own_shift(record[name], block) for layer in records for record in layer)
+    return found.most_common(1)[0][0] if found else 0
 
 
 def _joined(request: Request, piece: Piece, done: int, name: str, first: int, itemsize: int) -> int:

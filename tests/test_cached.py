@@ -81,6 +81,31 @@ def test_logits_are_the_residents_to_the_bit_at_every_room(family: Path, dtype: 
         made.cache.store.close()
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_logits_are_the_residents_wherever_a_file_lets_an_expert_begin(kind: str, dtype: str, tmp_path: Path) -> None:
+    """Experts large enough to be read right into slots, in several files whose headers differ in length."""
+    whole = make_model(kind, tmp_path / "whole", dtype=dtype, hidden_size=192, intermediate_size=320, moe_intermediate_size=320)
+    weights = load_file(whole / "model.safetensors")
+    folder, names, files = tmp_path / kind, sorted(weights), {}
+    folder.mkdir()
+    for number in range(5):
+        part = {name: weights[name] for name in names[number::5]}
+        file = f"model-{number + 1:05d}-of-00005.safetensors"
+        save_file(part, folder / file, metadata={"format": "pt", "said": "x" * (24 * number)})
+        files |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "config.json").write_text((whole / "config.json").read_text())
+    resident = model(folder, None, dtype)
+    right, total = logits(resident), resident.shape.num_experts * len(resident.shape.layer_ids)
+    for slots in (resident.shape.top_k, total // 2):
+        made = model(folder, slots, dtype)
+        store, experts = made.cache.store, resident.shape.num_experts
+        assert len({store.shifts(layer, e) for layer in range(len(store.records)) for e in range(experts)}) > 2
+        assert all(torch.equal(got, expected) for got, expected in zip(logits(made), right, strict=True)), slots
+        store.close()
+
+
 def test_an_expert_is_read_in_place_and_byte_for_byte(family: Path) -> None:
     share = prepare(family, None, "float32", 1)
     store = index_experts(share.shape, share.empty, share.checkpoint)
@@ -141,9 +166,8 @@ def test_slots_hold_what_they_say_whatever_was_expected(slots: int, tmp_path: Pa
         layer = step % layers
         picked = rng.permutation(experts)[: rng.integers(1, 4)].tolist()
         cache.announce(layer, picked)
-        cache.expect(
-            (layer + 1) % layers, rng.permutation(experts)[: rng.integers(0, 4)].tolist(), sure=bool(rng.integers(0, 2))
-        )
+        guess = rng.permutation(experts)[: rng.integers(0, 4)].tolist()
+        cache.expect((layer + 1) % layers, lambda guess=guess: guess, sure=bool(rng.integers(0, 2)))
         came = []
         for group in cache.arrivals(layer, picked):
             for position, slot in group:
@@ -161,7 +185,11 @@ class Ready:
     """A store whose experts are there at once, all zeros; fails while `broken`."""
 
     def __init__(self, layers: int, experts: int) -> None:
-        self.records, self.broken = [[{}] * experts] * layers, False
+        record = {"w": Part(torch.float32, (1,), (Piece(Path("w"), 0, 4),))}
+        self.records, self.broken, self.files = [[record] * experts] * layers, False, SimpleNamespace(block=512)
+
+    def shifts(self, *expert: int) -> tuple[int, ...]:
+        return (0,)
 
     def start(self, *args: object) -> Future[None]:
         if self.broken:
@@ -192,7 +220,7 @@ def test_the_default_policy_learns_although_guesses_are_read_ahead() -> None:
             for layer, picked in enumerate(picks):
                 cache.announce(layer, picked)
                 if layer + 1 < layers:
-                    cache.expect(layer + 1, picks[layer + 1], sure=True)
+                    cache.expect(layer + 1, lambda then=picks[layer + 1]: then, sure=True)
                 assert sorted(place for group in cache.arrivals(layer, picked) for place, _ in group) == [0, 1]
         transfers[policy] = cache.statistics.transfers
     assert cache.policy.learning

@@ -23,11 +23,13 @@ from coterie.moe.model import assembled
 from coterie.moe.prepare import prepare
 from coterie.offload import aio
 from coterie.offload.aio import Queue
+from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import ReadCounter
 from coterie.offload.checksum import Checksum
 from coterie.offload.reader import AHEAD_BYTES, STAGES
+from coterie.offload.slots import Slots
 from coterie.offload.store import ExpertStore
-from coterie.offload.transfer import BLOCK, STAGE_BYTES, Part, Piece, aligned_empty
+from coterie.offload.transfer import BLOCK, STAGE_BYTES, Part, Piece
 from coterie.routing.errors import CoterieError
 
 PROMPTS = torch.tensor([[5, 17, 33, 60, 8, 2, 91, 44, 7], [9, 9, 3, 4, 96, 11, 12, 40, 1]])
@@ -102,39 +104,79 @@ def test_parts_of_pieces_anywhere_in_several_files_and_dtypes(seed: int, checked
         record[name], right[name] = Part(dtype, tuple(values.shape), tuple(pieces)), values
     store = ExpertStore([[record]], ReadCounter(), [[sums.hexdigest()]] if checked else None)
     assert (store.asynchronous is not None) == (reader == "asynchronous" and store.files.direct)
-    into = {
-        name: aligned_empty(part.shape, part.dtype if rng.integers(3) else torch.int64, shift_of(part, rng)).fill_(-1)
-        if rng.integers(2) else torch.full(part.shape, -1, dtype=part.dtype)
-        for name, part in record.items()
-    }  # fmt: skip
+    shapes = {name: part.shape for name, part in record.items()}
+    dtypes = {name: part.dtype if rng.integers(3) else torch.int64 for name, part in record.items()}
+    slots = Slots(3, shapes, dtypes, torch.device("cpu"), [[record]], store.files.block, moving=bool(rng.integers(2)))
+    around = [{name: tensor.fill_(-1) for name, tensor in slots.place(slot, slots._shifts[slot]).items()} for slot in (0, 2)]
+    wanted = tuple(shift if rng.integers(3) else 8 for shift in store.shifts(0, 0))
+    into = slots.place(1, wanted) if rng.integers(4) else {n: torch.full(p.shape, -1, dtype=p.dtype) for n, p in record.items()}
     store.start(0, 0, into).result()
     for name, values in right.items():
         assert torch.equal(into[name].to(values.dtype), values), name
+    assert all((tensor == -1).all() for beside in around for tensor in beside.values()), "the slots beside it are not touched"
     assert store.counter.bytes == sum(values.numel() * values.itemsize for values in right.values())
     store.close()
-
-
-def shift_of(part: Part, rng: np.random.Generator) -> int:
-    """As its first piece lies in the file, or not."""
-    shift = part.pieces[0].offset % BLOCK
-    return shift if rng.integers(4) and shift % 8 == 0 else 0
 
 
 @pytest.mark.parametrize(
     ("offset", "length"), [(8, 40 * BLOCK), (520, 3 * STAGE_BYTES + 8), (4088, STAGE_BYTES + 16), (0, 99_992)]
 )
-def test_what_lies_in_memory_as_in_its_file_is_read_into_its_place(
-    offset: int, length: int, reader: str, tmp_path: Path
-) -> None:
-    store, right = stored(tmp_path / "f", 3, length // 4, offset)
-    for expert in range(3):
-        shift = store.records[0][expert]["w"].pieces[0].offset % BLOCK
-        around = aligned_empty((length // 4 + 4,), torch.float32, (shift - 8) % BLOCK).fill_(-1)
-        transfer = store._transfer(0, expert, {"w": around[2:-2]})
-        assert all(request.direct for request in transfer.requests)
-        store.start(0, expert, {"w": around[2:-2]}).result()
-        assert torch.equal(around[2:-2], right[expert])
-        assert around[:2].tolist() == around[-2:].tolist() == [-1, -1], "what is beside it is not touched"
+def test_slots_have_room_for_the_blocks_that_an_expert_lies_in(offset: int, length: int, reader: str, tmp_path: Path) -> None:
+    right = torch.arange(3 * length // 2, dtype=torch.int16).view(3, -1)
+    file = tmp_path / "f"
+    file.write_bytes(bytes(offset) + right.numpy().tobytes())
+    records = [{"w": Part(torch.int16, (length // 2,), (Piece(file, offset + length * e, length),))} for e in range(3)]
+    store = ExpertStore([records], ReadCounter())
+    slots = Slots(3, {"w": (length // 2,)}, {"w": torch.int16}, torch.device("cpu"), store.records, store.files.block, True)
+    into = [slots.place(slot, store.shifts(0, slot)) for slot in range(3)]
+    for expert in (1, 0, 2):
+        requests = store._transfer(0, expert, into[expert]).requests
+        assert all(request.direct and request.length <= STAGE_BYTES for request in requests)
+        assert all(at % store.files.block == 0 for r in requests for at in (r.offset, r.length))
+        begins = into[expert].addresses["w"] - requests[0].spans[0].start
+        assert begins % BLOCK == 0, "the fastest place to read to"
+        store.start(0, expert, into[expert]).result()
+    assert all(torch.equal(slots.pools["w"][expert], right[expert]) for expert in range(3))
+    store.close()
+
+
+def test_pieces_apart_in_the_file_are_read_into_one_tensor(reader: str, tmp_path: Path) -> None:
+    """As Mixtral's gate, down and up lie: where gate ends and up begins in the tensor, blocks of the file hold down's bytes."""
+    size, file = 20 * BLOCK, tmp_path / "f"
+    values = np.random.default_rng(0).integers(0, 256, 8 + 3 * size, dtype=np.uint8)
+    file.write_bytes(values.tobytes())
+    gate, down, up = (Piece(file, 8 + n * size, size) for n in range(3))
+    record = {"both": Part(torch.uint8, (2 * size,), (gate, up)), "down": Part(torch.uint8, (size,), (down,))}
+    store = ExpertStore([[record]], ReadCounter())
+    shapes = {"both": (2 * size,), "down": (size,)}
+    slots = Slots(2, shapes, dict.fromkeys(shapes, torch.uint8), torch.device("cpu"), store.records, store.files.block, True)
+    into = slots.place(1, store.shifts(0, 0))
+    assert all(request.direct for request in store._transfer(0, 0, into).requests)
+    store.start(0, 0, into).result()
+    assert np.array_equal(into["both"].numpy(), np.concatenate([values[8 : 8 + size], values[8 + 2 * size :]]))
+    assert np.array_equal(into["down"].numpy(), values[8 + size : 8 + 2 * size])
+    store.close()
+
+
+def test_experts_of_files_that_lie_otherwise_are_read_into_the_same_slots(reader: str, tmp_path: Path) -> None:
+    records, right = [], []
+    for nth, offset in enumerate((8, 264, 4000, 6001)):
+        values = torch.arange(nth, nth + 50_000, dtype=torch.int16)
+        file = tmp_path / str(nth)
+        file.write_bytes(bytes(offset) + values.numpy().tobytes())
+        records.append({"w": Part(torch.int16, (50_000,), (Piece(file, offset, 100_000),))})
+        right.append(values)
+    store = ExpertStore([records], ReadCounter())
+    cache = ExpertCache(store, 4, 2, {"w": (50_000,)}, torch.int16, 1)
+    for expert in [0, 1, 2, 3, 2, 0, 3, 1, 3]:
+        cache.announce(0, [expert])
+        for group in cache.arrivals(0, [expert]):
+            for _, slot in group:
+                assert torch.equal(cache.pools["w"][slot], right[expert]), expert
+    direct = [
+        all(r.direct for r in store._transfer(0, e, cache.memory.place(0, store.shifts(0, e))).requests) for e in range(4)
+    ]
+    assert direct == [True, True, True, False], "an odd offset is no place for values of two bytes"
     store.close()
 
 
@@ -143,9 +185,10 @@ def test_a_checkpoint_in_bfloat16_is_read_into_the_slots_themselves(tmp_path: Pa
     share = replace(prepare(folder, None, "bfloat16", 1), slots=4)
     cache = assembled(share, share.read(0), None, Group()).cache
     assert cache is not None
-    into = {name: pool[1] for name, pool in cache.pools.items()}
-    requests = [r for e in range(4) for r in cache.store._transfer(0, e, into).requests]
-    assert all(r.direct for r in requests), requests
+    for expert in range(4):
+        into = cache.memory.place(1, cache.store.shifts(0, expert))
+        requests = cache.store._transfer(0, expert, into).requests
+        assert all(r.direct for r in requests), requests
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4095, 5000])
