@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import socket
 import sys
@@ -79,3 +80,14 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * int(os.sysconf("SC_PAGE_SIZE"))
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def shared_out_bytes(process: int) -> int | None:
+    """What a process and all it has started have in memory, pages that several have counted once (PSS); None if unknown."""
+    here = Path("/proc") / str(process)
+    try:
+        found = re.search(r"^Pss:\s+(\d+) kB", (here / "smaps_rollup").read_text(), re.MULTILINE)
+        children = [int(child) for task in (here / "task").iterdir() for child in (task / "children").read_text().split()]
+    except OSError:  # it has ended, or the system does not say
+        return None
+    return None if found is None else 1024 * int(found[1]) + sum(shared_out_bytes(child) or 0 for child in children)

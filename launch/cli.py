@@ -303,6 +303,9 @@ def _generate(verbs: Any) -> None:
         help="on a GPU: fetch, or compute on the host's cpu, which rounds differently; auto",
     )
     p.add_argument("--packed", type=Path, metavar="DIR", help="with --memory: read experts from what coterie pack wrote there")
+    p.add_argument(
+        "--prior", type=Path, metavar="TRACE", help="recorded routing of the model, for what is read from disk and when"
+    )
     p.add_argument("--quantise", metavar="FORMAT", help="round the experts to int8, int4 or fp8 (docs/kernels.md)")
     p.add_argument(
         "--batch-invariant", action="store_true", help="text that does not depend on the batch or the rank, to the last bit"

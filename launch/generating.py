@@ -145,7 +145,7 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
     from coterie.launch.memory import check_memory_options
     from coterie.moe.generate import Sampling
     from coterie.moe.model import asked_strategy, check_invariant
-    from coterie.moe.prepare import prepare
+    from coterie.moe.prepare import known_prior, prepare
     from coterie.moe.text import Prompt, Text
 
     positive("--max-new-tokens", options.max_new_tokens)
@@ -163,7 +163,13 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
     for path in (options.out, options.trace_events):
         if path is not None and group.rank == 0 and not options.dry_run:
             check_writable(
-                path, options.prompts, options.plan, options.replan, *files_of(options.model), *files_of(options.packed)
+                path,
+                options.prompts,
+                options.plan,
+                options.replan,
+                options.prior,
+                *files_of(options.model),
+                *files_of(options.packed),
             )
     prompts = read_prompts(options.prompts) if options.prompts else [Prompt(text=options.prompt)]
     plan = None if options.plan is None else read_plan(options.plan)
@@ -176,6 +182,7 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
             raise
         raise type(error)(f"{options.plan}: {error}") from error
     check_invariant(options.batch_invariant, strategy, replace(share, misses=options.misses))
+    share = share if options.prior is None else known_prior(share, options.prior)
     if options.batch_invariant and options.replan is not None:
         raise InputError("--replan: found it with --batch-invariant, expected one of them: sums follow where experts are")
     replan, text = _new_plan(options.replan, share, to_come.size), Text(share.shape)

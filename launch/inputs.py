@@ -17,7 +17,7 @@ OWN = ("out", "json", "debug")  # arguments in which ranks may differ
 def found_here(options: argparse.Namespace) -> dict[str, str]:
     """Digests of what `generate` was given, by what the user calls it."""
     found = {f"{options.model}: the checkpoint": checkpoint_digest(options.model)}
-    given = [path for path in (options.plan, options.prompts) if path is not None]
+    given = [path for path in (options.plan, options.prompts, options.prior) if path is not None]
     if options.replan not in (None, "auto") and Path(options.replan).is_file():  # else refused later, with what it may be
         given.append(Path(options.replan))
     found |= {str(path): sha256(path)[:16] for path in given}

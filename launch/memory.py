@@ -55,6 +55,8 @@ def within_budget(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, 
             raise InputError("--misses: found cpu where all experts fit, expected --memory with it: nothing is missed here")
         if options.host_memory is not None:
             raise InputError("--host-memory: found it where all experts fit, expected --memory with it: nothing is left there")
+        if options.prior is not None:
+            raise InputError("--prior: found it where all experts fit, expected --memory with it: nothing is read later here")
         return asked
     from coterie.moe.memory import estimate, most_held, most_slots
 
@@ -66,9 +68,11 @@ def within_budget(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, 
         peak = max(need.peak for need in estimate(sizes, share.plan, _candidates(asked)[0], work))
         enough = f"--memory {int(peak) + taken} holds all experts"
         raise InputError(f"{not_packed('--memory', share.quantise)}; {enough}")
+    if slots is not None and share.device.type != "cpu":
+        share.host_slots(most_held(share.plan))  # raises where it is too small
     if group.rank == 0:
         whole = most_held(share.plan)
-        unused = "" if share.packed is None else f", {options.packed} is not used"
+        unused = "".join(f", {given} is not used" for given in (options.packed, options.prior) if given is not None)
         what = (
             f"all experts fit{unused}" if slots is None else f"room for {slots} of {whole} experts at once, the others on disk"
         )

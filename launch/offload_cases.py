@@ -6,7 +6,9 @@ import ctypes
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from coterie.launch.replay import Replay
 from coterie.moe.collectives import Group
 from coterie.moe.model import Model, assembled
 from coterie.moe.prepare import prepare
+from coterie.offload.slots import Slots
 from coterie.offload.transfer import STAGE_BYTES, Request
 from coterie.routing.errors import first_line
 from coterie.routing.trace import read_trace
@@ -39,6 +42,7 @@ HUGE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "
 DROP = Path("/proc/sys/vm/drop_caches")
 PROMPT = 8
 STRAIGHT = 512 << 20
+AT_ONCE = 4  # experts
 SETTLED = 0.05  # seconds after which the system has done with what it dropped
 PAGE_OUT = 21  # MADV_PAGEOUT
 
@@ -193,6 +197,33 @@ def disk_rate(model: Model) -> float:
     started = time.perf_counter()
     list(store.readers.map(read, range(0, size, STAGE_BYTES)))
     return size / (time.perf_counter() - started)
+
+
+def spare_slots(model: Model) -> Slots:
+    """As many more slots as STRAIGHT bytes of experts want: too many for the processor's caches."""
+    assert model.cache is not None
+    store, pools = model.cache.store, model.cache.pools
+    shapes = {name: tuple(pool.shape[1:]) for name, pool in pools.items()}
+    count = STRAIGHT // sum(part.length for part in store.records[0][0].values())
+    dtypes = {name: pool.dtype for name, pool in pools.items()}
+    return Slots(count, shapes, dtypes, torch.device("cpu"), store.records, store.files.block, moving=True)
+
+
+def store_rate(model: Model, slots: Slots) -> float:
+    """Bytes a second of experts read one after another, a few at a time, as the cache reads them."""
+    assert model.cache is not None
+    store, before = model.cache.store, model.cache.store.counter.bytes
+    layers, experts = len(store.records), len(store.records[0])
+    started = time.perf_counter()
+    under_way: deque[Future[None]] = deque()
+    for number in range(len(slots)):
+        layer, expert = divmod(number % (layers * experts), experts)
+        under_way.append(store.start(layer, expert, slots.place(number, store.shifts(layer, expert))))
+        if len(under_way) > AT_ONCE:
+            under_way.popleft().result()
+    for future in under_way:
+        future.result()
+    return (store.counter.bytes - before) / (time.perf_counter() - started)
 
 
 def prompted(side: Sequence | Llama, position: int, tokens: int) -> list[int]:

@@ -26,7 +26,7 @@ from coterie.moe.many_rows import speed_up_many_rows
 from coterie.moe.norms import speed_up_norms
 from coterie.moe.one_row import speed_up_one_row
 from coterie.moe.placement_map import layer_maps
-from coterie.moe.prepare import Share, check_slots, prepare
+from coterie.moe.prepare import Share, check_slots, known_prior, prepare
 from coterie.moe.replanning import AutoReplan, Boundary, TakeOver
 from coterie.moe.rotary import tell_apart
 from coterie.moe.schedule import in_order
@@ -37,7 +37,7 @@ from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import CoterieError, InputError, positive
 from coterie.routing.files import check_writable
 from coterie.routing.record import Recorder, TraceWriter, expert_modules, metadata_for
-from coterie.routing.trace import check_scenario
+from coterie.routing.trace import RoutingTrace, check_scenario
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def load(
     model: str | Path, plan: PlacementPlan | None = None, dtype: str = "auto", strategy: str | None = None,
     device: str | torch.device | None = None, group: Group | None = None, batch_invariant: bool = False,
     quantise: str | None = None, slots: int | None = None, packed: str | Path | None = None, host_bytes: int | None = None,
-    misses: str = "fetch",
+    misses: str = "fetch", prior: str | Path | RoutingTrace | None = None,
 ) -> Model:  # fmt: skip
     """Load this rank's share of MODEL: a folder, a hub id, or `coterie-tiny`.
 
@@ -312,11 +312,13 @@ def load(
     packed: the folder that `coterie pack` made of MODEL; experts on disk are read from it.
     host_bytes, misses: with slots on a GPU, how much pinned memory is for experts that were read (by default for all of this
     rank's), and what is done about what the GPU lacks: `fetch`, `cpu`, `auto` (offload/tiers.py).
+    prior: with slots, recorded routing of the model (`coterie trace`) that the cache begins with.
     Raises InputError for a model, checkpoint or plan that is wrong or does not fit.
     """
     group = group or Group.current()
     share = prepare(model, plan, dtype, group.size, group.nodes, device, quantise, packed)
     share = replace(share, slots=slots, host_bytes=host_bytes, misses=misses)
+    share = share if prior is None else known_prior(share, prior)
     check_slots(share)
     asked = asked_strategy(share, strategy, group)
     return assembled(share, share.read(group.rank), asked, group, batch_invariant=batch_invariant)

@@ -20,6 +20,7 @@ from coterie.moe.quantise import check_format, hold, load_rounded, rounding_of, 
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint
 from coterie.offload.copies import AS_STORED, Rounding
+from coterie.offload.prior import check_prior, teach
 from coterie.offload.sidecar import Sidecar, open_sidecar
 from coterie.offload.slots import slot_bytes
 from coterie.offload.store import ExpertStore
@@ -27,6 +28,7 @@ from coterie.offload.tiers import LEAST, HostTier
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
+from coterie.routing.trace import RoutingTrace, read_trace
 
 OnBytes = Callable[[int, int], object]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,8 +40,9 @@ class Share:
 
     quantise: the format that experts are rounded to (kernels/formats.py), or None. slots: how many experts this process holds
     at once, the others being read from disk when they are needed (moe/cached.py); None for all. packed: where these are read
-    from, if not from the checkpoint; rounded as `quantise` says. Behind a GPU's slots: host_bytes of memory for those that were
-    read, None for all; misses: what is done about what the GPU does not have (offload/tiers.py).
+    from, if not from the checkpoint; rounded as `quantise` says. prior: recorded routing to begin with (offload/prior.py).
+    Behind a GPU's slots: host_bytes of memory for those that were read, None for all; misses: what is done about what the GPU
+    does not have (offload/tiers.py).
     """
 
     shape: ModelShape
@@ -53,6 +56,7 @@ class Share:
     packed: Sidecar | None = None
     host_bytes: int | None = None
     misses: str = "fetch"
+    prior: RoutingTrace | None = None
 
     def read(self, rank: int, on_bytes: OnBytes | None = None) -> Any:
         """The transformers model with the share of `rank` in it. on_bytes: told (bytes just read, bytes in all)."""
@@ -102,12 +106,17 @@ class Share:
         read = self._dense(on_bytes)
         shapes = {name: part.shape for name, part in store.records[0][0].items()}
         dtypes = self._dtypes(read)
-        source = store if self.device.type == "cpu" else self._tier(store, sum(map(len, local)), shapes, dtypes)
+        source: ExpertStore | HostTier = store
+        if self.device.type != "cpu":
+            kept = self.host_slots(sum(map(len, local)))
+            source = HostTier(store, kept, shapes, self.dtype, self.device.type == "cuda", dtypes)
         cache = ExpertCache(
             source, self.shape.num_experts, slots, shapes, self.dtype, self.shape.top_k, device=self.device, dtypes=dtypes
         )
         attach_cache(read, cache, local)
         attach_embeddings(read, cache)
+        if self.prior is not None:
+            teach(cache, self.prior, local)
         modules = [module for _, module in expert_modules(read).values()]
         if self.rounding is not None:
             for module in modules:
@@ -116,20 +125,23 @@ class Share:
             cache.misses = misses_of(self.misses, cache, modules[0])
         return read
 
-    def _dtypes(self, read: Any) -> dict[str, torch.dtype]:
+    def _dtypes(self, model: Any) -> dict[str, torch.dtype]:
         """Of an expert's parts in slots, where it is not the model's."""
         if self.rounding is None:
             return {}
-        return self.rounding.dtypes(stacked_record(next(iter(expert_modules(read).values()))[1]), self.dtype)
+        return self.rounding.dtypes(stacked_record(next(iter(expert_modules(model).values()))[1]), self.dtype)
 
-    def _tier(
-        self, store: ExpertStore, whole: int, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]
-    ) -> HostTier:
-        """whole: this rank's experts, all layers together."""
+    def host_slots(self, whole: int) -> int:
+        """How many experts the host keeps behind a GPU's slots. whole: this rank's experts, all layers together.
+
+        Raises InputError for less room than reading and computing there need.
+        """
+        record, dtypes = stacked_record(next(iter(expert_modules(self.empty).values()))[1]), self._dtypes(self.empty)
+        parts = record if self.rounding is None else self.rounding.record(record)
         one = 0
-        for name, shape in shapes.items():
+        for name, part in parts.items():
             kept = dtypes.get(name, self.dtype)
-            one += slot_bytes(torch.Size(shape).numel() * kept.itemsize, kept)
+            one += slot_bytes(replace(part, dtype=kept).length, kept)
         slots, least = whole if self.host_bytes is None else min(whole, self.host_bytes // one), min(whole, LEAST)
         if slots < least:
             found = f"found {self.host_bytes}, expected {least * one} or more: room for {least} experts"
@@ -137,8 +149,7 @@ class Share:
         if self.misses == "cpu" and slots <= LEAST < whole:
             found = f"found cpu with room for {slots} experts on the host, expected more than {LEAST}: give more --host-memory"
             raise InputError(f"--misses: {found}")
-        slots = max(slots, 1)  # a rank may have no expert at all
-        return HostTier(store, slots, shapes, self.dtype, self.device.type == "cuda", dtypes)
+        return max(slots, 1)  # a rank may have no expert at all
 
 
 def _told(on_bytes: OnBytes, whole: int, count: int) -> None:
@@ -182,11 +193,20 @@ def check_slots(share: Share) -> None:
             raise InputError(
                 "packed: found it without slots, expected slots with it: without them no expert is read from there"
             )
+        if share.prior is not None:
+            raise InputError("prior: found it without slots, expected slots with it: without them no expert is read later")
         return
     if share.slots < share.shape.top_k:
         raise InputError(f"slots: found {share.slots}, expected at least {share.shape.top_k}: one token's experts in a layer")
     if share.quantise is not None and share.packed is None:
         raise InputError(not_packed("slots", share.quantise))
+
+
+def known_prior(share: Share, trace: str | Path | RoutingTrace) -> Share:
+    """The share with recorded routing of its model, or the file that it is in. Raises InputError for another model's."""
+    found = trace if isinstance(trace, RoutingTrace) else read_trace(Path(trace))
+    check_prior(found, share.shape.num_experts, share.shape.layer_ids)
+    return replace(share, prior=found)
 
 
 def not_packed(field: str, format: str) -> str:

@@ -97,6 +97,9 @@ class Slots:
         shifts = {name: stack.shifts[slot] for name, stack in self.stacks.items() if stack.has_room}
         return Slot({name: pool[slot] for name, pool in self.pools.items()}, shifts)
 
+    def __len__(self) -> int:
+        return len(self._slots)
+
     def place(self, slot: int, shifts: tuple[int, ...]) -> Slot:
         """The tensors of a slot, free now, for an expert whose parts begin so many bytes behind blocks of their file."""
         if self.moving and self._shifts[slot] != shifts:

@@ -28,7 +28,8 @@ from coterie.offload.checkpoint import ReadCounter
 from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import LEAST, HostTier, Misses
 from coterie.offload.transfer import Part, Piece
-from coterie.routing.errors import CoterieError
+from coterie.routing.errors import CoterieError, InputError
+from coterie.routing.record import expert_modules
 
 LAYERS, EXPERTS, VALUES = 3, 8, 2048
 GPU = torch.cuda.is_available()
@@ -231,3 +232,28 @@ def test_memory_is_registered_no_longer_than_it_is_there(tmp_path: Path, monkeyp
     with pytest.raises(CoterieError, match="cannot be pinned; give a smaller --host-memory"):
         HostTier(ExpertStore([], ReadCounter()), 3, shapes, torch.float32, True)
     assert not held
+
+
+@pytest.mark.parametrize(
+    ("host_bytes", "misses", "message"),
+    [
+        (1000, "fetch", "--host-memory .host_bytes.: found 1000, expected {least} or more: room for 7 experts"),
+        (None, "cpu", None),
+        ("least", "cpu", "--misses: found cpu with room for 7 experts on the host, expected more than 7"),
+        ("least", "fetch", None),
+    ],
+)
+def test_a_host_that_is_too_small_is_refused_before_anything_is_read(
+    host_bytes: object, misses: str, message: str | None, tmp_path: Path
+) -> None:
+    folder = make_model("qwen3_moe", tmp_path)
+    share = prepare(folder, None, "float32", 1, device="cpu")
+    (_, module), *_ = expert_modules(share.empty).values()
+    least = LEAST * sum(p[0].numel() * 4 for p in module.parameters())
+    share = replace(share, host_bytes=least if host_bytes == "least" else host_bytes, misses=misses)
+    whole = len(share.shape.layer_ids) * share.shape.num_experts
+    if message is None:
+        assert share.host_slots(whole) == (whole if host_bytes is None else LEAST)
+        return
+    with pytest.raises(InputError, match=message.format(least=least)):
+        share.host_slots(whole)
