@@ -94,7 +94,7 @@ def main(folder: Path, layers: int, say: Callable[[dict[str, object]], None]) ->
             model = made(folder, round(share * experts), misses)
             assert model.cache is not None
             took, did = turns(model)
-            one = sum(pool[0].numel() * pool.element_size() for pool in model.cache.pools.values())
+            one = sum(pool[0].nbytes for pool in model.cache.pools.values())
             bound = None if rate is None else max(whole, did["transfers_per_token"] * one / rate)
             over = None if bound is None else took / bound
             say({"case": f"{share:.0%} there", "misses": misses, "seconds_per_token": took, "over_bound": over, **did})

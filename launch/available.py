@@ -7,6 +7,7 @@ import re
 import resource
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,7 +88,11 @@ def shared_out_bytes(process: int) -> int | None:
     here = Path("/proc") / str(process)
     try:
         found = re.search(r"^Pss:\s+(\d+) kB", (here / "smaps_rollup").read_text(), re.MULTILINE)
-        children = [int(child) for task in (here / "task").iterdir() for child in (task / "children").read_text().split()]
+        tasks = list((here / "task").iterdir())
     except OSError:  # it has ended, or the system does not say
         return None
-    return None if found is None else 1024 * int(found[1]) + sum(shared_out_bytes(child) or 0 for child in children)
+    children: list[str] = []
+    for task in tasks:
+        with suppress(OSError):  # a thread that has ended
+            children += (task / "children").read_text().split()
+    return None if found is None else 1024 * int(found[1]) + sum(shared_out_bytes(int(child)) or 0 for child in children)

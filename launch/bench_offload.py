@@ -127,7 +127,7 @@ class _Ours:
         disk, mine, read = (statistics.median(values) for values in (self.disk, self.seconds, self.read))
         yield Row(case, "disk, read straight through with O_DIRECT", "GB/s", disk / 1e9, higher=True)
         into = statistics.median(self.into_slots) / 1e9
-        yield Row(case, "experts read one after another into the cache's memory, nothing computed", "GB/s", into, higher=True)
+        yield Row(case, "experts read a few at a time into as much memory, nothing computed", "GB/s", into, higher=True)
         yield Row(case, "decode", "tokens/s", 1 / mine, None, peers, higher=True, why="; ".join(filter(None, missing.values())))
         for name, bar in (("accelerate", AGAINST_ACCELERATE), ("llama.cpp", AGAINST_LLAMA)):
             theirs, what = peers[name], "disk offload" if name == "accelerate" else "mapped file"

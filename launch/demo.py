@@ -163,7 +163,7 @@ def _offload(folder: Path) -> dict[str, Any]:
     expected = [until_end(row, model) for row in reference["text"].tolist()]
     held = [*model.transformers.parameters(), *model.cache.pools.values()]
     return {
-        "memory_bytes": sum(tensor.numel() * tensor.element_size() for tensor in held),
+        "memory_bytes": sum(tensor.nbytes for tensor in held),
         "hit_rate": figures.hit_rate,
         "text_equal": [list(output.token_ids) for output in outputs] == expected,
     }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from coterie.launch.available import free_bytes, machine, resident_bytes, system_bytes
 from coterie.launch.commands import say
+from coterie.launch.distributed import together
 from coterie.launch.tables import table
 from coterie.offload.expect import Weights
 from coterie.placement.plan import PlacementPlan
@@ -69,7 +70,7 @@ def within_budget(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, 
         enough = f"--memory {int(peak) + taken} holds all experts"
         raise InputError(f"{not_packed('--memory', share.quantise)}; {enough}")
     if slots is not None and share.device.type != "cpu":
-        share.host_slots(most_held(share.plan))  # raises where it is too small
+        together(group, lambda: share.host_slots(most_held(share.plan)))  # raises where a rank's is too small
     if group.rank == 0:
         whole = most_held(share.plan)
         unused = "".join(f", {given} is not used" for given in (options.packed, options.prior) if given is not None)

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
 
 from coterie.moe.families import ModelShape
 from coterie.moe.layer import stacked
 from coterie.moe.load import WEIGHT_DTYPES, expert_in
+from coterie.moe.routers import Choose, choice_of, router_in
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint, TensorPlace
 from coterie.offload.store import ExpertStore
@@ -35,14 +35,15 @@ LOOK_AHEAD_TOKENS = 4  # of more, what the routers would pick is no guess
 class LayerCache:
     """One layer's view of the cache. local: the model's numbers of the experts that this rank computes, by place.
 
-    following: the next layer, None for the last one; router: weights of this layer's own `[E, H]`, None where it has none that
-    are so simple.
+    following: the next layer, None for the last one; router: weights of this layer's own `[E, H]`, and how it chooses by them,
+    None where it has none that are so simple.
     """
 
     cache: ExpertCache
     layer: int
     local: tuple[int, ...]
     router: torch.Tensor | None = None
+    choose: Choose | None = None
     following: LayerCache | None = None
 
     def look_ahead(self, x: torch.Tensor, ids: torch.Tensor) -> None:
@@ -57,18 +58,19 @@ class LayerCache:
         self.cache.routed(self.layer, np.where(np.isin(picks, self.local), picks, -1) if elsewhere else picks)
         if following is None:
             return
+        sure = len(x) > LOOK_AHEAD_TOKENS
 
         def picked() -> list[int]:
-            if following.router is None:
+            if following.choose is None or not (sure or self.cache.guesser.asks()):
                 return []
-            chosen = F.linear(x.to(following.router.dtype), following.router).topk(ids.shape[1], 1).indices.flatten()
+            chosen = following.choose(x).flatten()
             if len(x) > 1:
-                times = torch.bincount(chosen, minlength=len(following.router))
+                times = torch.bincount(chosen, minlength=self.cache.experts)
                 chosen = times.argsort(descending=True, stable=True)[: int((times > 0).sum())]
             here = set(following.local)
             return [expert for expert in chosen.tolist() if expert in here]
 
-        self.cache.expect(following.layer, picked, sure=len(x) > LOOK_AHEAD_TOKENS)
+        self.cache.expect(following.layer, picked, sure)
 
     @property
     def experts(self) -> int:
@@ -190,8 +192,9 @@ def attach_cache(model: nn.Module, cache: ExpertCache, local: Sequence[tuple[int
     following: LayerCache | None = None
     modules = [module for _, module in expert_modules(model).values()]
     for layer in range(len(modules) - 1, -1, -1):
-        router = _router(parents[id(modules[layer])], cache.experts)
-        following = LayerCache(cache, layer, local[layer], router, following)
+        router = router_in(parents[id(modules[layer])], cache.experts)
+        weights, choose = (None, None) if router is None else (router.weight, choice_of(router, cache.top_k))
+        following = LayerCache(cache, layer, local[layer], weights, choose, following)
         modules[layer].coterie_cache = following  # type: ignore[assignment]
 
 
@@ -237,12 +240,3 @@ def _median(call: Callable[[], object]) -> float:
         call()
         found.append(time.perf_counter() - started)
     return statistics.median(found)
-
-
-def _router(block: nn.Module, experts: int) -> torch.Tensor | None:
-    """The weights `[E, H]` by which a block ranks its experts, if a module beside the experts has such."""
-    for child in block.children():
-        weight = getattr(child, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.ndim == 2 and len(weight) == experts:
-            return weight
-    return None

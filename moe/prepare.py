@@ -205,7 +205,8 @@ def check_slots(share: Share) -> None:
 def known_prior(share: Share, trace: str | Path | RoutingTrace) -> Share:
     """The share with recorded routing of its model, or the file that it is in. Raises InputError for another model's."""
     found = trace if isinstance(trace, RoutingTrace) else read_trace(Path(trace))
-    check_prior(found, share.shape.num_experts, share.shape.layer_ids)
+    shape = share.shape
+    check_prior(found, shape.num_experts, shape.layer_ids, shape.top_k, shape.config.get_text_config().vocab_size)
     return replace(share, prior=found)
 
 

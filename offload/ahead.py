@@ -1,6 +1,6 @@
 """What is worth reading before it is asked for, decided by how often such guesses were right.
 
-Three guessers are followed: the next layer's own router, applied to the present layer's input (Eliseev and Mazur 2023), the
+Three guessers are followed: the next layer's router, applied to the present layer's input (Eliseev and Mazur 2023), the
 path through the experts so far (`predictors.Path`), and, where it is told what is read, the token with those before it
 (`whole_path.WholePath`), which alone knows something before the first layer. Each guess is compared with what the layer then
 asks for, whether it was carried out or not. The best one decides, and says of each expert how likely it is: a wrong guess takes
@@ -21,6 +21,7 @@ Guess = tuple[int, int, bool]  # an expert, its grade, whether it was not there
 
 WORTH = 0.5  # the chance from which on reading ahead pays, unless more is known of the disk
 MEMORY = 256  # guesses that count
+NEARLY, SELDOM = 0.1, 8  # a router that is not nearly as often right as the others is asked in every eighth layer
 GRADES, GRADE_MEMORY = 8, 64  # of a guess, by its score or, where it has none, its place; and how many of each count
 
 
@@ -35,6 +36,7 @@ class Guesser:
         self.chance = {name: [share] * GRADES for name, share in self.right.items()}  # of experts that were not there, by grade
         self.made: tuple[int, dict[str, list[Guess]]] | None = None
         self.here: int | None = None  # the layer observed last
+        self.asked = 0
 
     def observe(self, layer: int, experts: Sequence[int]) -> None:
         """A step's experts, each once: the last guess is judged by them."""
@@ -48,6 +50,12 @@ class Guesser:
                         chance[grade] += ((one in asked) - chance[grade]) / GRADE_MEMORY
         self.made, self.here = None, layer
         self.path.observe(layer, np.asarray(experts, dtype=np.int64))
+
+    def asks(self) -> bool:
+        """Whether the router is worth asking: it is nearly as often right as what costs nothing, or it is time to see."""
+        self.asked += 1
+        others = max(self.right["path"], self.right["token"])
+        return self.right["router"] > others - NEARLY or self.asked % SELDOM == 0
 
     def guess(
         self, layer: int, router: Sequence[int], count: int, ahead: int = 1, worth: float = WORTH,
@@ -69,8 +77,7 @@ class Guesser:
         guesses: dict[str, list[Guess]] = {}
         for name in known if ahead == 1 else known[:1]:  # of the next layer all are compared with what it then asks for
             if name == "router":
-                away = [True] * len(router) if absent is None else absent[list(router)].tolist()
-                guesses[name] = [(one, min(n, GRADES - 1), a) for n, (one, a) in enumerate(zip(router, away, strict=True))]
+                guesses[name] = _placed(router, absent)
             else:
                 guesses[name] = _graded((self.path if name == "path" else self.token).scores(ahead), count, absent)
         if ahead == 1:
@@ -80,6 +87,12 @@ class Guesser:
         best = known[0]
         chance = self.chance[best]
         return [one for one, grade, away in guesses[best] if away and chance[grade] >= worth]
+
+
+def _placed(router: Sequence[int], absent: NDArray[np.bool_] | None) -> list[Guess]:
+    """A router's picks, likeliest first, graded by their place."""
+    away = [True] * len(router) if absent is None else absent[list(router)].tolist()
+    return [(one, min(place, GRADES - 1), gone) for place, (one, gone) in enumerate(zip(router, away, strict=True))]
 
 
 def _graded(scores: Scores, count: int, absent: NDArray[np.bool_] | None) -> list[Guess]:

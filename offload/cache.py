@@ -1,4 +1,4 @@
-"""A pool of slots that experts of all layers share: fixed tensors, a table of what is where, a policy for what gives way."""
+"""A pool of slots that experts of all layers share: fixed memory, a table of what is where, a policy for what gives way."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Sample(NamedTuple):
 
 
 class ExpertCache:
-    """`slots` experts of `layers` x `experts`, in tensors `[slots, ...]` by parameter.
+    """`slots` experts of `layers` x `experts`, in `pools` by parameter: tensors, or on a CPU what `offload/slots.py` has.
 
     shapes: of one expert, by parameter; the same in all layers; dtypes: of parameters that are not in `dtype`. source: where
     they come from; on a GPU a `HostTier`, in which `misses` may have them computed.
@@ -311,12 +311,11 @@ class ExpertCache:
         if not experts:
             return
         self.statistics.transfers += len(experts)
-        slots = [self.free.pop() for _ in experts]
-        wanted = []
-        for one, slot in zip(experts, slots, strict=True):
-            layer, expert = divmod(one, self.experts)
-            wanted.append((layer, expert, self.memory.place(slot, self.store.shifts(layer, expert))))
+        slots, wanted = [self.free.pop() for _ in experts], []
         try:
+            for one, slot in zip(experts, slots, strict=True):
+                layer, expert = divmod(one, self.experts)
+                wanted.append((layer, expert, self.memory.place(slot, self.store.shifts(layer, expert))))
             self.slot_of[experts] = slots
             self.coming.update(zip(experts, self.source.start_many(wanted, ahead), strict=True))
         except BaseException as error:  # such as ctrl-C: whether something is written to the slots is not known then

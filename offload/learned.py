@@ -49,6 +49,9 @@ class Reuse:
     def gone(self, victims: Ids) -> None:
         """As `EvictionPolicy`: nothing."""
 
+    def emptied(self) -> None:
+        """As `EvictionPolicy`: nothing."""
+
     def observe(self, layer: int, experts: Ids, missing: int = 0) -> None:
         """As `EvictionPolicy`."""
         if layer <= self.here:

@@ -51,11 +51,18 @@ class EvictionPolicy(Protocol):
         """What was given up."""
         ...
 
+    def emptied(self) -> None:
+        """Nothing is resident any more; what was learned stays."""
+        ...
+
 
 class Indifferent:
     """What most policies make of what was given up."""
 
     def gone(self, victims: Ids) -> None:
+        """Nothing."""
+
+    def emptied(self) -> None:
         """Nothing."""
 
 
@@ -202,6 +209,13 @@ class Adaptive:
     def gone(self, victims: Ids) -> None:
         """As `EvictionPolicy`."""
         self.held[victims] = False
+
+    def emptied(self) -> None:
+        """As `EvictionPolicy`: the shadow is, too, and neither has missed anything yet."""
+        self.held[:] = False
+        self.shadow.resident[:], self.shadow.held = False, 0
+        self.by_age.order.clear()
+        self.debt, self.differences = 0.0, 0
 
 
 class LruTags:

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from coterie.offload.transfer import BLOCK, LEAST_DIRECT, Record, Slot, aligned_empty, usual_shift
+from coterie.offload.transfer import BLOCK, Record, Slot, aligned_empty, usual_shift
+
+LEAST_DIRECT = 16  # blocks from which on a parameter is read right into its place
 
 
 def slot_bytes(length: int, dtype: torch.dtype) -> int:
@@ -38,6 +40,11 @@ class SlotStack:
         self.memory = aligned_empty((count * self.stride,), torch.uint8)
         self.shifts = [self.possible(shift)] * count
         self._tensors = [self._at(slot) for slot in range(count)]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, without the room around them."""
+        return self.shape[0] * self.length
 
     def possible(self, shift: int) -> int:
         """The same, or 0 where tensors have no room or their values could not lie so."""

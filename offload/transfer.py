@@ -26,7 +26,6 @@ from coterie.offload.checksum import Checksum, check
 BLOCK = 4096  # what O_DIRECT can always do with: offsets, lengths and places in memory are multiples; a page
 SECTOR = 512  # what it can do with on most devices
 STAGE_BYTES = 2 << 20  # the most that is read at once; of 4 MiB ahead what is needed would wait too long
-LEAST_DIRECT = 16  # blocks from which on a parameter is read right into its place
 
 
 @dataclass(frozen=True)
@@ -237,7 +236,7 @@ def _is_direct(
 ) -> bool:
     """Whether all pieces of a parameter can be read right into its tensor, which begins at `shift`."""
     mine = [(piece, first) for piece, whose, first in pieces if whose == name]
-    if shift is None or part.length < LEAST_DIRECT * block or (in_order and len(mine) > 1):
+    if shift is None or (in_order and len(mine) > 1):
         return False
     return all((shift + first - piece.offset) % block == 0 and piece.length >= 2 * block for piece, first in mine)
 

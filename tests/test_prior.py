@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cached import logits
+from test_cached import Ready, logits
 from tiny_models import make_model
 
 import coterie
 from coterie.launch.cli import main
+from coterie.offload.cache import ExpertCache
 from coterie.offload.prior import teach
 from coterie.routing.errors import InputError
 from coterie.routing.trace import RoutingTrace, save_trace
@@ -55,6 +56,39 @@ def test_a_cache_knows_from_the_start_what_follows_what(folder: Path) -> None:
         )
 
 
+def test_the_choice_that_was_learned_is_kept_beside_an_empty_cache() -> None:
+    """Few experts that come again and many that never do: learning pays, and a cold cache is no reason to doubt it."""
+    layers, experts, slots, rng = 4, 64, 32, np.random.default_rng(0)
+
+    def tokens(count: int) -> np.ndarray:
+        often = rng.integers(0, 4, (count, layers, 1))
+        return np.concatenate([often, rng.integers(8, experts, (count, layers, 1))], 2).astype(np.int16)
+
+    def trace(ids: np.ndarray) -> RoutingTrace:
+        at = np.arange(len(ids), dtype=np.int32)
+        return RoutingTrace(ids, np.zeros(len(ids), dtype=np.int32), at, "any", experts, tuple(range(layers)))
+
+    cache = ExpertCache(Ready(layers, experts), experts, slots, {"w": (1,)}, torch.float32, 2)
+    teach(cache, trace(tokens(400)), [range(experts)] * layers)
+    policy = cache.policy
+    assert policy.learning and policy.debt == 0 and not policy.held.any()
+    assert not policy.shadow.resident.any() and not policy.by_age.order
+    patience = policy.patience
+    for token in tokens(40):
+        for layer, picked in enumerate(token):
+            cache.announce(layer, picked.tolist())
+            assert len([place for group in cache.arrivals(layer, picked.tolist()) for place in group]) == 2
+    assert policy.learning and policy.patience == patience, "never changed its mind"
+
+
+def test_tokens_without_experts_of_this_rank_are_tokens_all_the_same(folder: Path) -> None:
+    made = coterie.load(folder, slots=8)
+    prior = recorded(made)
+    first = sorted({int(e) for e in prior.expert_ids[0, 0]} - {int(e) for e in prior.expert_ids[1, 0]})[:1]
+    teach(made.cache, prior, [first] + [[]] * (len(made.shape.layer_ids) - 1))
+    assert made.cache.guesser.path.seen == prior.tokens
+
+
 def test_logits_are_the_same_with_a_prior(folder: Path) -> None:
     right = logits(coterie.load(folder))
     made = coterie.load(folder, slots=5, prior=recorded(coterie.load(folder)))
@@ -72,6 +106,7 @@ def test_only_experts_of_this_rank_are_learned(folder: Path) -> None:
     ("change", "message"),
     [
         ({"num_experts": 99}, "--prior: num_experts: found 99, expected "),
+        ({"token_ids": np.full(40, 5000, dtype=np.int32)}, "--prior: token_ids: found 5000, expected less than "),
         ({"layer_ids": (5, 6, 7)}, r"--prior: layer_ids: found \[5, 6, 7\], expected \["),
     ],
 )

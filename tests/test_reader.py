@@ -26,10 +26,11 @@ from coterie.offload.aio import Queue
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import ReadCounter
 from coterie.offload.checksum import Checksum
+from coterie.offload.files import Files
 from coterie.offload.reader import AHEAD_BYTES, STAGES
 from coterie.offload.slots import Slots
 from coterie.offload.store import ExpertStore
-from coterie.offload.transfer import BLOCK, STAGE_BYTES, Part, Piece
+from coterie.offload.transfer import BLOCK, STAGE_BYTES, Part, Piece, own_shift, plan
 from coterie.routing.errors import CoterieError
 
 PROMPTS = torch.tensor([[5, 17, 33, 60, 8, 2, 91, 44, 7], [9, 9, 3, 4, 96, 11, 12, 40, 1]])
@@ -140,21 +141,84 @@ def test_slots_have_room_for_the_blocks_that_an_expert_lies_in(offset: int, leng
     store.close()
 
 
-def test_pieces_apart_in_the_file_are_read_into_one_tensor(reader: str, tmp_path: Path) -> None:
-    """As Mixtral's gate, down and up lie: where gate ends and up begins in the tensor, blocks of the file hold down's bytes."""
-    size, file = 20 * BLOCK, tmp_path / "f"
-    values = np.random.default_rng(0).integers(0, 256, 8 + 3 * size, dtype=np.uint8)
+def laid_out(rng: np.random.Generator, file: Path, block: int) -> tuple[dict[str, Part], dict[str, np.ndarray], int]:
+    """An expert of two or three parameters of pieces in any order in a file, where they can be read right into
+    place, as Mixtral's gate, down and up lie; and what is in them, and how many pieces end within a block."""
+    pieces = [(name, nth) for name in "abc"[: rng.integers(2, 4)] for nth in range(rng.integers(1, 4))]
+    lengths = {key: int(rng.choice([16 * BLOCK, 40 * BLOCK, 65 * BLOCK, 1100 * 1024])) for key in pieces}
+    offset, places = int(rng.choice([8, 200, 512, 2048, 3000, 3584])), {}
+    for at in rng.permutation(len(pieces)):
+        places[pieces[at]] = offset
+        offset += lengths[pieces[at]] + int(rng.choice([0, 0, block]))
+    values = rng.integers(0, 256, offset, dtype=np.uint8)
     file.write_bytes(values.tobytes())
-    gate, down, up = (Piece(file, 8 + n * size, size) for n in range(3))
-    record = {"both": Part(torch.uint8, (2 * size,), (gate, up)), "down": Part(torch.uint8, (size,), (down,))}
+    record, right = {}, {}
+    for name in dict.fromkeys(name for name, _ in pieces):
+        mine = [(places[key], lengths[key]) for key in pieces if key[0] == name]
+        record[name] = Part(torch.uint8, (sum(length for _, length in mine),), tuple(Piece(file, *place) for place in mine))
+        right[name] = np.concatenate([values[first : first + length] for first, length in mine])
+    return record, right, offset
+
+
+@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("most", [None, 70_001])
+def test_pieces_apart_in_the_file_are_read_into_one_tensor(
+    seed: int, most: int | None, reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one ends and the next begins in the tensor, blocks of the file hold others' bytes; reads may be short, too."""
+    rng = np.random.default_rng(seed)
+    if seed % 3 == 0:
+        monkeypatch.setattr(Files, "_reads_sectors", lambda files, path: False)
+    block = BLOCK if seed % 3 == 0 else 512
+    record, right, _ = laid_out(rng, tmp_path / "f", block)
     store = ExpertStore([[record]], ReadCounter())
-    shapes = {"both": (2 * size,), "down": (size,)}
-    slots = Slots(2, shapes, dict.fromkeys(shapes, torch.uint8), torch.device("cpu"), store.records, store.files.block, True)
-    into = slots.place(1, store.shifts(0, 0))
-    assert all(request.direct for request in store._transfer(0, 0, into).requests)
+    if most is not None:
+        answering(reader, monkeypatch, lambda result: min(result, most))
+    assert store.files.block == block
+    shapes = {name: part.shape for name, part in record.items()}
+    slots = Slots(3, shapes, dict.fromkeys(shapes, torch.uint8), torch.device("cpu"), store.records, block, True)
+    for stack in slots.stacks.values():
+        stack.memory.fill_(0xEE)
+    slot = seed % 3
+    into = slots.place(slot, store.shifts(0, 0))
+    requests = store._transfer(0, 0, into).requests
+    assert any(request.direct for request in requests)
     store.start(0, 0, into).result()
-    assert np.array_equal(into["both"].numpy(), np.concatenate([values[8 : 8 + size], values[8 + 2 * size :]]))
-    assert np.array_equal(into["down"].numpy(), values[8 + size : 8 + 2 * size])
+    for name, stack in slots.stacks.items():
+        assert np.array_equal(into[name].numpy(), right[name]), name
+        rows = stack.memory.view(3, stack.stride)
+        assert all((rows[other] == 0xEE).all() for other in range(3) if other != slot), "others' room is not touched"
+    assert store.counter.bytes == sum(map(len, right.values()))
+    store.close()
+
+
+def test_some_pieces_end_within_a_block_that_is_anothers_too(tmp_path: Path) -> None:
+    """Else the test above would not try what it says."""
+    tails = [0, 0]
+    for seed in range(24):
+        block = BLOCK if seed % 3 == 0 else 512
+        record, _, _ = laid_out(np.random.default_rng(seed), tmp_path / "f", block)
+        for request in plan(record, [own_shift(part, block) for part in record.values()], False, block):
+            tails[0] += request.tail > 0
+            tails[1] += request.tail > 0 and request.length == block  # nothing else is read
+    assert tails[0] > 10, tails
+
+
+def test_an_error_while_it_goes_right_into_its_place_is_told(
+    reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, right, _ = laid_out(np.random.default_rng(1), tmp_path / "f", 512)
+    store = ExpertStore([[record]], ReadCounter())
+    shapes = {name: part.shape for name, part in record.items()}
+    slots = Slots(2, shapes, dict.fromkeys(shapes, torch.uint8), torch.device("cpu"), store.records, store.files.block, True)
+    broken = [True]
+    answering(reader, monkeypatch, lambda result: -errno.EIO if broken[0] else result)
+    into = slots.place(0, store.shifts(0, 0))
+    with pytest.raises(CoterieError, match="f: cannot be read: Input/output error"):
+        store.start(0, 0, into).result()
+    broken[0] = False
+    store.start(0, 0, into).result()
+    assert all(np.array_equal(into[name].numpy(), values) for name, values in right.items())
     store.close()
 
 
