@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ from tiny_models import FAMILIES, make_model
 from transformers import AutoModelForCausalLM
 
 import coterie
-from coterie.launch.available import resident_bytes, system_bytes
+from coterie.launch.available import resident_bytes, shared_out_bytes, system_bytes
 from coterie.launch.cli import main
 from coterie.launch.generating import Asked
 from coterie.launch.memory import check_memory, sizes_on_device
@@ -297,3 +298,19 @@ def test_loading_leaves_the_process_no_larger_than_told(family: str, tmp_path: P
     done = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert 0.95 * (told.dense + told.experts) <= int(done.stdout) <= 1.15 * told.total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="the system does not say")
+def test_what_processes_share_is_counted_once_and_children_are_counted() -> None:
+    own = shared_out_bytes(os.getpid())
+    assert own is not None and 0 < own <= 1.05 * resident_bytes()
+    script = "import sys; kept = bytearray(b'x' * 60_000_000); print('there', flush=True); sys.stdin.read()"
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None and child.stdout.readline() == "there\n"
+        alone, both = shared_out_bytes(child.pid), shared_out_bytes(os.getpid())
+        assert alone is not None and alone > 60_000_000
+        assert both is not None and both >= own / 2 + 60_000_000
+    finally:
+        child.communicate()
+    assert shared_out_bytes(child.pid) is None, "it has ended"
