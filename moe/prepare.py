@@ -16,7 +16,7 @@ from coterie.moe.families import ModelShape, inspect
 from coterie.moe.layer import IMPLEMENTATION
 from coterie.moe.load import load_share
 from coterie.moe.placement_map import check_plan, contiguous_plan
-from coterie.moe.quantise import check_format, hold, load_rounded, rounding_of, stacked_record
+from coterie.moe.quantise import check_format, hold, kept_record, load_rounded, rounding_of, stacked_record
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint
 from coterie.offload.copies import AS_STORED, Rounding
@@ -136,12 +136,8 @@ class Share:
 
         Raises InputError for less room than reading and computing there need.
         """
-        record, dtypes = stacked_record(next(iter(expert_modules(self.empty).values()))[1]), self._dtypes(self.empty)
-        parts = record if self.rounding is None else self.rounding.record(record)
-        one = 0
-        for name, part in parts.items():
-            kept = dtypes.get(name, self.dtype)
-            one += slot_bytes(replace(part, dtype=kept).length, kept)
+        parts = kept_record(next(iter(expert_modules(self.empty).values()))[1], self.dtype, self.rounding).values()
+        one = sum(slot_bytes(part.length, part.dtype) for part in parts)
         slots, least = whole if self.host_bytes is None else min(whole, self.host_bytes // one), min(whole, LEAST)
         if slots < least:
             found = f"found {self.host_bytes}, expected {least * one} or more: room for {least} experts"

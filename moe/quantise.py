@@ -6,6 +6,7 @@ Weights are rounded from the checkpoint's own, an expert at a time, so that the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,6 +47,15 @@ def rounding_of(model: nn.Module, format: str, device: torch.device) -> Rounding
 def stacked_record(module: Any) -> dict[str, Part]:
     """The parts of one expert of a module in which all are stacked, maybe without memory."""
     return {n: Part(p.dtype, tuple(p.shape[1:]), ()) for n, p in module.named_parameters(recurse=False) if p.ndim > 1}
+
+
+def kept_record(module: Any, dtype: torch.dtype, rounding: Rounding | None) -> dict[str, Part]:
+    """The same as a model of `dtype` holds them, rounded or not."""
+    record = stacked_record(module)
+    if rounding is None:
+        return {name: replace(part, dtype=dtype) for name, part in record.items()}
+    dtypes = rounding.dtypes(record, dtype)
+    return {name: replace(part, dtype=dtypes[name]) for name, part in rounding.record(record).items()}
 
 
 def quantise_experts(model: nn.Module, format: str) -> None:

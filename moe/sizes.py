@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from coterie.moe.families import ModelShape
 from coterie.moe.load import select
 from coterie.moe.many_rows import rows_at_once
 from coterie.moe.memory import FLOAT32, LayerState, ModelSizes
-from coterie.moe.quantise import ROUNDING_BYTES, stacked_record
+from coterie.moe.quantise import ROUNDING_BYTES, kept_record, stacked_record
 from coterie.offload.checkpoint import Checkpoint
 from coterie.offload.copies import Rounding
 from coterie.offload.slots import slot_bytes
@@ -126,11 +125,8 @@ def slot_room(model: nn.Module, dtype: torch.dtype, rounding: Rounding | None) -
     """Bytes that a slot on a CPU has around its expert, of the layer that has most."""
     most = 0
     for _, module in expert_modules(model).values():
-        record = stacked_record(module)
-        dtypes = dict.fromkeys(record, dtype) if rounding is None else rounding.dtypes(record, dtype)
-        parts = record if rounding is None else rounding.record(record)
-        lengths = {name: replace(part, dtype=dtypes[name]).length for name, part in parts.items()}
-        most = max(most, sum(slot_bytes(length, dtypes[name]) - length for name, length in lengths.items()))
+        parts = kept_record(module, dtype, rounding).values()
+        most = max(most, sum(slot_bytes(part.length, part.dtype) - part.length for part in parts))
     return most
 
 
@@ -139,8 +135,7 @@ def rounded_bytes(model: nn.Module, rounding: Rounding, dtype: torch.dtype) -> t
     experts, working = [], 0
     for _, module in expert_modules(model).values():
         record = stacked_record(module)
-        dtypes = rounding.dtypes(record, dtype)
-        experts.append(sum(replace(part, dtype=dtypes[name]).length for name, part in rounding.record(record).items()))
+        experts.append(sum(part.length for part in kept_record(module, dtype, rounding).values()))
         sizes = [torch.Size(record[name].shape).numel() for name in rounding.products]
         working = max(working, torch.float32.itemsize * sum(sizes) + ROUNDING_BYTES * max(sizes))
     return tuple(experts), working

@@ -141,9 +141,9 @@ def test_slots_have_room_for_the_blocks_that_an_expert_lies_in(offset: int, leng
     store.close()
 
 
-def laid_out(rng: np.random.Generator, file: Path, block: int) -> tuple[dict[str, Part], dict[str, np.ndarray], int]:
+def laid_out(rng: np.random.Generator, file: Path, block: int) -> tuple[dict[str, Part], dict[str, np.ndarray]]:
     """An expert of two or three parameters of pieces in any order in a file, where they can be read right into
-    place, as Mixtral's gate, down and up lie; and what is in them, and how many pieces end within a block."""
+    place, as Mixtral's gate, down and up lie; and what is in them."""
     pieces = [(name, nth) for name in "abc"[: rng.integers(2, 4)] for nth in range(rng.integers(1, 4))]
     lengths = {key: int(rng.choice([16 * BLOCK, 40 * BLOCK, 65 * BLOCK, 1100 * 1024])) for key in pieces}
     offset, places = int(rng.choice([8, 200, 512, 2048, 3000, 3584])), {}
@@ -157,7 +157,7 @@ def laid_out(rng: np.random.Generator, file: Path, block: int) -> tuple[dict[str
         mine = [(places[key], lengths[key]) for key in pieces if key[0] == name]
         record[name] = Part(torch.uint8, (sum(length for _, length in mine),), tuple(Piece(file, *place) for place in mine))
         right[name] = np.concatenate([values[first : first + length] for first, length in mine])
-    return record, right, offset
+    return record, right
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -170,7 +170,7 @@ def test_pieces_apart_in_the_file_are_read_into_one_tensor(
     if seed % 3 == 0:
         monkeypatch.setattr(Files, "_reads_sectors", lambda files, path: False)
     block = BLOCK if seed % 3 == 0 else 512
-    record, right, _ = laid_out(rng, tmp_path / "f", block)
+    record, right = laid_out(rng, tmp_path / "f", block)
     store = ExpertStore([[record]], ReadCounter())
     if most is not None:
         answering(reader, monkeypatch, lambda result: min(result, most))
@@ -197,7 +197,7 @@ def test_some_pieces_end_within_a_block_that_is_anothers_too(tmp_path: Path) -> 
     tails = [0, 0]
     for seed in range(24):
         block = BLOCK if seed % 3 == 0 else 512
-        record, _, _ = laid_out(np.random.default_rng(seed), tmp_path / "f", block)
+        record, _ = laid_out(np.random.default_rng(seed), tmp_path / "f", block)
         for request in plan(record, [own_shift(part, block) for part in record.values()], False, block):
             tails[0] += request.tail > 0
             tails[1] += request.tail > 0 and request.length == block  # nothing else is read
@@ -207,7 +207,7 @@ def test_some_pieces_end_within_a_block_that_is_anothers_too(tmp_path: Path) -> 
 def test_an_error_while_it_goes_right_into_its_place_is_told(
     reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record, right, _ = laid_out(np.random.default_rng(1), tmp_path / "f", 512)
+    record, right = laid_out(np.random.default_rng(1), tmp_path / "f", 512)
     store = ExpertStore([[record]], ReadCounter())
     shapes = {name: part.shape for name, part in record.items()}
     slots = Slots(2, shapes, dict.fromkeys(shapes, torch.uint8), torch.device("cpu"), store.records, store.files.block, True)
