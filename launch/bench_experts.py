@@ -86,18 +86,12 @@ def _sides(
 ) -> dict[str, Callable[[], float] | None]:
     """What each side does in its turn; None where it is not there."""
     import coterie.moe.layer  # noqa: F401  registers the implementation
-    from coterie.moe.many_rows import plain_many_rows_again, speed_up_many_rows
-    from coterie.moe.norms import plain_norms_again, speed_up_norms
-    from coterie.moe.one_row import plain_again, speed_up_one_row
-
-    faster = (speed_up_one_row, speed_up_many_rows, speed_up_norms)
-    plain = (plain_again, plain_many_rows_again, plain_norms_again)
+    from coterie.moe.faster import slow_down, speed_up
 
     def ours(model: Any, implementation: str) -> Callable[[], float]:
         def turn() -> float:
             model.set_experts_implementation(implementation)
-            for change in faster if implementation == "coterie" else plain:  # as `coterie.load` does
-                change(model)
+            (speed_up if implementation == "coterie" else slow_down)(model)  # as `coterie.load` does
             return run(model)
 
         return turn

@@ -1,4 +1,4 @@
-"""The sequences that one rank is generating, and their keys and values: continuous batching over transformers' own cache.
+"""The sequences that one rank is generating, and their keys and values: continuous batching.
 
 Rows are left-padded to the longest. Newcomers are prefilled by themselves and then join; finished sequences leave, and
 padding that no row needs any more goes with them. Models with state other than keys and values (Mamba, convolutions) run a
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
-from transformers import DynamicCache
 
 from coterie.moe.invariant import full_blocks
+from coterie.moe.kv import GrowingCache
 from coterie.moe.layer import StepContext
 from coterie.moe.strategy import Strategy
 from coterie.offload.whole_path import ORDER
@@ -100,7 +100,8 @@ class Batch:
         self.context.strategy = self.prefill_by
         ids, mask = padded([s.request.token_ids for s in newcomers], self.device)
         live = torch.full((len(ids),), bool(newcomers), device=self.device)
-        cache = DynamicCache() if self.joinable else None
+        more = max((s.request.max_new_tokens - 1 for s in newcomers), default=0)
+        cache = GrowingCache(ids.shape[1] + max(more, 0)) if self.joinable else None
         logits, cache = self._forward(ids, mask, cache, live, tokens, newcomers)
         if newcomers:
             self.mask, self.cache = joined(self.mask, self.cache, mask, cache) if self.sequences else (mask, cache)
@@ -202,7 +203,7 @@ def joined(mask: torch.Tensor, cache: Any, new_mask: torch.Tensor, new_cache: An
     """Two left-padded batches as one, with the first one's rows first. Empties both caches, layer by layer."""
     longest = max(mask.shape[1], new_mask.shape[1])
     whole = torch.cat([F.pad(m, (longest - m.shape[1], 0)) for m in (mask, new_mask)])
-    made = DynamicCache()
+    made = GrowingCache(longest + max(cache.most - mask.shape[1], new_cache.most - new_mask.shape[1]))
     for index, (old, new) in enumerate(zip(cache.layers, new_cache.layers, strict=True)):
         both = [[F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in (la.keys, la.values)] for la in (old, new)]
         old.keys = old.values = new.keys = new.values = None
@@ -214,7 +215,7 @@ def selected(mask: torch.Tensor, cache: Any, rows: torch.Tensor) -> tuple[torch.
     """Some rows of a left-padded batch, without the padding that is common to them. Empties the cache, layer by layer."""
     kept = mask[rows]
     first = int(kept.bool().any(0).int().argmax())
-    made = DynamicCache()
+    made = GrowingCache(cache.most - first)
     for index, layer in enumerate(cache.layers):
         keys, values = layer.keys[rows, :, first:], layer.values[rows, :, first:]
         layer.keys = layer.values = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from coterie.moe.kv import SLACK
 from coterie.moe.queue import PREFILL_TOKENS
 from coterie.offload.cache import remembered_bytes
 from coterie.offload.reader import STAGES
@@ -20,7 +21,6 @@ from coterie.offload.transfer import STAGE_BYTES
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError
 
-SLACK = 64  # positions that the coherent strategy's store of keys and values allocates ahead
 HIDDEN_COPIES = 12  # of a step's hidden states: residual, normalised, queries, keys, values, shared experts, messages
 FLOAT32 = 4
 READING_BYTES = (READERS + AHEAD_READERS + STAGES) * STAGE_BYTES + 44_000_000  # their own memory, and what threads, libraries

@@ -18,13 +18,11 @@ from coterie.moe.choose import Choice
 from coterie.moe.collectives import Group
 from coterie.moe.dispatcher import Dispatcher, check_strategy
 from coterie.moe.families import ModelShape
+from coterie.moe.faster import speed_up
 from coterie.moe.generate import Generator, OnToken, Sampling
 from coterie.moe.home_ranks import HomeRanks, find_home_ranks
 from coterie.moe.invariant import BLOCK_ROWS, make_invariant, varying
 from coterie.moe.layer import attach
-from coterie.moe.many_rows import speed_up_many_rows
-from coterie.moe.norms import speed_up_norms
-from coterie.moe.one_row import speed_up_one_row
 from coterie.moe.placement_map import layer_maps
 from coterie.moe.prepare import Share, check_slots, known_prior, prepare
 from coterie.moe.replanning import AutoReplan, Boundary, TakeOver
@@ -344,8 +342,7 @@ def assembled(
         make_invariant(read)
         made.context.least_rows = BLOCK_ROWS
     else:
-        for faster in (speed_up_one_row, speed_up_many_rows, speed_up_norms):
-            faster(read)
+        speed_up(read)
     return made
 
 

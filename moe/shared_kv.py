@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from coterie.moe.collectives import Group
 from coterie.moe.dispatch import as_bytes, from_bytes
+from coterie.moe.kv import SLACK
 from coterie.routing.errors import InputError
 
-SLACK = 64  # positions allocated ahead
 HEAD_BYTES = 8
 
 
@@ -73,7 +73,8 @@ class SharedKV:
         self.length = longest
 
     def view(self, at: torch.Tensor) -> _View:
-        """What attention takes as its cache for the sequences `at`, int64 `[n]`."""
+        """What attention takes as its cache for the sequences `at`, int64 `[n]`, in the step after `length` positions."""
+        self._grow()
         return _View(self, at)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
@@ -137,10 +138,10 @@ class SharedKV:
         return torch.cat(parts)
 
     def _grow(self) -> None:
-        for store in (self.keys, self.values):
-            for i, tensor in enumerate(store):
-                if tensor.shape[2] == self.length:
-                    store[i] = F.pad(tensor, (0, 0, 0, SLACK))
+        """Room for one position more; all layers have the same."""
+        if self.keys and self.keys[0].shape[2] == self.length:
+            for store in (self.keys, self.values):
+                store[:] = [F.pad(tensor, (0, 0, 0, SLACK)) for tensor in store]
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep some sequences, without the padding common to them."""
@@ -162,10 +163,11 @@ class _View:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        kv = self.kv
+        kv, last = self.kv, self.kv.length
         kv._aside.append((layer, self.at, keys[:, :, 0], values[:, :, 0]))
-        before = (kv.keys[layer][self.at, :, : kv.length], kv.values[layer][self.at, :, : kv.length])
-        return torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
+        for store, new in ((kv.keys[layer], keys), (kv.values[layer], values)):
+            store[self.at, :, last] = new[:, :, 0]
+        return kv.keys[layer][self.at, :, : last + 1], kv.values[layer][self.at, :, : last + 1]
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.kv.length
