@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from coterie.kernels.activations import Activation
-from coterie.kernels.cpu import Product, multiply_each, multiply_row, multiply_widened, widens
+from coterie.kernels.cpu import Product, multiply_each, multiply_widened, widens
 from coterie.kernels.formats import Weights
 
 if TYPE_CHECKING:
@@ -126,39 +126,41 @@ class StackedExperts:
         torch computes the last few values of a thread's part by other instructions than those before. Rows that fill whole
         registers have no such last values if one thread does them all; else each expert's rows are a call of their own.
         """
-        if z.shape[1] % REGISTER == 0 and (z.numel() <= GRAIN or torch.get_num_threads() == 1):
-            return self.activation(z)
-        return torch.cat([self.activation(part) for part in torch.split(z, [rows for _, rows in chunk])])
+        counts = [rows for _, rows in chunk]
+        if z.shape[1] % REGISTER == 0:
+            most = len(z) if torch.get_num_threads() == 1 else GRAIN // z.shape[1]
+            counts = _together(counts, most)
+        parts = [self.activation(part) for part in torch.split(z, counts)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _products(
         self, chunk: list[tuple[int, int]], x: torch.Tensor, weight: Stack | Product | Weights, bias: Stack | None
     ) -> torch.Tensor:
         assert not isinstance(weight, Weights)  # of a GPU
-        if len(chunk) == len(x) and bias is None and self.least_rows == 1 and x.dtype != torch.float32:
-            return self._vectors([expert for expert, _ in chunk], x, weight)
+        vectors = bias is None and self.least_rows == 1 and x.dtype != torch.float32  # faster with one row, in one go
+        if isinstance(weight, Product) and vectors and len(chunk) == len(x):
+            return weight.vectors([expert for expert, _ in chunk], x)
         out = x.new_empty(x.shape[0], weight.shape[2 if self.transposed else 1])
-        start = 0
+        start, ones = 0, []
         for expert, count in chunk:
+            end = start + count
             if isinstance(weight, Product):
-                weight.multiply(expert, x[start : start + count], out[start : start + count])
+                weight.multiply(expert, x[start:end], out[start:end])
                 if bias is not None:
-                    out[start : start + count] += bias[expert]
-                start += count
-                continue
-            matrix = weight[expert] if self.transposed else weight[expert].T
-            for first in range(start, start + count, self.most_rows):
-                last = min(first + self.most_rows, start + count)
-                self._multiply(x[first:last], matrix, None if bias is None else bias[expert], out[first:last])
-            start += count
-        return out
-
-    def _vectors(self, experts: list[int], x: torch.Tensor, weight: Stack | Product) -> torch.Tensor:
-        """One row for each expert, to the bit as `_products`: what a call costs counts here, so there are as few as can be."""
-        if isinstance(weight, Product):
-            return weight.vectors(experts, x)
-        out = x.new_empty(x.shape[0], weight.shape[2 if self.transposed else 1])
-        matrices = (weight[expert].T if self.transposed else weight[expert] for expert in experts)
-        multiply_each(matrices, x.unbind(), out.unbind())
+                    out[start:end] += bias[expert]
+            elif vectors and count == 1:
+                ones.append((start, expert))
+            else:
+                matrix = weight[expert] if self.transposed else weight[expert].T
+                for first in range(start, end, self.most_rows):
+                    last = min(first + self.most_rows, end)
+                    self._multiply(x[first:last], matrix, None if bias is None else bias[expert], out[first:last])
+            start = end
+        if ones:
+            assert not isinstance(weight, Product)
+            rows, outs = x.unbind(), out.unbind()
+            matrices = (weight[expert].T if self.transposed else weight[expert] for _, expert in ones)
+            multiply_each(matrices, [rows[row] for row, _ in ones], [outs[row] for row, _ in ones])
         return out
 
     def _multiply(self, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -170,8 +172,6 @@ class StackedExperts:
             out.copy_((product if bias is None else product + bias)[:count])
         elif count < self.least_rows:
             out.copy_((rows @ matrix if bias is None else torch.addmm(bias, rows, matrix))[:count])
-        elif count == 1 and bias is None and rows.dtype != torch.float32:  # as `_vectors`
-            multiply_row(matrix.T, rows[0], out[0])
         elif bias is None:
             torch.mm(rows, matrix, out=out)
         else:
@@ -305,6 +305,17 @@ def _one_token(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weig
         y = torch.stack([found[row] for row in range(len(picks))])
     weights = weights if len(picks) == len(ids) else weights[ids >= 0]
     return (y.float() * weights[:, None].float()).sum(0, keepdim=True).to(x.dtype)
+
+
+def _together(counts: list[int], most: int) -> list[int]:
+    """Neighbours added up, as long as they come to no more than `most`."""
+    made: list[int] = []
+    for count in counts:
+        if made and made[-1] + count <= most:
+            made[-1] += count
+        else:
+            made.append(count)
+    return made
 
 
 def _chunks(experts: list[tuple[int, int]], counts: list[int]) -> Iterator[list[tuple[int, int]]]:
