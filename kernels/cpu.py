@@ -102,16 +102,36 @@ def multiply_widened(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return out
 
 
-_by_itself = threading.Lock()  # of the thread for which oneDNN is off
+class _OwnProducts:
+    """While it lasts, torch multiplies one row of bfloat16 itself, which it else leaves to oneDNN.
+
+    That is a switch of the whole process: what other threads multiply in bfloat16 meanwhile goes the other way, too, and may be
+    rounded otherwise. One thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._before = True
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._before = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+
+    def __exit__(self, *error: object) -> None:
+        torch._C._set_mkldnn_enabled(self._before)
+        self._lock.release()
+
+
+own_products = _OwnProducts()
 
 
 def multiply_each(matrices: Iterable[torch.Tensor], rows: Iterable[torch.Tensor], outs: Iterable[torch.Tensor]) -> None:
     """Each matrix `[N, K]` times its row `[K]`, in half precision, to its out `[N]`: by the fastest of torch's ways.
 
-    bfloat16 by torch's own product of a matrix and a vector, which streams weights two to three times as fast as oneDNN's
-    (docs/kernels.md) and sums in float32 as well. torch asks oneDNN first unless that is switched off, which is a switch of
-    the whole process: what other threads multiply in bfloat16 meanwhile goes the other way, too, and may be rounded
-    otherwise. bfloat16 stored transposed as a product of two matrices, float16 as a vector, whichever way it is stored.
+    bfloat16 by torch's own product of a matrix and a vector (`own_products`), which streams weights two to three times as fast
+    as oneDNN's (docs/kernels.md) and sums in float32 as well. bfloat16 stored transposed as a product of two matrices, float16
+    as a vector, whichever way it is stored.
     """
     as_vectors = []
     for matrix, row, out in zip(matrices, rows, outs, strict=True):
@@ -121,16 +141,10 @@ def multiply_each(matrices: Iterable[torch.Tensor], rows: Iterable[torch.Tensor]
             torch.mm(row[None], matrix.T, out=out[None])
         else:
             as_vectors.append((matrix, row, out))
-    if not as_vectors:
-        return
-    with _by_itself:
-        before = torch._C._get_mkldnn_enabled()
-        try:
-            torch._C._set_mkldnn_enabled(False)
+    if as_vectors:
+        with own_products:
             for matrix, row, out in as_vectors:
                 torch.mv(matrix, row, out=out)
-        finally:
-            torch._C._set_mkldnn_enabled(before)
 
 
 def multiply_row(matrix: torch.Tensor, row: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

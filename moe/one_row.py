@@ -2,20 +2,23 @@
 
 torch's Linear gives a single row to oneDNN as a matrix, which takes two to three times as long as torch's own product with a
 vector (`kernels.cpu.multiply_each`). Both sum in float32 and round once, in another order: some 2 of 10,000 outputs differ by
-their last bit. Layers that stand side by side and are called with one input, as query, key and value are, lie in one stack:
-the first one called computes all.
+their last bit. Routers multiply so, too. Layers that stand side by side and are called with one input, as query, key and
+value are, lie in one stack: the first one called computes all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from coterie.kernels.cpu import multiplies_bfloat16, multiply_row
+from coterie.kernels.cpu import multiplies_bfloat16, multiply_row, own_products
+from coterie.routing.record import expert_modules
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names of layers that are given the same input
 
@@ -67,29 +70,46 @@ def speed_up_one_row(model: nn.Module) -> None:
     """
     if not multiplies_bfloat16():
         return
-    found = [module for module in model.modules() if type(module) is nn.Linear and _fits(module)]
+    found: list[Any] = [module for module in model.modules() if type(module) is nn.Linear and _fits(module)]
     for module in found:
         module.__class__ = OneRowLinear
         if "stack" not in vars(module):
-            module.stack = None  # type: ignore[assignment]
+            module.stack = None
     for parent in model.modules():
         for names in TOGETHER:
             beside = [getattr(parent, name, None) for name in names]
             if all(isinstance(layer, OneRowLinear) for layer in beside):
                 _lay_together([layer for layer in beside if isinstance(layer, OneRowLinear)])
+    for name, _ in expert_modules(model).values():
+        for router in model.get_submodule(name.rpartition(".")[0]).children():
+            if not isinstance(router, OneRowLinear) and _fits(router):
+                router.forward = partial(_routed, router)
 
 
 def plain_again(model: nn.Module) -> None:
-    """The dense layers are torch's own again."""
+    """The dense layers and routers are torch's own again."""
     for module in model.modules():
         if type(module) is OneRowLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func is _routed:
+            del module.forward
 
 
-def _fits(layer: nn.Linear) -> bool:
-    weight = layer.weight
-    here = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
-    return here and layer.bias is None
+def _routed(router: nn.Module, hidden_states: torch.Tensor, *arguments: Any) -> Any:
+    """The router's own answer for `[..., H]`, and what else its family gives it."""
+    own = type(router).forward
+    if hidden_states.numel() != hidden_states.shape[-1] or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return own(router, hidden_states, *arguments)
+    with own_products:
+        return own(router, hidden_states, *arguments)
+
+
+def _fits(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or getattr(layer, "bias", None) is not None:
+        return False
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
 
 
 @torch.no_grad()

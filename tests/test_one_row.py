@@ -19,6 +19,12 @@ from coterie.moe.one_row import OneRowLinear, plain_again, speed_up_one_row
 needs_bfloat16 = pytest.mark.skipif(not multiplies_bfloat16(), reason="no bfloat16 instructions here: torch's own layers stay")
 
 
+def in_bfloat16(module: nn.Module) -> bool:
+    """Whether it is a router that does nothing but multiply by weights in bfloat16, before it chooses."""
+    simple = "router" in type(module).__name__.lower() and getattr(module, "bias", None) is None
+    return simple and module.weight.dtype == torch.bfloat16
+
+
 @needs_bfloat16
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_step_of_every_family_is_as_by_torchs_layers(family: str, tmp_path: Path) -> None:
@@ -26,8 +32,12 @@ def test_every_step_of_every_family_is_as_by_torchs_layers(family: str, tmp_path
     plain, fast = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval() for _ in range(2))
     speed_up_one_row(fast)
     assert any(isinstance(module, OneRowLinear) for module in fast.modules())
+    routers = [name for name, module in fast.named_modules() if "forward" in vars(module)]
+    assert routers == [name for name, module in plain.named_modules() if in_bfloat16(module)]
     assert set(fast.state_dict()) == set(plain.state_dict())
     assert_same_steps(plain, fast, most=0.05)
+    plain_again(fast)
+    assert not any("forward" in vars(module) or isinstance(module, OneRowLinear) for module in fast.modules())
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(2048, 1408), (1408, 2048), (7168, 512), (14_336, 100), (96, 40)])
@@ -50,6 +60,25 @@ def test_onednn_is_on_again_whatever_happens() -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         cpu.multiply_row(torch.ones(3, 4).bfloat16(), torch.ones(4).bfloat16())
         assert not torch._C._get_mkldnn_enabled(), "and off where somebody else has it so"
+
+
+@needs_bfloat16
+def test_a_router_answers_one_token_by_torchs_own_product_and_more_by_onednns(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_model("qwen3_moe", tmp_path), dtype=torch.bfloat16).eval()
+    router = model.model.layers[0].mlp.gate
+    speed_up_one_row(model)
+    seen, linear = [], one_row.F.linear
+
+    def watched(*arguments):
+        seen.append(torch._C._get_mkldnn_enabled())
+        return linear(*arguments)
+
+    hidden = torch.randn(3, router.weight.shape[1]).bfloat16()
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(one_row.F, "linear", watched)
+        one, many = router(hidden[:1]), router(hidden)
+    assert seen == [False, True] and torch._C._get_mkldnn_enabled()
+    assert torch.allclose(one[0].float(), many[0][:1].float(), rtol=1e-2, atol=1e-2) and torch.equal(one[2], many[2][:1])
 
 
 class Block(nn.Module):
