@@ -1,5 +1,7 @@
 """`coterie bench experts`: a model of 1.8 GB with random weights on the CPU, decode and prefill, beside transformers' own.
 
+Decode is of one sequence, after a few tokens and after many.
+
 8 layers, 64 experts, top-8, in the shape of Qwen3-MoE. All sides are one model in one process, taking turns; medians.
 """
 
@@ -15,17 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from coterie.kernels.cpu import multiplies_bfloat16
 from coterie.launch.available import usable_cores
 from coterie.launch.bench import Row
 from coterie.launch.llama_peer import KINDS, LlamaModel, missing, quantised, write_gguf
 from coterie.launch.quiet import quiet_transformers
+from coterie.moe.faster import slow_down, speed_up
+from coterie.moe.kv import GrowingCache
+from coterie.moe.layer import IMPLEMENTATION
 from coterie.moe.quantise import quantise_experts
 
 SIZES = {"hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 8}
 SMALL = SIZES | {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2}
 PROMPT, NEW, REPEATS = 512, 32, 5
+LONG = 2048  # tokens before those of a long text that are measured
+DECODE, AFTER, PREFILL = "decode", "decode after a long text", "prefill"
 PEERS = ("eager", "batched_mm", "grouped_mm")
 PLAIN, ROUNDED = (torch.float32, torch.bfloat16), {"int8": ("Q8_0", 0.7), "int4": ("Q4_K_M", 0.6)}
 LLAMA_SHARE = 0.9  # of llama.cpp's decode in bfloat16: its loops are written by hand for the processor
@@ -33,7 +41,7 @@ Speeds = dict[str, float | None]
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
-    """Tokens per second: one sequence, `NEW` new tokens after a short prompt; and a prompt of 512. `quick`: a small model."""
+    """Tokens per second of one sequence: `NEW` new ones after 8 and after `LONG`, a prompt of 512. `quick`: a small model."""
     quiet_transformers()
     torch.set_num_threads(usable_cores())
     models: dict[str, Any] = {_name(dtype): random_model(SMALL if options.quick else SIZES, dtype) for dtype in PLAIN}
@@ -42,8 +50,8 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         quantise_experts(models[format], format)
     with tempfile.TemporaryDirectory(prefix="coterie-experts-") as folder:
         llamas, why = _llamas(models["bfloat16"], Path(folder))
-        for phase, run, length in (("decode", _decode, NEW), ("prefill", _prefill, PROMPT)):
-            speeds = _in_turns(_sides(models, llamas, phase, run, length), REPEATS)
+        for phase in (DECODE, AFTER, PREFILL):
+            speeds = _in_turns(_sides(models, llamas, phase), REPEATS)
             yield from _phase_rows(phase, speeds, why)
 
 
@@ -53,19 +61,19 @@ def _phase_rows(phase: str, speeds: Speeds, why: str) -> Iterator[Row]:
     theirs = {n: s for n, s in speeds.items() if n.startswith("transformers")}
     for name in map(_name, PLAIN):
         peers = {n: s for n, s in theirs.items() if name == "bfloat16" or n.endswith(name)}
-        against = theirs if phase == "decode" else {n: s for n, s in theirs.items() if n.endswith("float32")}
+        against = theirs if phase == DECODE else {n: s for n, s in theirs.items() if n.endswith("float32")}
         bar = max(s for n, s in against.items() if n in peers and s is not None)
         if name == "bfloat16":
             peers["llama.cpp BF16"] = speeds["llama.cpp BF16"]
-            if phase == "decode":
+            if phase == DECODE:
                 bar = max(bar, LLAMA_SHARE * (speeds["llama.cpp BF16"] or 0.0))
         yield Row(
-            f"{case}, {name}", "coterie", "tokens/s", speeds[f"coterie {name}"], bar if name == "bfloat16" else None, peers,
-            higher=True, why=why,
+            f"{case}, {name}", "coterie", "tokens/s", speeds[f"coterie {name}"],
+            bar if name == "bfloat16" and phase != AFTER else None, peers, higher=True, why=why,
         )  # fmt: skip
     for format, (kind, share) in ROUNDED.items():
         peer = speeds[f"llama.cpp {kind}"]
-        rounded_bar = share * peer if peer is not None and phase == "decode" else None
+        rounded_bar = share * peer if peer is not None and phase == DECODE else None
         yield Row(
             f"{case}, {format}", "coterie", "tokens/s", speeds[f"coterie {format}"], rounded_bar, {f"llama.cpp {kind}": peer},
             higher=True, why=why,
@@ -81,29 +89,33 @@ def _llamas(model: Any, folder: Path) -> tuple[dict[str, LlamaModel | None], str
     return {kind: LlamaModel(quantised(folder / "BF16.gguf", kind, threads), threads) for kind in KINDS}, ""
 
 
-def _sides(
-    models: dict[str, Any], llamas: dict[str, LlamaModel | None], phase: str, run: Callable[[Any], float], length: int
-) -> dict[str, Callable[[], float] | None]:
+def _sides(models: dict[str, Any], llamas: dict[str, LlamaModel | None], phase: str) -> dict[str, Callable[[], float] | None]:
     """What each side does in its turn; None where it is not there."""
-    import coterie.moe.layer  # noqa: F401  registers the implementation
-    from coterie.moe.faster import slow_down, speed_up
+
+    run = {DECODE: _decode, AFTER: _decode_after, PREFILL: _prefill}[phase]
 
     def ours(model: Any, implementation: str) -> Callable[[], float]:
         def turn() -> float:
             model.set_experts_implementation(implementation)
-            (speed_up if implementation == "coterie" else slow_down)(model)  # as `coterie.load` does
+            (speed_up if implementation == IMPLEMENTATION else slow_down)(model)  # as `coterie.load` does
             return run(model)
 
         return turn
 
-    sides: dict[str, Callable[[], float] | None] = {f"coterie {n}": ours(m, "coterie") for n, m in models.items()}
+    sides: dict[str, Callable[[], float] | None] = {f"coterie {n}": ours(m, IMPLEMENTATION) for n, m in models.items()}
     for name in map(_name, PLAIN):
         for peer in PEERS:
-            if phase == "decode" or peer != "batched_mm":  # which copies the weights for each token: minutes
+            if phase != PREFILL or peer != "batched_mm":  # which copies the weights for each token: minutes
                 sides[f"transformers {peer}, {name}"] = ours(models[name], peer)
     for kind, llama in llamas.items():
-        sides[f"llama.cpp {kind}"] = None if llama is None else partial(getattr(llama, phase), length)
+        sides[f"llama.cpp {kind}"] = None if llama is None else _llama_turn(llama, phase)
     return sides
+
+
+def _llama_turn(llama: LlamaModel, phase: str) -> Callable[[], float]:
+    if phase == PREFILL:
+        return partial(llama.prefill, PROMPT)
+    return partial(llama.decode, NEW) if phase == DECODE else partial(llama.decode, NEW, LONG)
 
 
 def _in_turns(sides: dict[str, Callable[[], float] | None], repeats: int) -> Speeds:
@@ -146,6 +158,21 @@ def _decode(model: Any) -> float:
     ids = torch.arange(8)[None] + 100
     out = model(ids, use_cache=True)
     cache, started = out.past_key_values, time.perf_counter()
+    for step in range(NEW):
+        model(ids[:, step % 8 : step % 8 + 1], past_key_values=cache, use_cache=True)
+    return NEW / (time.perf_counter() - started)
+
+
+@torch.inference_mode()
+def _decode_after(model: Any) -> float:
+    """Keys and values of the text before are random: who computed them changes nothing."""
+    config, ours = model.config, model.config._experts_implementation == IMPLEMENTATION
+    cache = GrowingCache(LONG + NEW) if ours else DynamicCache()  # as `coterie generate` has it
+    shape = (1, config.num_key_value_heads, LONG, config.head_dim)
+    for layer in range(config.num_hidden_layers):
+        cache.update(*(torch.randn(shape).to(model.dtype) for _ in range(2)), layer)
+    ids = torch.arange(8)[None] + 100
+    started = time.perf_counter()
     for step in range(NEW):
         model(ids[:, step % 8 : step % 8 + 1], past_key_values=cache, use_cache=True)
     return NEW / (time.perf_counter() - started)

@@ -17,6 +17,7 @@ import torch
 from coterie.routing.errors import CoterieError
 
 KINDS = {"BF16": None, "Q8_0": 7, "Q4_K_M": 15}  # llama.cpp's numbers of file types; None: as it is written
+CONTEXT, AT_ONCE = 4096, 512  # tokens that it has room for, and of a prompt at a time
 
 
 def missing() -> str:
@@ -104,7 +105,7 @@ class LlamaModel:
         settings.use_extra_bufts = False  # its AMX products crash on some virtual machines (seen with 0.3.36)
         self.model = self.api.llama_model_load_from_file(str(path).encode(), settings)
         wanted = self.api.llama_context_default_params()
-        wanted.n_ctx, wanted.n_batch, wanted.n_ubatch = 1024, 512, 512
+        wanted.n_ctx, wanted.n_batch, wanted.n_ubatch = CONTEXT, AT_ONCE, AT_ONCE
         wanted.n_threads = wanted.n_threads_batch = threads
         self.context = self.api.llama_init_from_model(self.model, wanted) if self.model else None
         if not self.context:
@@ -121,10 +122,11 @@ class LlamaModel:
         if self.api.llama_decode(self.context, self.api.llama_batch_get_one(made, len(tokens))):
             raise CoterieError("llama.cpp: llama_decode failed")
 
-    def decode(self, new: int) -> float:
-        """Tokens per second of `new` tokens after a prompt of 8."""
+    def decode(self, new: int, prompt: int = 8) -> float:
+        """Tokens per second of `new` tokens after a prompt of so many."""
         self.forget()
-        self.feed(list(range(100, 108)))
+        for first in range(0, prompt, AT_ONCE):
+            self.feed([100 + i % 8 for i in range(first, min(first + AT_ONCE, prompt))])
         started = time.perf_counter()
         for step in range(new):
             self.feed([100 + step % 8])

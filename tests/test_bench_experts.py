@@ -13,7 +13,7 @@ TINY = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 8, "num
 
 
 def test_all_formats_are_measured_beside_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SMALL": TINY, "PROMPT": 8, "NEW": 3}.items():
+    for name, value in {"SMALL": TINY, "PROMPT": 8, "NEW": 3, "LONG": 20}.items():
         monkeypatch.setattr(bench_experts, name, value)
     monkeypatch.setattr(bench_experts, "missing", lambda: "llama.cpp is left out")
     threads = torch.get_num_threads()
@@ -21,7 +21,7 @@ def test_all_formats_are_measured_beside_transformers(monkeypatch: pytest.Monkey
         rows = list(bench_experts.rows(argparse.Namespace(quick=True)))
     finally:
         torch.set_num_threads(threads)
-    for phase in ("decode", "prefill"):
+    for phase in (bench_experts.DECODE, bench_experts.AFTER, bench_experts.PREFILL):
         for format in ("float32", "bfloat16", "int8", "int4"):
             (row,) = [row for row in rows if row.case.endswith(f"{phase}, {format}")]
             assert row.value is not None and row.value > 0, row
