@@ -158,9 +158,9 @@ class StackedExperts:
             start = end
         if ones:
             assert not isinstance(weight, Product)
-            rows, outs = x.unbind(), out.unbind()
             matrices = (weight[expert].T if self.transposed else weight[expert] for _, expert in ones)
-            multiply_each(matrices, [rows[row] for row, _ in ones], [outs[row] for row, _ in ones])
+            rows, outs = ((t.unbind() if len(ones) == len(t) else [t[row] for row, _ in ones]) for t in (x, out))
+            multiply_each(matrices, rows, outs)
         return out
 
     def _multiply(self, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
