@@ -32,9 +32,10 @@ def checkpoint_digest(model: str) -> str:
     from coterie.offload.checkpoint import Checkpoint
 
     _, folder = resolve_model(model)
-    tensors = Checkpoint.open(folder).tensors
+    checkpoint = Checkpoint.open(folder)
+    tensors = checkpoint.tensors
     places = sorted((n, p.file.name, p.offset, p.length, str(p.dtype), list(p.shape)) for n, p in tensors.items())
-    samples = [_sample(file) for file in sorted({p.file for p in tensors.values()})]
+    samples = [_sample(file) for file in checkpoint.files]
     return _short(_read(folder / "config.json"), json.dumps(places).encode(), *samples)
 
 

@@ -60,15 +60,14 @@ def within_budget(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, 
             raise InputError("--prior: found it where all experts fit, expected --memory with it: nothing is read later here")
         return asked
     from coterie.moe.memory import estimate, most_held, most_slots
+    from coterie.moe.prepare import needs_copy, not_packed
 
     share, (work, taken) = asked.share, _needs(asked, options, group)
     slots = most_slots(sizes, share.plan, _candidates(asked)[0], work, budget, taken)
-    if slots is not None and share.quantise is not None and share.packed is None:
-        from coterie.moe.prepare import not_packed
-
+    if slots is not None and needs_copy(share):
         peak = max(need.peak for need in estimate(sizes, share.plan, _candidates(asked)[0], work))
         enough = f"--memory {int(peak) + taken} holds all experts"
-        raise InputError(f"{not_packed('--memory', share.quantise)}; {enough}")
+        raise InputError(f"{not_packed('--memory', share)}; {enough}")
     if slots is not None and share.device.type != "cpu":
         together(group, lambda: share.host_slots(most_held(share.plan)))  # raises where a rank's is too small
     if group.rank == 0:

@@ -20,7 +20,7 @@ from coterie.moe.layer import stacked
 from coterie.moe.load import WEIGHT_DTYPES, expert_in
 from coterie.moe.routers import Choose, choice_of, router_in
 from coterie.offload.cache import ExpertCache
-from coterie.offload.checkpoint import Checkpoint, TensorPlace
+from coterie.offload.checkpoint import Checkpoint, TensorPlace, TensorSlice
 from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import HostTier, Misses
 from coterie.offload.transfer import Part, Piece
@@ -100,7 +100,7 @@ def index_experts(shape: ModelShape, empty: nn.Module, checkpoint: Checkpoint) -
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     state = empty.state_dict()
     place_of = {name: index for index, name in enumerate(shape.expert_names.values())}
-    found: dict[tuple[int, int, str], dict[int, tuple[TensorPlace, Piece]]] = {}
+    found: dict[tuple[int, int, str], dict[int, _Found]] = {}
     for name, place in checkpoint.tensors.items():
         target, pattern = rename_source_key(name, renamings, converters, empty.base_model_prefix, state)
         module, _, parameter = target.rpartition(".")
@@ -112,12 +112,14 @@ def index_experts(shape: ModelShape, empty: nn.Module, checkpoint: Checkpoint) -
         if pattern is not None and "*" in pattern:
             order = _order(f"{place.file}: tensor {name!r}", pattern, converters)
             piece = Piece(place.file, place.offset, place.length)
-            found.setdefault((layer, expert_in(name), parameter), {})[order] = place, piece
+            coded = None if place.code is None else checkpoint.slice(name)
+            found.setdefault((layer, expert_in(name), parameter), {})[order] = _Found(place, piece, coded)
         elif place.shape[:1] == (shape.num_experts,) and pattern is None:
             size = place.length // shape.num_experts
             for expert in range(shape.num_experts):
                 piece = Piece(place.file, place.offset + expert * size, size)
-                found.setdefault((layer, expert, parameter), {})[0] = place, piece
+                coded = None if place.code is None else checkpoint.slice(name, (expert,))
+                found.setdefault((layer, expert, parameter), {})[0] = _Found(place, piece, coded)
         else:
             raise _not_by_expert(f"{place.file}: tensor {name!r}")
     records = [
@@ -160,16 +162,25 @@ def _not_by_expert(tensor: str) -> InputError:
     )
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A tensor with a piece of an expert's parameter. coded: what that is worked out from, if it is not the piece itself."""
+
+    place: TensorPlace
+    piece: Piece
+    coded: TensorSlice | None
+
+
 def _record(
     shape: ModelShape, state: dict[str, Any], module: str, layer: int, expert: int,
-    found: dict[tuple[int, int, str], dict[int, tuple[TensorPlace, Piece]]],
+    found: dict[tuple[int, int, str], dict[int, _Found]],
 ) -> dict[str, Part]:  # fmt: skip
     made = {}
     for parameter in [n.rpartition(".")[2] for n in state if n.rpartition(".")[0] == module and state[n].ndim > 1]:
         pieces = found.get((layer, expert, parameter), {})
         row = tuple(state[f"{module}.{parameter}"].shape[1:])
-        dtypes = {place.dtype for place, _ in pieces.values()}
-        shapes = [_shape_of(place, piece) for place, piece in pieces.values()]
+        dtypes = {one.place.dtype for one in pieces.values()}
+        shapes = [_shape_of(one.place, one.piece) for one in pieces.values()]
         joined = [(sum(s[0] for s in shapes), *rest) for rest in {s[1:] for s in shapes}]
         if len(dtypes) != 1 or joined != [row]:
             found_here = " and ".join(str(list(s)) for s in shapes) or "nothing"
@@ -177,7 +188,9 @@ def _record(
                 f"{shape.folder}: expert {expert} of {module}.{parameter}: found {found_here}, expected shape {list(row)} in "
                 f"one dtype; does config.json fit the weights?"
             )
-        made[parameter] = Part(next(iter(dtypes)), row, tuple(pieces[i][1] for i in sorted(pieces)))
+        in_order = [pieces[i] for i in sorted(pieces)]
+        coded = tuple(one.coded for one in in_order if one.coded is not None)
+        made[parameter] = Part(next(iter(dtypes)), row, tuple(one.piece for one in in_order), coded)
     return made
 
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from coterie.offload.coded import check_method
 from coterie.routing.errors import InputError, first_line
 from coterie.routing.record import expert_modules
 
@@ -65,16 +66,23 @@ def _from_hub(model: str) -> Path:
 
 
 def read_config(folder: Path) -> Any:
-    """The model's configuration. Raises InputError, naming the file, if there is none or transformers does not know it."""
+    """The model's configuration, without how its weights are stored.
+
+    Raises InputError, naming the file, if there is none, transformers does not know it, or weights are in an unknown code.
+    """
     file = folder / "config.json"
     if not file.is_file():
         raise InputError(f"{file}: no such file, expected a transformers checkpoint folder")
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds for a bad configuration
         raise InputError(
             f"{file}: not a configuration that transformers {transformers.__version__} reads ({first_line(error)})"
         ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        check_method(file, config.quantization_config)
+        del config.quantization_config  # weights are worked out as they are read (offload/coded.py)
+    return config
 
 
 def skeleton(config: Any, file: Path) -> Any:
@@ -99,8 +107,6 @@ def inspect(model: str) -> tuple[ModelShape, Any]:
     sizes = {int(cast(torch.Tensor, module.down_proj).shape[0]) for _, module in modules.values()}
     if len(sizes) != 1:
         raise InputError(f"{folder / 'config.json'}: layers have {sorted(sizes)} experts, expected the same number in each")
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(f"{folder / 'config.json'}: quantization_config: found one, expected none: not supported yet")
     experts, top_k = sizes.pop(), _top_k(config)
     if not 1 <= top_k <= experts:
         raise InputError(

@@ -89,7 +89,7 @@ def select(
             what = "an unknown tensor" if target not in state else str(place.dtype)
             raise InputError(
                 f"{place.file}: tensor {name!r}: found {what} among the experts, expected their float32, bfloat16 or float16 "
-                f"weights; quantised checkpoints are not supported yet"
+                f"weights, or in fewer bits as quantization_config of config.json says"
             )
         if state[target].ndim == 0:
             chosen[name] = checkpoint.slice(name)

@@ -86,7 +86,7 @@ class Share:
         """The dense part, and the experts `local` (by layer), each rounded as soon as it is read."""
         with closing(index_experts(self.shape, self.empty, self.checkpoint)) as store:
             layers = zip(local, store.records, strict=True)
-            whole = sum(part.length for here, layer in layers for expert in here for part in layer[expert].values())
+            whole = sum(part.on_disk for here, layer in layers for expert in here for part in layer[expert].values())
             read = self._dense(on_bytes, whole)
             counter = self.checkpoint.counter
             if on_bytes is not None:
@@ -194,8 +194,8 @@ def check_slots(share: Share) -> None:
         return
     if share.slots < share.shape.top_k:
         raise InputError(f"slots: found {share.slots}, expected at least {share.shape.top_k}: one token's experts in a layer")
-    if share.quantise is not None and share.packed is None:
-        raise InputError(not_packed("slots", share.quantise))
+    if needs_copy(share):
+        raise InputError(not_packed("slots", share))
 
 
 def known_prior(share: Share, trace: str | Path | RoutingTrace) -> Share:
@@ -206,11 +206,20 @@ def known_prior(share: Share, trace: str | Path | RoutingTrace) -> Share:
     return replace(share, prior=found)
 
 
-def not_packed(field: str, format: str) -> str:
-    """Why experts that are rounded cannot be read from the checkpoint, and the way out."""
+def needs_copy(share: Share) -> bool:
+    """Whether experts can be read later only out of a packed copy, which is not given: the bytes stored are not a slot's."""
+    return share.packed is None and (share.quantise is not None or share.checkpoint.coded)
+
+
+def not_packed(field: str, share: Share) -> str:
+    """Why that is so, and the way out."""
+    if share.quantise is None:
+        why, how, option = "a checkpoint in fewer bits", "a copy in bfloat16, or rounded with --quantise", ""
+    else:
+        why, how, option = "quantise", "a copy rounded beforehand", f" --quantise {share.quantise}"
     return (
-        f"{field}: found less room than for all experts, with quantise but without packed, expected a copy rounded beforehand: "
-        f"coterie pack MODEL --out DIR --quantise {format}, then --packed DIR"
+        f"{field}: found less room than for all experts, with {why} but without packed, expected {how}: "
+        f"coterie pack MODEL --out DIR{option}, then --packed DIR"
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from coterie.kernels.formats import LARGEST
-from coterie.offload.copies import Rounding, scale_of
+from coterie.offload.copies import Rounding, scale_of, stored
 from coterie.offload.store import ExpertStore
 from coterie.offload.transfer import Part, Record
 from coterie.routing.errors import InputError
@@ -82,8 +82,11 @@ def load_rounded(
         stacks = empty_stacks(rounding, store.records[layer][0], len(local[layer]), dtype, device)
         for place, expert in enumerate(local[layer]):
             record = store.records[layer][expert]
-            plain = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in record.items()}
-            store.read(layer, expert, plain)
+            if any(part.coded for part in record.values()):
+                plain = {name: stored(part) for name, part in record.items()}
+            else:
+                plain = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in record.items()}
+                store.read(layer, expert, plain)
             _put(stacks, place, rounding.made({name: tensor.to(device) for name, tensor in plain.items()}, record))
         hold(module, stacks, rounding)
         for name in set(store.records[layer][0]) - set(rounding.products):

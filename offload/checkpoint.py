@@ -12,12 +12,13 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from coterie.offload.coded import Code, decoded_places
 from coterie.routing.errors import InputError
 from coterie.routing.files import read_json
 
@@ -27,19 +28,27 @@ MAX_HEADER = 100_000_000  # the format's own limit
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """One tensor in its file. offset: absolute, bytes; length: bytes."""
+    """One tensor in its file. offset: absolute, bytes; length: bytes.
+
+    code: what the bytes stand for, `dtype` and `shape` being the weights'; None where they are the weights.
+    """
 
     file: Path
     offset: int
     length: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    code: Code | None = None
+
+    def stored(self) -> TensorPlace:
+        """The bytes themselves."""
+        return self if self.code is None else replace(self, dtype=self.code.dtype, shape=self.code.shape, code=None)
 
 
 @dataclass
@@ -68,7 +77,10 @@ def version_of(file: Path | int) -> Version:
 
 
 class Checkpoint:
-    """The tensors of a checkpoint folder by name, and a counter of what was read. versions: of its files as indexed."""
+    """The tensors of a checkpoint folder by name, and a counter of what was read. versions: of its files as indexed.
+
+    Tensors of a checkpoint in fewer bits go by the names of the weights that they stand for (offload/coded.py).
+    """
 
     def __init__(self, folder: Path, tensors: dict[str, TensorPlace], versions: Mapping[Path, Version] | None = None) -> None:
         self.folder = folder
@@ -88,25 +100,35 @@ class Checkpoint:
                 raise InputError(f"{shard}: cannot be read: {error.strerror}") from error
             tensors |= read_header(shard)
         _check_index(folder, tensors)
-        return cls(folder, tensors, versions)
+        return cls(folder, decoded_places(folder, tensors), versions)
+
+    @property
+    def coded(self) -> bool:
+        """Whether weights are to be worked out from what is stored."""
+        return any(place.code is not None for place in self.tensors.values())
+
+    @property
+    def files(self) -> list[Path]:
+        """All that tensors lie in, in order."""
+        scales = (place.code.scales.file for place in self.tensors.values() if place.code is not None)
+        return sorted({*scales, *(place.file for place in self.tensors.values())})
 
     def slice(self, name: str, rows: Sequence[int] | None = None) -> TensorSlice:
         """A tensor, or some of its first dimension's rows, to be read when asked for."""
-        place = self.tensors[name]
-        return TensorSlice(place, self.counter, None if rows is None else tuple(rows), self.versions.get(place.file))
+        return TensorSlice(self.tensors[name], self.counter, None if rows is None else tuple(rows), self.versions)
 
 
 @dataclass(frozen=True)
 class TensorSlice:
     """A lazily read tensor; `slice[...]` reads it, as transformers' loader does with safetensors' own slices.
 
-    rows: indices into the first dimension, in the order wanted, or None for all. version: the file's, None for any.
+    rows: indices into the first dimension, in the order wanted, or None for all. versions: of files as far as they are known.
     """
 
     place: TensorPlace
     counter: ReadCounter
     rows: tuple[int, ...] | None = None
-    version: Version | None = None
+    versions: Mapping[Path, Version] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,8 +142,16 @@ class TensorSlice:
 
     @property
     def length(self) -> int:
-        """Bytes that reading takes."""
+        """Bytes that are read."""
+        code = self.place.code
+        if code is not None:
+            return sum(self._part(place).length for place in (self.place.stored(), code.scales))
         return math.prod(self.shape) * self.place.dtype.itemsize
+
+    def _part(self, place: TensorPlace) -> TensorSlice:
+        """The same rows of what it is worked out from; scales that all share have none."""
+        rows = None if math.prod(place.shape) == 1 else self.rows
+        return TensorSlice(place, self.counter, rows, self.versions)
 
     def get_shape(self) -> list[int]:
         """As safetensors' slices spell it."""
@@ -136,11 +166,16 @@ class TensorSlice:
 
     def read(self) -> torch.Tensor:
         """Read the bytes and return a tensor of `shape`; runs of adjacent rows are one read each."""
+        code = self.place.code
+        if code is not None and self.rows != ():
+            return code.decoded(self._part(self.place.stored()).read(), self._part(code.scales).read())
         buffer = _buffer(self.length)
         view = memoryview(buffer)
         done = 0
         for offset, length in self._ranges():
-            _read_into(self.place.file, self.place.offset + offset, view[done : done + length], self.version)
+            _read_into(
+                self.place.file, self.place.offset + offset, view[done : done + length], self.versions.get(self.place.file)
+            )
             done += length
         self.counter.add(done)
         if not done:

@@ -24,11 +24,11 @@ SAMPLE_BYTES = 4096
 
 
 class AsStored:
-    """The checkpoint's own bytes."""
+    """The checkpoint's own bytes, or the weights that they stand for."""
 
     def record(self, original: Record) -> Record:
         """The parts of an expert in the copy, in the order of the bytes; where, does not matter."""
-        return original
+        return {name: replace(part, coded=()) for name, part in original.items()}
 
     def fields(self, original: Record) -> dict[str, str]:
         """What index and journal say of it."""
@@ -37,6 +37,9 @@ class AsStored:
     def views(self, original: Record) -> Iterator[memoryview]:
         """The bytes of the copy of an expert, each view valid until the next. Raises CoterieError, naming the file."""
         for part in original.values():
+            if part.coded:
+                yield _bytes_of(stored(part))
+                continue
             for piece in part.pieces:
                 yield from parts_of(piece)
 
@@ -44,6 +47,13 @@ class AsStored:
         """Raises InputError unless 4 KiB in the middle of every piece of an expert are the same in checkpoint and copy."""
         for name, part in original.items():
             start = packed[name].pieces[0].offset
+            if part.coded:
+                whole = _bytes_of(stored(part))
+                middle = (len(whole) - min(SAMPLE_BYTES, len(whole))) // 2
+                found = bytes(whole[middle : middle + SAMPLE_BYTES])
+                copy = Piece(packed[name].pieces[0].file, start + middle, len(found))
+                check_same(found, b"".join(map(bytes, parts_of(copy))), part.pieces[0], part.pieces[0].offset, copy)
+                continue
             for piece in part.pieces:
                 length = min(SAMPLE_BYTES, piece.length)
                 middle = (piece.length - length) // 2
@@ -107,7 +117,7 @@ class Rounding(AsStored):
     def views(self, original: Record) -> Iterator[memoryview]:
         """As `AsStored`."""
         for tensor in self.made({name: stored(part) for name, part in original.items()}, original).values():
-            yield tensor.view(-1).view(torch.uint8).numpy().data
+            yield _bytes_of(tensor)
 
     def check_sample(self, original: Record, packed: Record) -> None:
         """Raises InputError unless 128 rows in the middle of every product, and all biases, are the same rounded again."""
@@ -131,12 +141,19 @@ def scale_of(name: str) -> str:
 
 def stored(part: Part) -> torch.Tensor:
     """A parameter of an expert, read from its file."""
+    if part.coded:
+        return torch.cat([one.read().view(-1, *part.shape[1:]) for one in part.coded])
     raw, done = np.empty(part.length, dtype=np.uint8), 0
     for piece in part.pieces:
         for view in parts_of(piece):
             raw[done : done + len(view)] = view
             done += len(view)
     return torch.from_numpy(raw).view(part.dtype).view(part.shape)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    found: np.ndarray = tensor.view(-1).view(torch.uint8).numpy()
+    return found.data
 
 
 def check_fields(path: Path, found: Mapping[str, Any], expected: Mapping[str, str]) -> None:

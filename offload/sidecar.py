@@ -168,7 +168,7 @@ def _check_sizes(records: Sequence[Sequence[Record]]) -> dict[Path, int]:
 def sources_of(checkpoint: Checkpoint) -> list[Source]:
     """What tells these files from others without reading them whole. Raises InputError if one cannot be read."""
     made = []
-    for file in sorted({place.file for place in checkpoint.tensors.values()}):
+    for file in checkpoint.files:
         try:
             with file.open("rb") as stream:
                 status = os.fstat(stream.fileno())

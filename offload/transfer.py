@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from coterie.offload.checkpoint import ReadCounter
+from coterie.offload.checkpoint import ReadCounter, TensorSlice
 from coterie.offload.checksum import Checksum, check
 
 BLOCK = 4096  # what O_DIRECT can always do with: offsets, lengths and places in memory are multiples; a page
@@ -39,16 +39,25 @@ class Piece:
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter of one expert, `shape` in `dtype` as stored: the pieces one after another; none where it is still to be."""
+    """One parameter of one expert, `shape` in `dtype` as stored: the pieces one after another; none where it is still to be.
+
+    coded: what it is worked out from where the pieces' bytes only stand for it, one after another (offload/coded.py).
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    coded: tuple[TensorSlice, ...] = ()
 
     @property
     def length(self) -> int:
         """Bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes that are read for it."""
+        return sum(one.length for one in self.coded) if self.coded else self.length
 
 
 Record = Mapping[str, Part]  # by parameter: gate_up_proj, down_proj, ...

@@ -1,0 +1,184 @@
+"""Checkpoints published in fewer bits: which of their tensors stand for weights, and what values those have.
+
+| `quant_method` of config.json | stored | a weight is |
+|---|---|---|
+| `fp8` | `NAME`, float8 e4m3 `[..., N, K]`; `NAME_scale_inv`, one for a block of 128 x 128, or for all | value x scale |
+| `mxfp4` | `NAME_blocks`, two e2m1 in a byte `[E, N, K / 32, 16]`; `NAME_scales`, one for 32 | value x 2^(scale - 127) |
+
+`fp8` is DeepSeek-V3's and that of models named -FP8, `mxfp4` gpt-oss's. Both are computed in float32 and rounded to bfloat16
+once, as their publishers' own converters do; what is in `mxfp4` is exact there. Its products are `[E, K, N]` as weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from coterie.routing.errors import InputError
+
+if TYPE_CHECKING:
+    from coterie.offload.checkpoint import TensorPlace
+
+METHODS = ("fp8", "mxfp4")
+FLOAT8, SCALE = (torch.float8_e4m3fn, torch.float8_e5m2), "_scale_inv"
+DTYPE = torch.bfloat16  # of the weights that codes stand for
+BLOCK = 128  # of fp8 where the configuration does not say it
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # Open Compute Project, Microscaling Formats 1.0
+SMALLEST = torch.tensor(1 << 6, dtype=torch.int16)  # bits of 2^-127
+PER_SCALE = 32  # e2m1 values
+
+
+@dataclass(frozen=True)
+class Code:
+    """How the bytes of a tensor stand for weights. dtype, shape: as stored; scales: where those are.
+
+    block: rows and columns that share one, None where all do.
+    """
+
+    method: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    scales: TensorPlace
+    block: tuple[int, int] | None = None
+
+    def decoded(self, data: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """The weights of stored values, or of one or more rows of a stack, with their scales; contiguous."""
+        if self.method == "mxfp4":
+            return torch.stack([from_mxfp4(*one) for one in zip(data, scales, strict=True)])
+        if data.ndim == 2 or self.block is None:
+            return from_fp8(data, scales, self.block)
+        return torch.stack([from_fp8(one, scales[number], self.block) for number, one in enumerate(data)])
+
+
+def from_fp8(data: torch.Tensor, scales: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
+    """bfloat16 `[N, K]` of float8 e4m3 `[N, K]`. scales: `[ceil(N / rows), ceil(K / columns)]` of `block`, or one of all."""
+    wide = scales.float()
+    if block is None:
+        return (data.float() * wide.reshape(())).to(DTYPE)
+    rows, columns = block
+    made = torch.empty(data.shape, dtype=DTYPE)
+    spread = wide.repeat_interleave(columns, 1)[:, : data.shape[1]]
+    for number, first in enumerate(range(0, len(data), rows)):
+        made[first : first + rows] = data[first : first + rows].float() * spread[number]
+    return made
+
+
+def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """bfloat16 `[K, N]` of uint8 `[N, K / 32, 16]` and `[N, K / 32]`; of two values in a byte the first is the low half."""
+    pairs = torch.from_numpy(_pairs()[blocks.contiguous().numpy()]).view(DTYPE)  # [N, K / 32, 32]
+    powers = (scales.to(torch.int16) << 7).where(scales > 0, SMALLEST).view(DTYPE)  # bfloat16's own exponents
+    return (pairs * powers[..., None]).flatten(1).T.contiguous()
+
+
+@lru_cache(maxsize=1)
+def _pairs() -> np.ndarray:
+    """By byte, both values in bfloat16 as one number of 32 bits."""
+    signed = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=DTYPE)
+    both = torch.stack([signed.repeat(16), signed.repeat_interleave(16)], 1).contiguous()
+    found: np.ndarray = both.view(torch.int32)[:, 0].numpy()
+    return found
+
+
+def check_method(file: Path, found: Any) -> None:
+    """Raises InputError for weights in a code that is not read. found: the `quantization_config` of config.json, or None."""
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+    name = str(getattr(method, "value", method))
+    way = "convert the checkpoint to bfloat16 first"
+    if name not in METHODS:
+        raise InputError(
+            f"{file}: quantization_config.quant_method: found {name!r}, expected none, {' or '.join(METHODS)}: {way}"
+        )
+    kind = found.get("expert_dtype", "fp8") if isinstance(found, Mapping) else getattr(found, "expert_dtype", "fp8")
+    if name == "fp8" and kind != "fp8":
+        raise InputError(f"{file}: quantization_config.expert_dtype: found {kind!r}, expected fp8: {way}")
+
+
+def decoded_places(folder: Path, stored: Mapping[str, TensorPlace]) -> dict[str, TensorPlace]:
+    """The checkpoint's tensors by the names and shapes of the weights that they stand for; without a code as they are.
+
+    Raises InputError, naming the tensor, for scales that do not fit.
+    """
+    config = _quantisation(folder)
+    made = _of_mxfp4(stored) if config.get("quant_method") == "mxfp4" else dict(stored)
+    if config.get("quant_method") == "fp8":
+        made = _of_fp8(stored, _block(folder, config.get("weight_block_size", [BLOCK, BLOCK])))
+    for name, place in made.items():
+        if place.dtype in FLOAT8:
+            raise InputError(
+                f"{place.file}: tensor {name!r}: found {place.dtype}, expected {name + SCALE!r} beside it, and "
+                f"quantization_config with quant_method fp8 in config.json"
+            )
+    return made
+
+
+def _block(folder: Path, found: Any) -> tuple[int, int] | None:
+    if found is None:
+        return None
+    if not (isinstance(found, list) and len(found) == 2 and all(type(size) is int and size > 0 for size in found)):
+        raise InputError(
+            f"{folder / 'config.json'}: quantization_config.weight_block_size: found {str(found)[:60]}, "
+            f"expected two numbers or null"
+        )
+    return found[0], found[1]
+
+
+def _quantisation(folder: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # said where the configuration is read
+        return {}
+    config = found.get("quantization_config") if isinstance(found, dict) else None
+    return config if isinstance(config, dict) else {}
+
+
+def _of_fp8(stored: Mapping[str, TensorPlace], block: tuple[int, int] | None) -> dict[str, TensorPlace]:
+    made: dict[str, TensorPlace] = {}
+    for name, place in stored.items():
+        if name.endswith(SCALE) and name.removesuffix(SCALE) in stored:
+            continue
+        scales = stored.get(name + SCALE)
+        if scales is None or place.dtype != torch.float8_e4m3fn:
+            made[name] = place
+            continue
+        one = prod(scales.shape) == 1
+        grid = () if block is None else tuple(-(-size // by) for size, by in zip(place.shape[-2:], block, strict=True))
+        if not one and scales.shape != (*place.shape[:-2], *grid):
+            by = "all" if block is None else f"{block[0]} x {block[1]}"
+            raise InputError(
+                f"{scales.file}: tensor {name + SCALE!r}: found shape {list(scales.shape)}, expected "
+                f"{[*place.shape[:-2], *grid]}, one for {by} of {name!r}"
+            )
+        code = Code("fp8", place.dtype, place.shape, scales, None if one else block)
+        made[name] = replace(place, dtype=DTYPE, code=code)
+    return made
+
+
+def _of_mxfp4(stored: Mapping[str, TensorPlace]) -> dict[str, TensorPlace]:
+    made: dict[str, TensorPlace] = {}
+    for name, place in stored.items():
+        base = name.removesuffix("_blocks")
+        scales = stored.get(f"{base}_scales")
+        if name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in stored:
+            continue
+        if base == name or scales is None:
+            made[name] = place
+            continue
+        if (scales.shape, place.dtype, scales.dtype) != (place.shape[:3], torch.uint8, torch.uint8) or len(place.shape) != 4:
+            raise InputError(
+                f"{place.file}: tensors {name!r}, {base + '_scales'!r}: found {place.dtype} {list(place.shape)} and "
+                f"{scales.dtype} {list(scales.shape)}, expected uint8 [E, N, K / 32, 16] and [E, N, K / 32]"
+            )
+        experts, rows, groups, _ = place.shape
+        code = Code("mxfp4", place.dtype, place.shape, scales)
+        made[base] = replace(place, dtype=DTYPE, shape=(experts, groups * PER_SCALE, rows), code=code)
+    return made

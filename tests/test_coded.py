@@ -1,0 +1,210 @@
+"""Checkpoints published in 8 or 4 bits: the weights, logits and text of transformers' own reading of them in bfloat16."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from coded_models import BLOCK, edit_json, publish_fp8, publish_mxfp4, to_fp8, to_mxfp4
+from safetensors.torch import load_file, save_file
+from tiny_models import make_model
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+
+import coterie
+from coterie.launch.cli import main
+from coterie.launch.packing import contents_of
+from coterie.moe.prepare import prepare
+from coterie.moe.text import Prompt
+from coterie.offload.checkpoint import Checkpoint
+from coterie.offload.coded import from_fp8, from_mxfp4
+from coterie.offload.pack import pack, verify
+from coterie.routing.errors import InputError
+
+IDS = torch.tensor([[5, 17, 33, 60, 8]])
+GPT_OSS = {"hidden_size": 64, "intermediate_size": 96}
+KINDS = ("qwen3_moe", "deepseek_v3", "gpt_oss")
+
+
+def published(family: str, folder: Path) -> Path:
+    return (
+        publish_mxfp4(make_model(family, folder, **GPT_OSS)) if family == "gpt_oss" else publish_fp8(make_model(family, folder))
+    )
+
+
+def transformers_own(family: str, folder: Path) -> Any:
+    how = (
+        Mxfp4Config(dequantize=True) if family == "gpt_oss" else FineGrainedFP8Config(dequantize=True, weight_block_size=BLOCK)
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=how).eval()
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (17, 30), (3, 5)])
+@pytest.mark.parametrize("block", [(8, 8), (128, 128), None])
+def test_fp8_is_value_times_the_scale_of_its_block(shape: tuple[int, int], block: tuple[int, int] | None) -> None:
+    torch.manual_seed(0)
+    values, scales = to_fp8(torch.randn(shape), block)
+    found = from_fp8(values, scales, block)
+    for row in range(shape[0]):
+        for column in range(shape[1]):
+            scale = scales if block is None else scales[row // block[0], column // block[1]]
+            assert found[row, column] == (values[row, column].float() * scale).bfloat16()
+
+
+def test_every_byte_of_mxfp4_is_two_values_times_a_power_of_two() -> None:
+    by_code = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    blocks = torch.arange(256, dtype=torch.uint8).view(4, 4, 16)
+    scales = torch.tensor([[127, 130, 120, 2]] * 3 + [[127, 3, 127, 251]], dtype=torch.uint8)
+    found = from_mxfp4(blocks, scales)
+    assert found.shape == (128, 4) and found.dtype == torch.bfloat16 and found.is_contiguous()
+    for row in range(4):
+        for column in range(128):
+            byte = int(blocks[row, column // 32, column % 32 // 2])
+            value = by_code[byte >> 4 if column % 2 else byte & 15]
+            assert float(found[column, row]) == value * 2.0 ** (int(scales[row, column // 32]) - 127)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_weights_logits_and_text_are_those_of_transformers_reading(family: str, tmp_path: Path) -> None:
+    folder = published(family, tmp_path / "m")
+    theirs, made = transformers_own(family, folder), coterie.load(folder, dtype="bfloat16", device="cpu")
+    weights = made.transformers.state_dict()
+    for name, right in theirs.state_dict().items():
+        assert torch.equal(weights[name], right), name
+    assert made.transformers.config.__dict__.get("quantization_config") is None
+    wide = coterie.load(folder, device="cpu")
+    with torch.no_grad():
+        right = theirs.float().generate(IDS, max_new_tokens=12, do_sample=False, eos_token_id=None)[0, IDS.shape[1] :]
+    wide.transformers.generation_config.eos_token_id = None
+    (output,), _ = wide.generate([Prompt(token_ids=tuple(IDS[0].tolist()))], 12)
+    assert list(output.token_ids) == right.tolist()
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_rank_reads_its_own_experts_alone(family: str, tmp_path: Path) -> None:
+    folder = published(family, tmp_path / "m")
+    read = []
+    for ranks in (1, 2):
+        share = prepare(folder, None, "bfloat16", ranks, device="cpu")
+        share.read(0)
+        read.append(share.checkpoint.counter.bytes)
+    experts = sum(
+        t.numel() * t.element_size() for n, t in load_file(folder / "model.safetensors").items()
+        if ".experts." in n and "bias" not in n
+    )  # fmt: skip
+    biases = sum(t.numel() * 2 for n, t in load_file(folder / "model.safetensors").items() if ".experts." in n and "bias" in n)
+    assert read[0] - read[1] == (experts + biases) // 2
+
+
+@pytest.mark.parametrize("quantise", [None, "int8"])
+@pytest.mark.parametrize("family", KINDS)
+def test_out_of_a_packed_copy_logits_are_those_with_all_in_memory(family: str, quantise: str | None, tmp_path: Path) -> None:
+    folder, copy = published(family, tmp_path / "m"), tmp_path / "packed"
+    pack(contents_of(str(folder), quantise), copy)
+    options: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu", "quantise": quantise}
+    resident, cached = coterie.load(folder, **options), coterie.load(folder, slots=3, packed=copy, **options)
+    with torch.inference_mode():
+        for ids in (IDS, IDS[:, :1]):
+            assert torch.equal(cached.transformers(ids).logits, resident.transformers(ids).logits)
+    if quantise is None:
+        theirs = transformers_own(family, folder).float()
+        wide = coterie.load(folder, slots=3, packed=copy, device="cpu").transformers
+        with torch.no_grad():
+            assert torch.allclose(wide(IDS).logits, theirs(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_copy_knows_the_checkpoint_that_it_is_of(family: str, tmp_path: Path) -> None:
+    folder, copy = published(family, tmp_path / "m"), tmp_path / "packed"
+    pack(contents_of(str(folder)), copy)
+    file = folder / "model.safetensors"
+    os.utime(file, ns=(1, 1))
+    assert verify(contents_of(str(folder)), copy).experts == 8 * 3
+    tensors = load_file(file)
+    for name in [n for n in tensors if n.endswith(("_scales", "_scale_inv")) and ".experts." in n]:
+        tensors[name] = tensors[name] + 1 if tensors[name].dtype == torch.uint8 else tensors[name] * 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="the checkpoint is another or has changed since it was packed"):
+        verify(contents_of(str(folder)), copy)
+
+
+def test_without_room_for_all_a_copy_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    large = make_model("qwen3_moe", tmp_path / "m", hidden_size=256, moe_intermediate_size=2048)
+    folder = publish_fp8(large, (128, 128))
+    asked = r"a checkpoint in fewer bits but without packed.*: coterie pack MODEL --out DIR, then --packed DIR"
+    with pytest.raises(InputError, match=f"slots: .*{asked}"):
+        coterie.load(folder, slots=3, device="cpu")
+    generate = ["generate", str(folder), "--prompts", str(prompts(tmp_path)), "--dry-run", "--memory"]
+    assert main([*generate, "1000"]) == 2
+    least = capsys.readouterr().err.partition("expected ")[2].partition(" or more")[0].replace(" ", "")
+    assert main([*generate, least]) == 2
+    assert re.search(f"--memory: .*{asked}; --memory [0-9]+ holds all experts", capsys.readouterr().err)
+
+
+def prompts(folder: Path) -> Path:
+    file = folder / "prompts.jsonl"
+    file.write_text(json.dumps({"token_ids": [5, 17, 33]}) + "\n")
+    return file
+
+
+def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    folder = published("qwen3_moe", tmp_path / "m")
+    config, file = folder / "config.json", folder / "model.safetensors"
+    right = json.loads(config.read_text())["quantization_config"]
+    for changes, message in (
+        (
+            {"quant_method": "gptq", "bits": 4},
+            "found 'gptq', expected none, fp8 or mxfp4: convert the checkpoint",
+        ),
+        ({**right, "expert_dtype": "fp4"}, "expert_dtype: found 'fp4', expected fp8"),
+        ({**right, "weight_block_size": [16, 16]}, r"weight_scale_inv': found shape \[.*\], expected \[.*\], one for 16 x 16"),
+        ({**right, "weight_block_size": [0, 8]}, "weight_block_size: found"),
+        ({"quant_method": "mxfp4"}, "found torch.float8_e4m3fn, expected .*_scale_inv. beside it"),
+    ):
+        edit_json(config, quantization_config=changes)
+        with pytest.raises(InputError, match=message):
+            coterie.load(folder, device="cpu")
+    edit_json(config, quantization_config=right)
+    tensors = load_file(file)
+    name = next(n for n in tensors if ".experts." in n and n.endswith("_scale_inv"))
+    save_file({n: t for n, t in tensors.items() if n != name}, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"found torch.float8_e4m3fn, expected .*_scale_inv. beside it"):
+        coterie.load(folder, device="cpu")
+
+
+def test_scales_of_mxfp4_fit_their_blocks(tmp_path: Path) -> None:
+    folder = published("gpt_oss", tmp_path / "m")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if n.endswith("_scales"))
+    save_file({**tensors, name: tensors[name][:, :-1].contiguous()}, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"found torch.uint8 .* expected uint8 \[E, N, K / 32, 16\] and \[E, N, K / 32\]"):
+        coterie.load(folder, device="cpu")
+    blocks, scales = to_mxfp4(torch.randn(2, 64, 5))
+    assert blocks.shape == (2, 5, 2, 16) and scales.shape == (2, 5, 2)
+
+
+def test_a_checkpoint_tells_where_its_scales_lie(tmp_path: Path) -> None:
+    folder = published("qwen3_moe", tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    parts = {
+        "a": {n: t for n, t in tensors.items() if "scale" not in n},
+        "b": {n: t for n, t in tensors.items() if "scale" in n},
+    }
+    for shard, part in parts.items():
+        save_file(part, folder / f"{shard}.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {name: f"{shard}.safetensors" for shard, part in parts.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.coded and [file.name for file in checkpoint.files] == ["a.safetensors", "b.safetensors"]
+    name = next(n for n in checkpoint.tensors if ".experts." in n)
+    one = checkpoint.slice(name)
+    assert one.dtype == torch.bfloat16 and one.length == tensors[name].numel() + 4 * tensors[f"{name}_scale_inv"].numel()
+    (folder / "b.safetensors").write_bytes((folder / "b.safetensors").read_bytes() + b"x")
+    with pytest.raises(InputError, match=r"b.safetensors: was changed since its header was read"):
+        one.read()
