@@ -21,6 +21,7 @@ from coterie.moe.load import WEIGHT_DTYPES, expert_in
 from coterie.moe.routers import Choose, choice_of, router_in
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint, TensorPlace, TensorSlice
+from coterie.offload.coded import check_known
 from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import HostTier, Misses
 from coterie.offload.transfer import Part, Piece
@@ -106,6 +107,7 @@ def index_experts(shape: ModelShape, empty: nn.Module, checkpoint: Checkpoint) -
         module, _, parameter = target.rpartition(".")
         if module not in place_of or target not in state or state[target].ndim == 0:
             continue
+        check_known(name, place)
         if place.dtype not in WEIGHT_DTYPES:
             raise InputError(f"{place.file}: tensor {name!r}: found {place.dtype}, expected float32, bfloat16 or float16")
         layer = place_of[module]

@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from coterie.moe.families import ModelShape
 from coterie.offload.checkpoint import Checkpoint, TensorPlace, TensorSlice
+from coterie.offload.coded import check_known
 from coterie.routing.errors import InputError, first_line
 from coterie.routing.record import expert_modules
 
@@ -80,6 +81,7 @@ def select(
     chosen: dict[str, TensorSlice] = {}
     found: dict[tuple[str, str], set[int]] = {}
     for name, place in checkpoint.tensors.items():
+        check_known(name, place)
         target, pattern = rename_source_key(name, renamings, converters, empty.base_model_prefix, state)
         layer = layer_of.get(target.rpartition(".")[0])
         if layer is None:

@@ -103,6 +103,15 @@ def check_method(file: Path, found: Any) -> None:
         raise InputError(f"{file}: quantization_config.expert_dtype: found {kind!r}, expected fp8: {way}")
 
 
+def check_known(name: str, place: TensorPlace) -> None:
+    """Raises InputError for a tensor in float8 without scales, which stands for no weights."""
+    if place.dtype in FLOAT8:
+        raise InputError(
+            f"{place.file}: tensor {name!r}: found {place.dtype}, expected {name + SCALE!r} beside it, and quantization_config "
+            f"with quant_method fp8 in config.json"
+        )
+
+
 def decoded_places(folder: Path, stored: Mapping[str, TensorPlace]) -> dict[str, TensorPlace]:
     """The checkpoint's tensors by the names and shapes of the weights that they stand for; without a code as they are.
 
@@ -112,12 +121,6 @@ def decoded_places(folder: Path, stored: Mapping[str, TensorPlace]) -> dict[str,
     made = _of_mxfp4(stored) if config.get("quant_method") == "mxfp4" else dict(stored)
     if config.get("quant_method") == "fp8":
         made = _of_fp8(stored, _block(folder, config.get("weight_block_size", [BLOCK, BLOCK])))
-    for name, place in made.items():
-        if place.dtype in FLOAT8:
-            raise InputError(
-                f"{place.file}: tensor {name!r}: found {place.dtype}, expected {name + SCALE!r} beside it, and "
-                f"quantization_config with quant_method fp8 in config.json"
-            )
     return made
 
 
