@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from coterie.kernels.formats import LARGEST
-from coterie.offload.copies import Rounding, scale_of, stored
+from coterie.offload.copies import Rounding, scale_of
 from coterie.offload.store import ExpertStore
 from coterie.offload.transfer import Part, Record
 from coterie.routing.errors import InputError
@@ -83,10 +83,10 @@ def load_rounded(
         for place, expert in enumerate(local[layer]):
             record = store.records[layer][expert]
             if any(part.coded for part in record.values()):
-                plain = {name: stored(part) for name, part in record.items()}
-            else:
-                plain = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in record.items()}
-                store.read(layer, expert, plain)
+                _put(stacks, place, rounding.read(record))
+                continue
+            plain = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in record.items()}
+            store.read(layer, expert, plain)
             _put(stacks, place, rounding.made({name: tensor.to(device) for name, tensor in plain.items()}, record))
         hold(module, stacks, rounding)
         for name in set(store.records[layer][0]) - set(rounding.products):

@@ -148,6 +148,11 @@ class TensorSlice:
             return sum(self._part(place).length for place in (self.place.stored(), code.scales))
         return math.prod(self.shape) * self.place.dtype.itemsize
 
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and scales as stored, of a tensor with a code."""
+        assert self.place.code is not None
+        return self._part(self.place.stored()).read(), self._part(self.place.code.scales).read()
+
     def _part(self, place: TensorPlace) -> TensorSlice:
         """The same rows of what it is worked out from; scales that all share have none."""
         rows = None if math.prod(place.shape) == 1 else self.rows
@@ -166,9 +171,8 @@ class TensorSlice:
 
     def read(self) -> torch.Tensor:
         """Read the bytes and return a tensor of `shape`; runs of adjacent rows are one read each."""
-        code = self.place.code
-        if code is not None and self.rows != ():
-            return code.decoded(self._part(self.place.stored()).read(), self._part(code.scales).read())
+        if self.place.code is not None and self.rows != ():
+            return self.place.code.decoded(*self.stored())
         buffer = _buffer(self.length)
         view = memoryview(buffer)
         done = 0

@@ -12,7 +12,7 @@ once, as their publishers' own converters do; what is in `mxfp4` is exact there.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -25,7 +25,7 @@ import torch
 from coterie.routing.errors import InputError
 
 if TYPE_CHECKING:
-    from coterie.offload.checkpoint import TensorPlace
+    from coterie.offload.checkpoint import TensorPlace, TensorSlice
 
 METHODS = ("fp8", "mxfp4")
 FLOAT8, SCALE = (torch.float8_e4m3fn, torch.float8_e5m2), "_scale_inv"
@@ -85,6 +85,21 @@ def _pairs() -> np.ndarray:
     both = torch.stack([signed.repeat(16), signed.repeat_interleave(16)], 1).contiguous()
     found: np.ndarray = both.view(torch.int32)[:, 0].numpy()
     return found
+
+
+def kept_as_fp8(parts: Sequence[TensorSlice]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Values and float32 scales `[ceil(N / 128), ceil(K / 128)]` of an expert's product, its parts one below another as stored.
+
+    None where the kernels' fp8 has not the same blocks.
+    """
+    codes = [part.place.code for part in parts]
+    if not all(code is not None and (code.method, code.block) == ("fp8", (BLOCK, BLOCK)) for code in codes):
+        return None
+    if any(part.shape[-2] % BLOCK for part in parts[:-1]):
+        return None
+    stored = [part.stored() for part in parts]
+    values = [data.view(torch.uint8).flatten(0, -2) for data, _ in stored]  # of a stack there is one
+    return torch.cat(values).view(torch.float8_e4m3fn), torch.cat([scales.float().flatten(0, -2) for _, scales in stored])
 
 
 def check_method(file: Path, found: Any) -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from coterie.kernels.formats import GROUP
 from coterie.kernels.rounded import Kept
+from coterie.offload.coded import kept_as_fp8
 from coterie.offload.transfer import Part, Piece, Record
 from coterie.routing.errors import CoterieError, InputError
 
@@ -102,10 +104,26 @@ class Rounding(AsStored):
         orders = sorted({self.kept(original[name].shape).order for name in self.products} - {""})
         return {"quantise": self.format, "order": " ".join(orders)}
 
-    def made(self, plain: Mapping[str, torch.Tensor], original: Record) -> dict[str, torch.Tensor]:
-        """The parts of an expert by name, from its weights as stored. Raises InputError if some are not finite."""
+    def read(self, original: Record) -> dict[str, torch.Tensor]:
+        """The parts of an expert by name, from its files. What is published in this format is not rounded again."""
+        exact = {name: found for name in self.products if (found := self._published(original[name])) is not None}
+        plain = {name: stored(part) for name, part in original.items() if name not in exact}
+        return self.made(plain, original, exact)
+
+    def _published(self, part: Part) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return kept_as_fp8(part.coded) if part.coded and self.format == "fp8" and not self.transposed else None
+
+    def made(
+        self, plain: Mapping[str, torch.Tensor], original: Record,
+        exact: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = MappingProxyType({}),
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """The same from its weights as stored, and of products in `exact` data and scales. Raises InputError if weights are not
+        finite.
+        """
         made = dict(plain)
-        for name in self.products:
+        for name, (data, scale) in exact.items():
+            made |= {name: data, scale_of(name): scale}
+        for name in [name for name in self.products if name not in exact]:
             weights = plain[name].T if self.transposed else plain[name]
             try:
                 made[name], made[scale_of(name)] = self.kept(original[name].shape).made(weights)
@@ -116,19 +134,23 @@ class Rounding(AsStored):
 
     def views(self, original: Record) -> Iterator[memoryview]:
         """As `AsStored`."""
-        for tensor in self.made({name: stored(part) for name, part in original.items()}, original).values():
+        for tensor in self.read(original).values():
             yield _bytes_of(tensor)
 
     def check_sample(self, original: Record, packed: Record) -> None:
         """Raises InputError unless 128 rows in the middle of every product, and all biases, are the same rounded again."""
         AS_STORED.check_sample({name: part for name, part in original.items() if name not in self.products}, packed)
         for name in self.products:
-            weights, kept = stored(original[name]), self.kept(original[name].shape)
+            kept, exact = self.kept(original[name].shape), self._published(original[name])
             first = kept.rows // 2 // GROUP * GROUP
-            some = (weights.T if self.transposed else weights)[first : first + GROUP]
-            data, _ = kept.made(some)
+            if exact is not None:
+                data = exact[0][first : first + GROUP]
+            else:
+                weights = stored(original[name])
+                data, _ = kept.made((weights.T if self.transposed else weights)[first : first + GROUP])
             row = packed[name].length // kept.rows
-            copy = Piece(packed[name].pieces[0].file, packed[name].pieces[0].offset + first * row, len(some) * row)
+            length = min(GROUP, kept.rows - first) * row
+            copy = Piece(packed[name].pieces[0].file, packed[name].pieces[0].offset + first * row, length)
             found = data.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             piece = original[name].pieces[0]
             check_same(found, b"".join(map(bytes, parts_of(copy))), piece, piece.offset, copy)

@@ -117,6 +117,35 @@ def test_out_of_a_packed_copy_logits_are_those_with_all_in_memory(family: str, q
             assert torch.allclose(wide(IDS).logits, theirs(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
+def test_what_is_published_in_fp8_is_not_rounded_again(tmp_path: Path) -> None:
+    folder = publish_fp8(make_model("qwen3_moe", tmp_path / "m", hidden_size=160, moe_intermediate_size=256), (128, 128))
+    stored, copy = load_file(folder / "model.safetensors"), tmp_path / "packed"
+    resident = coterie.load(folder, dtype="bfloat16", device="cpu", quantise="fp8")
+    first, second = resident.transformers.model.layers[1].mlp.experts.coterie_products
+    at = "model.layers.1.mlp.experts.3."
+    for product, names in ((first, ("gate_proj", "up_proj")), (second, ("down_proj",))):
+        values = torch.cat([stored[f"{at}{name}.weight"].view(torch.uint8) for name in names])
+        assert torch.equal(product.weights.data[3].view(torch.uint8), values)
+        assert torch.equal(product.weights.scale[3], torch.cat([stored[f"{at}{name}.weight_scale_inv"] for name in names]))
+    pack(contents_of(str(folder), "fp8"), copy)
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    cached = coterie.load(folder, dtype="bfloat16", device="cpu", quantise="fp8", slots=3, packed=copy)
+    with torch.inference_mode():
+        assert torch.equal(cached.transformers(IDS).logits, resident.transformers(IDS).logits)
+
+
+def test_scales_that_are_exponents_are_read_too(tmp_path: Path) -> None:
+    folder = published("qwen3_moe", tmp_path / "m")
+    file = folder / "model.safetensors"
+    tensors = {n: t.log2().ceil().exp2() if n.endswith("_scale_inv") else t for n, t in load_file(file).items()}
+    states = []
+    for dtype in (torch.float32, torch.float8_e8m0fnu):
+        made = {n: t.to(dtype) if n.endswith("_scale_inv") else t for n, t in tensors.items()}
+        save_file(made, file, metadata={"format": "pt"})
+        states.append(coterie.load(folder, device="cpu").transformers.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_a_copy_knows_the_checkpoint_that_it_is_of(family: str, tmp_path: Path) -> None:
     folder, copy = published(family, tmp_path / "m"), tmp_path / "packed"
