@@ -51,11 +51,13 @@ class Code:
 
     def decoded(self, data: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The weights of stored values, or of one or more rows of a stack, with their scales; contiguous."""
-        if self.method == "mxfp4":
-            return torch.stack([from_mxfp4(*one) for one in zip(data, scales, strict=True)])
-        if data.ndim == 2 or self.block is None:
+        if self.method == "fp8" and (data.ndim == 2 or self.block is None):
             return from_fp8(data, scales, self.block)
-        return torch.stack([from_fp8(one, scales[number], self.block) for number, one in enumerate(data)])
+        shape = data.shape if self.method == "fp8" else (len(data), data.shape[2] * PER_SCALE, data.shape[1])
+        made = torch.empty(shape, dtype=DTYPE)
+        for out, one, its in zip(made, data, scales, strict=True):  # at once they would be in memory twice
+            out.copy_(from_mxfp4(one, its) if self.method == "mxfp4" else from_fp8(one, its, self.block))
+        return made
 
 
 def from_fp8(data: torch.Tensor, scales: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
