@@ -25,6 +25,7 @@ from coterie.offload.sidecar import Sidecar, open_sidecar
 from coterie.offload.slots import slot_bytes
 from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import LEAST, HostTier
+from coterie.offload.transfer import Record
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import InputError
 from coterie.routing.record import expert_modules
@@ -99,10 +100,7 @@ class Share:
 
     def _cached(self, local: tuple[tuple[int, ...], ...], slots: int, on_bytes: OnBytes | None) -> Any:
         """The dense part, and the experts `local` (by layer) out of a cache."""
-        if self.packed is None:
-            store = index_experts(self.shape, self.empty, self.checkpoint)
-        else:
-            store = ExpertStore(self.packed.records, self.checkpoint.counter, self.packed.checksums)
+        store = self.store()
         read = self._dense(on_bytes)
         shapes = {name: part.shape for name, part in store.records[0][0].items()}
         dtypes = self._dtypes(read)
@@ -124,6 +122,19 @@ class Share:
         if isinstance(source, HostTier):
             cache.misses = misses_of(self.misses, cache, modules[0])
         return read
+
+    def store(self) -> ExpertStore:
+        """What experts are read from, as slots hold them. Raises InputError where only a packed copy, not given, is so."""
+        if self.packed is not None:
+            return ExpertStore(self.packed.records, self.checkpoint.counter, self.packed.checksums)
+        store = index_experts(self.shape, self.empty, self.checkpoint)
+        if self.rounding is None and not self.checkpoint.coded:
+            return store
+        store.close()
+        records = in_place(store, self.rounding)
+        if records is None:
+            raise InputError(not_packed("slots", self))
+        return ExpertStore(records, self.checkpoint.counter, versions=self.checkpoint.versions)
 
     def _dtypes(self, model: Any) -> dict[str, torch.dtype]:
         """Of an expert's parts in slots, where it is not the model's."""
@@ -206,9 +217,23 @@ def known_prior(share: Share, trace: str | Path | RoutingTrace) -> Share:
     return replace(share, prior=found)
 
 
+def in_place(store: ExpertStore, rounding: Rounding | None) -> list[list[Record]] | None:
+    """Experts where the checkpoint has them as they are kept, rounded; None where it has not."""
+    made: list[list[Record]] = []
+    for layer in store.records:
+        found = [None if rounding is None else rounding.in_place(record) for record in layer]
+        if any(record is None for record in found):
+            return None
+        made.append([record for record in found if record is not None])
+    return made
+
+
 def needs_copy(share: Share) -> bool:
     """Whether experts can be read later only out of a packed copy, which is not given: the bytes stored are not a slot's."""
-    return share.packed is None and (share.quantise is not None or share.checkpoint.coded)
+    if share.packed is not None or (share.quantise is None and not share.checkpoint.coded):
+        return False
+    with closing(index_experts(share.shape, share.empty, share.checkpoint)) as store:
+        return in_place(store, share.rounding) is None
 
 
 def not_packed(field: str, share: Share) -> str:

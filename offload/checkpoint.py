@@ -145,13 +145,21 @@ class TensorSlice:
         """Bytes that are read."""
         code = self.place.code
         if code is not None:
-            return sum(self._part(place).length for place in (self.place.stored(), code.scales))
+            return self.values().length + self.scales().length
         return math.prod(self.shape) * self.place.dtype.itemsize
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Values and scales as stored, of a tensor with a code."""
+        return self.values().read(), self.scales().read()
+
+    def values(self) -> TensorSlice:
+        """The bytes themselves."""
+        return self._part(self.place.stored())
+
+    def scales(self) -> TensorSlice:
+        """Those of a tensor with a code."""
         assert self.place.code is not None
-        return self._part(self.place.stored()).read(), self._part(self.place.code.scales).read()
+        return self._part(self.place.code.scales)
 
     def _part(self, place: TensorPlace) -> TensorSlice:
         """The same rows of what it is worked out from; scales that all share have none."""
@@ -185,6 +193,10 @@ class TensorSlice:
         if not done:
             return torch.empty(self.shape, dtype=self.place.dtype)
         return torch.frombuffer(buffer, dtype=self.place.dtype).reshape(self.shape)
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Where its bytes lie in the file, (offset, length)."""
+        return [(self.place.offset + offset, length) for offset, length in self._ranges()]
 
     def _ranges(self) -> list[tuple[int, int]]:
         if self.rows is None:

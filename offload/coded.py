@@ -94,14 +94,25 @@ def kept_as_fp8(parts: Sequence[TensorSlice]) -> tuple[torch.Tensor, torch.Tenso
 
     None where the kernels' fp8 has not the same blocks.
     """
-    codes = [part.place.code for part in parts]
-    if not all(code is not None and (code.method, code.block) == ("fp8", (BLOCK, BLOCK)) for code in codes):
-        return None
-    if any(part.shape[-2] % BLOCK for part in parts[:-1]):
+    if not _has_blocks(parts):
         return None
     stored = [part.stored() for part in parts]
     values = [data.view(torch.uint8).flatten(0, -2) for data, _ in stored]  # of a stack there is one
     return torch.cat(values).view(torch.float8_e4m3fn), torch.cat([scales.float().flatten(0, -2) for _, scales in stored])
+
+
+def fp8_in_place(parts: Sequence[TensorSlice]) -> tuple[list[TensorSlice], list[TensorSlice]] | None:
+    """Where these values and scales lie; None if they are not stored so."""
+    scales = [part.scales() for part in parts] if _has_blocks(parts) else []
+    if not scales or any(one.dtype != torch.float32 for one in scales):
+        return None
+    return [part.values() for part in parts], scales
+
+
+def _has_blocks(parts: Sequence[TensorSlice]) -> bool:
+    codes = [part.place.code for part in parts]
+    alike = all(code is not None and (code.method, code.block) == ("fp8", (BLOCK, BLOCK)) for code in codes)
+    return bool(parts) and alike and not any(part.shape[-2] % BLOCK for part in parts[:-1])
 
 
 def check_method(file: Path, found: Any) -> None:

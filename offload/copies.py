@@ -17,7 +17,7 @@ import torch
 
 from coterie.kernels.formats import GROUP
 from coterie.kernels.rounded import Kept
-from coterie.offload.coded import kept_as_fp8
+from coterie.offload.coded import fp8_in_place, kept_as_fp8
 from coterie.offload.transfer import Part, Piece, Record
 from coterie.routing.errors import CoterieError, InputError
 
@@ -109,6 +109,18 @@ class Rounding(AsStored):
         exact = {name: found for name in self.products if (found := self._published(original[name])) is not None}
         plain = {name: stored(part) for name, part in original.items() if name not in exact}
         return self.made(plain, original, exact)
+
+    def in_place(self, original: Record) -> Record | None:
+        """The parts of a rounded expert where the checkpoint has them as they are kept, which published fp8 may; else None."""
+        made = dict(self.record(original))
+        for name in self.products:
+            found = fp8_in_place(original[name].coded) if self.format == "fp8" and not self.transposed else None
+            if found is None:
+                return None
+            for part, slices in zip((name, scale_of(name)), found, strict=True):
+                pieces = (Piece(one.place.file, *at) for one in slices for at in one.ranges())
+                made[part] = replace(made[part], pieces=tuple(pieces))
+        return made
 
     def _published(self, part: Part) -> tuple[torch.Tensor, torch.Tensor] | None:
         return kept_as_fp8(part.coded) if part.coded and self.format == "fp8" and not self.transposed else None

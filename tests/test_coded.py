@@ -129,9 +129,13 @@ def test_what_is_published_in_fp8_is_not_rounded_again(tmp_path: Path) -> None:
         assert torch.equal(product.weights.scale[3], torch.cat([stored[f"{at}{name}.weight_scale_inv"] for name in names]))
     pack(contents_of(str(folder), "fp8"), copy)
     os.utime(folder / "model.safetensors", ns=(1, 1))
-    cached = coterie.load(folder, dtype="bfloat16", device="cpu", quantise="fp8", slots=3, packed=copy)
-    with torch.inference_mode():
-        assert torch.equal(cached.transformers(IDS).logits, resident.transformers(IDS).logits)
+    for packed in (copy, None):  # without one in place, right into slots
+        cached = coterie.load(folder, dtype="bfloat16", device="cpu", quantise="fp8", slots=3, packed=packed)
+        assert cached.cache is not None
+        files = {piece.file for part in cached.cache.store.records[0][0].values() for piece in part.pieces}
+        assert files == {copy / "experts-00000.bin" if packed else folder / "model.safetensors"}
+        with torch.inference_mode():
+            assert torch.equal(cached.transformers(IDS).logits, resident.transformers(IDS).logits)
 
 
 def test_scales_that_are_exponents_are_read_too(tmp_path: Path) -> None:
