@@ -102,11 +102,10 @@ def kept_as_fp8(parts: Sequence[TensorSlice]) -> tuple[torch.Tensor, torch.Tenso
 
 
 def fp8_in_place(parts: Sequence[TensorSlice]) -> tuple[list[TensorSlice], list[TensorSlice]] | None:
-    """Where these values and scales lie; None if they are not stored so."""
-    scales = [part.scales() for part in parts] if _has_blocks(parts) else []
-    if not scales or any(one.dtype != torch.float32 for one in scales):
+    """Where these values and scales lie, the latter in a dtype of their own; None as there."""
+    if not _has_blocks(parts) or len({part.scales().dtype for part in parts}) > 1:
         return None
-    return [part.values() for part in parts], scales
+    return [part.values() for part in parts], [part.scales() for part in parts]
 
 
 def _has_blocks(parts: Sequence[TensorSlice]) -> bool:

@@ -119,7 +119,7 @@ class Rounding(AsStored):
                 return None
             for part, slices in zip((name, scale_of(name)), found, strict=True):
                 pieces = (Piece(one.place.file, *at) for one in slices for at in one.ranges())
-                made[part] = replace(made[part], pieces=tuple(pieces))
+                made[part] = replace(made[part], dtype=slices[0].dtype, pieces=tuple(pieces))
         return made
 
     def _published(self, part: Part) -> tuple[torch.Tensor, torch.Tensor] | None:

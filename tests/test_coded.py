@@ -117,16 +117,20 @@ def test_out_of_a_packed_copy_logits_are_those_with_all_in_memory(family: str, q
             assert torch.allclose(wide(IDS).logits, theirs(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_what_is_published_in_fp8_is_not_rounded_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
+def test_what_is_published_in_fp8_is_not_rounded_again(scales: torch.dtype, tmp_path: Path) -> None:
     folder = publish_fp8(make_model("qwen3_moe", tmp_path / "m", hidden_size=160, moe_intermediate_size=256), (128, 128))
-    stored, copy = load_file(folder / "model.safetensors"), tmp_path / "packed"
+    file, copy = folder / "model.safetensors", tmp_path / "packed"
+    stored = {n: t.to(scales) if n.endswith("_scale_inv") else t for n, t in load_file(file).items()}
+    save_file(stored, file, metadata={"format": "pt"})
     resident = coterie.load(folder, dtype="bfloat16", device="cpu", quantise="fp8")
     first, second = resident.transformers.model.layers[1].mlp.experts.coterie_products
     at = "model.layers.1.mlp.experts.3."
     for product, names in ((first, ("gate_proj", "up_proj")), (second, ("down_proj",))):
         values = torch.cat([stored[f"{at}{name}.weight"].view(torch.uint8) for name in names])
         assert torch.equal(product.weights.data[3].view(torch.uint8), values)
-        assert torch.equal(product.weights.scale[3], torch.cat([stored[f"{at}{name}.weight_scale_inv"] for name in names]))
+        right = torch.cat([stored[f"{at}{name}.weight_scale_inv"].float() for name in names])
+        assert torch.equal(product.weights.scale[3], right)
     pack(contents_of(str(folder), "fp8"), copy)
     os.utime(folder / "model.safetensors", ns=(1, 1))
     for packed in (copy, None):  # without one in place, right into slots
