@@ -106,20 +106,20 @@ class _OwnProducts:
     """While it lasts, torch multiplies one row of bfloat16 itself, which it else leaves to oneDNN.
 
     That is a switch of the whole process: what other threads multiply in bfloat16 meanwhile goes the other way, too, and may be
-    rounded otherwise. One thread at a time.
+    rounded otherwise. One thread at a time, which may enter it again.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._before = True
+        self._lock = threading.RLock()
+        self._before: list[bool] = []
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        self._before = torch._C._get_mkldnn_enabled()
+        self._before.append(torch._C._get_mkldnn_enabled())
         torch._C._set_mkldnn_enabled(False)
 
     def __exit__(self, *error: object) -> None:
-        torch._C._set_mkldnn_enabled(self._before)
+        torch._C._set_mkldnn_enabled(self._before.pop())
         self._lock.release()
 
 

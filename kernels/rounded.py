@@ -70,6 +70,12 @@ class Kept:
         assert rounded.scale is not None
         return rounded.data[0], rounded.scale[0]
 
+    def scales_of(self, scale: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """Those of some outputs. first: a multiple of GROUP; last: too, or the last of all."""
+        if self.format == "fp8":
+            return scale[first // GROUP : -(-last // GROUP)]
+        return scale[:, first:last] if self.kind is Int4 else scale[first:last]
+
     def over(self, data: torch.Tensor, scale: torch.Tensor) -> Product | Weights:
         """What multiplies the weights that lie in stacks `[S, ...]` now and whenever it is asked. scale: in `scale_dtype`."""
         if self.kind is Int4:

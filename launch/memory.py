@@ -66,8 +66,8 @@ def within_budget(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, 
     slots = most_slots(sizes, share.plan, _candidates(asked)[0], work, budget, taken)
     if slots is not None and needs_copy(share):
         peak = max(need.peak for need in estimate(sizes, share.plan, _candidates(asked)[0], work))
-        enough = f"--memory {int(peak) + taken} holds all experts"
-        raise InputError(f"{not_packed('--memory', share)}; {enough}")
+        given = "--memory" if options.memory is not None else "memory that is free"
+        raise InputError(f"{not_packed(given, share)}; all experts need --memory {int(peak) + taken}")
     if slots is not None and share.device.type != "cpu":
         together(group, lambda: share.host_slots(most_held(share.plan)))  # raises where a rank's is too small
     if group.rank == 0:

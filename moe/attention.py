@@ -9,14 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME, BASE = "coterie_one_query", "sdpa"
+BASE = "sdpa"
+FLAG = "_coterie_together"  # on modules that attend so; the implementation keeps its name, by which some families decide
 LEAST_KEYS = 256  # in float32; with fewer it takes longer
 OTHERWISE = ("position_bias", "cache", "softcap")  # arguments that are left to transformers
+_plain = ALL_ATTENTION_FUNCTIONS[BASE]
 
 
 def attend(
@@ -25,9 +27,9 @@ def attend(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """query `[B, heads, queries, D]`, key and value `[B, shared heads, positions, D]`; returns `[B, queries, heads, D]`."""
     batch, heads, queries, size = query.shape
-    together = queries == 1 and heads > key.shape[1] and attention_mask is None and dropout == 0
+    together = queries == 1 and heads > key.shape[1] and attention_mask is None and dropout == 0 and hasattr(module, FLAG)
     if not together or not _pays(key) or any(kwargs.get(name) is not None for name in OTHERWISE):
-        out: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        out: tuple[torch.Tensor, None] = _plain(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out
@@ -40,17 +42,18 @@ def _pays(key: torch.Tensor) -> bool:
     return key.device.type == "cpu" and (key.dtype != torch.float32 or key.shape[2] >= LEAST_KEYS)
 
 
-def speed_up_attention(model: Any) -> None:
-    """Let `model` attend so if it attends by torch's operator. Not for one that is to run batch-invariant."""
-    if model.device.type == "cpu" and model.config._attn_implementation == BASE:
-        model.set_attn_implementation(NAME)
+def speed_up_attention(model: nn.Module) -> None:
+    """Let modules of `model` attend so where heads share keys. Not for one that is to run batch-invariant."""
+    for module in model.modules():
+        groups = getattr(module, "num_key_value_groups", 1)
+        if isinstance(groups, int) and groups > 1:
+            setattr(module, FLAG, True)
 
 
-def plain_attention_again(model: Any) -> None:
+def plain_attention_again(model: nn.Module) -> None:
     """The model attends as transformers has it."""
-    if model.config._attn_implementation == NAME:
-        model.set_attn_implementation(BASE)
+    for module in model.modules():
+        vars(module).pop(FLAG, None)
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(BASE, attend)  # of all models of the process: without the flag it is transformers' own

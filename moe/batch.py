@@ -100,8 +100,8 @@ class Batch:
         self.context.strategy = self.prefill_by
         ids, mask = padded([s.request.token_ids for s in newcomers], self.device)
         live = torch.full((len(ids),), bool(newcomers), device=self.device)
-        more = max((s.request.max_new_tokens - 1 for s in newcomers), default=0)
-        cache = GrowingCache(ids.shape[1] + max(more, 0)) if self.joinable else None
+        most = max((len(s.request.token_ids) + max(0, s.request.max_new_tokens - 1) for s in newcomers), default=1)
+        cache = GrowingCache(most) if self.joinable else None
         logits, cache = self._forward(ids, mask, cache, live, tokens, newcomers)
         if newcomers:
             self.mask, self.cache = joined(self.mask, self.cache, mask, cache) if self.sequences else (mask, cache)
@@ -203,10 +203,11 @@ def joined(mask: torch.Tensor, cache: Any, new_mask: torch.Tensor, new_cache: An
     """Two left-padded batches as one, with the first one's rows first. Empties both caches, layer by layer."""
     longest = max(mask.shape[1], new_mask.shape[1])
     whole = torch.cat([F.pad(m, (longest - m.shape[1], 0)) for m in (mask, new_mask)])
-    made = GrowingCache(longest + max(cache.most - mask.shape[1], new_cache.most - new_mask.shape[1]))
+    made = GrowingCache(max(cache.most, new_cache.most))
     for index, (old, new) in enumerate(zip(cache.layers, new_cache.layers, strict=True)):
         both = [[F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in (la.keys, la.values)] for la in (old, new)]
-        old.keys = old.values = new.keys = new.values = None
+        old.reset()
+        new.reset()
         made.update(torch.cat([both[0][0], both[1][0]]), torch.cat([both[0][1], both[1][1]]), index)
     return whole, made
 
@@ -215,9 +216,9 @@ def selected(mask: torch.Tensor, cache: Any, rows: torch.Tensor) -> tuple[torch.
     """Some rows of a left-padded batch, without the padding that is common to them. Empties the cache, layer by layer."""
     kept = mask[rows]
     first = int(kept.bool().any(0).int().argmax())
-    made = GrowingCache(cache.most - first)
+    made = GrowingCache(cache.most)
     for index, layer in enumerate(cache.layers):
         keys, values = layer.keys[rows, :, first:], layer.values[rows, :, first:]
-        layer.keys = layer.values = None
+        layer.reset()
         made.update(keys, values, index)
     return kept[:, first:], made

@@ -58,7 +58,7 @@ def _from_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(model, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client raises many kinds; each means that there is no such model here
         raise InputError(
             f"MODEL: {model!r} is no folder here and could not be fetched from the hub ({first_line(error)})"

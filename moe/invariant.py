@@ -9,6 +9,8 @@ functions are given some values more. The experts' products do the same (`Stacke
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +34,7 @@ BY_VALUE = {
     torch.cos, torch.Tensor.cos, torch.sin, torch.Tensor.sin, torch.erf, torch.Tensor.erf,
 }  # fmt: skip
 BASES = ("sdpa", "eager")
+BY_NAME = re.compile(r"""if self\.config\._attn_implementation (in \("eager", "sdpa"\)|== "sdpa"):""")  # in a family's source
 _starts: ContextVar[Sequence[int]] = ContextVar("padding before each row of the batch")
 
 
@@ -47,6 +50,11 @@ def make_invariant(model: Any) -> None:
         return
     if base not in BASES:
         raise InputError(f"--batch-invariant: found attention {base!r}, expected {' or '.join(BASES)}")
+    if BY_NAME.search(inspect.getsource(sys.modules[type(model).__module__])):
+        raise InputError(
+            f"--batch-invariant: found attention of {model.config.model_type} that picks its keys by name of implementation, "
+            f"expected a family whose attention does not; leave --batch-invariant out"
+        )
     for module in model.modules():
         if hasattr(module, "config") and getattr(module.config, "_attn_implementation", None) == base:
             module.config._coterie_base = base

@@ -47,7 +47,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class GrowingCache(DynamicCache):  # type: ignore[misc]
-    """transformers' cache with such layers, for models that keep keys and values only."""
+    """transformers' cache with such layers, for models that keep keys and values only.
+
+    most: tokens of the longest sequence with its text. A left-padded batch, whose padding goes with the rows that needed it,
+    never has more positions.
+    """
 
     def __init__(self, most: int) -> None:
         super().__init__()

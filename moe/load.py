@@ -6,6 +6,7 @@ a model whose experts are as many as this rank holds, and lazily read slices of 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -78,12 +79,15 @@ def select(
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     state = empty.state_dict()
     layer_of = {name: layer for layer, name in shape.expert_names.items()}
+    ignored = getattr(empty, "_keys_to_ignore_on_load_unexpected", None) or ()
     chosen: dict[str, TensorSlice] = {}
     found: dict[tuple[str, str], set[int]] = {}
     for name, place in checkpoint.tensors.items():
         check_known(name, place)
         target, pattern = rename_source_key(name, renamings, converters, empty.base_model_prefix, state)
         layer = layer_of.get(target.rpartition(".")[0])
+        if target not in state and any(re.search(known, target) for known in ignored):
+            continue  # of layers that predict several tokens, which transformers leaves out
         if layer is None:
             chosen[name] = checkpoint.slice(name)
             continue

@@ -96,13 +96,13 @@ def plain_again(model: nn.Module) -> None:
             del module.forward
 
 
-def _routed(router: nn.Module, hidden_states: torch.Tensor, *arguments: Any) -> Any:
+def _routed(router: nn.Module, hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> Any:
     """The router's own answer for `[..., H]`, and what else its family gives it."""
     own = type(router).forward
     if hidden_states.numel() != hidden_states.shape[-1] or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return own(router, hidden_states, *arguments)
+        return own(router, hidden_states, *arguments, **named)
     with own_products:
-        return own(router, hidden_states, *arguments)
+        return own(router, hidden_states, *arguments, **named)
 
 
 def _fits(layer: nn.Module) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -127,11 +128,7 @@ class Share:
         """What experts are read from, as slots hold them. Raises InputError where only a packed copy, not given, is so."""
         if self.packed is not None:
             return ExpertStore(self.packed.records, self.checkpoint.counter, self.packed.checksums)
-        store = index_experts(self.shape, self.empty, self.checkpoint)
-        if self.rounding is None and not self.checkpoint.coded:
-            return store
-        store.close()
-        records = in_place(store, self.rounding)
+        records = held_records(self)
         if records is None:
             raise InputError(not_packed("slots", self))
         return ExpertStore(records, self.checkpoint.counter, versions=self.checkpoint.versions)
@@ -217,14 +214,25 @@ def known_prior(share: Share, trace: str | Path | RoutingTrace) -> Share:
     return replace(share, prior=found)
 
 
-def in_place(store: ExpertStore, rounding: Rounding | None) -> list[list[Record]] | None:
-    """Experts where the checkpoint has them as they are kept, rounded; None where it has not."""
+_indexed: WeakKeyDictionary[Checkpoint, Sequence[Sequence[Record]]] = WeakKeyDictionary()  # experts, once they were asked for
+
+
+def held_records(share: Share) -> Sequence[Sequence[Record]] | None:
+    """Every expert where the checkpoint has it as slots hold it; None where it has not."""
+    records = _indexed.get(share.checkpoint)
+    if records is None:
+        with closing(index_experts(share.shape, share.empty, share.checkpoint)) as store:
+            records = _indexed[share.checkpoint] = store.records
+    rounding = share.rounding
+    if rounding is None:
+        coded = any(part.coded for layer in records for record in layer for part in record.values())
+        return None if coded else records
     made: list[list[Record]] = []
-    for layer in store.records:
-        found = [None if rounding is None else rounding.in_place(record) for record in layer]
-        if any(record is None for record in found):
+    for layer in records:
+        found = [record for one in layer if (record := rounding.in_place(one)) is not None]
+        if len(found) < len(layer):
             return None
-        made.append([record for record in found if record is not None])
+        made.append(found)
     return made
 
 
@@ -232,19 +240,21 @@ def needs_copy(share: Share) -> bool:
     """Whether experts can be read later only out of a packed copy, which is not given: the bytes stored are not a slot's."""
     if share.packed is not None or (share.quantise is None and not share.checkpoint.coded):
         return False
-    with closing(index_experts(share.shape, share.empty, share.checkpoint)) as store:
-        return in_place(store, share.rounding) is None
+    return held_records(share) is None
 
 
 def not_packed(field: str, share: Share) -> str:
     """Why that is so, and the way out."""
+    option, other = "" if share.quantise is None else f" --quantise {share.quantise}", ""
     if share.quantise is None:
-        why, how, option = "a checkpoint in fewer bits", "a copy in bfloat16, or rounded with --quantise", ""
+        why, how = "a checkpoint in fewer bits", "a copy in bfloat16, or rounded with --quantise"
+        if held_records(replace(share, quantise="fp8")) is not None:
+            other = "; --quantise fp8 needs none, for it is published so"
     else:
-        why, how, option = "quantise", "a copy rounded beforehand", f" --quantise {share.quantise}"
+        why, how = "quantise", "a copy rounded beforehand"
     return (
         f"{field}: found less room than for all experts, with {why} but without packed, expected {how}: "
-        f"coterie pack MODEL --out DIR{option}, then --packed DIR"
+        f"coterie pack MODEL --out DIR{option}, then --packed DIR{other}"
     )
 
 

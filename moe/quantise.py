@@ -5,7 +5,7 @@ Weights are rounded from the checkpoint's own, an expert at a time, so that the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from coterie.kernels.formats import LARGEST
-from coterie.offload.copies import Rounding, scale_of
+from coterie.offload.copies import Rounding, scale_of, stored
 from coterie.offload.store import ExpertStore
 from coterie.offload.transfer import Part, Record
 from coterie.routing.errors import InputError
@@ -82,16 +82,24 @@ def load_rounded(
         stacks = empty_stacks(rounding, store.records[layer][0], len(local[layer]), dtype, device)
         for place, expert in enumerate(local[layer]):
             record = store.records[layer][expert]
-            if any(part.coded for part in record.values()):
-                _put(stacks, place, rounding.read(record))
-                continue
-            plain = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in record.items()}
-            store.read(layer, expert, plain)
-            _put(stacks, place, rounding.made({name: tensor.to(device) for name, tensor in plain.items()}, record))
+            exact = rounding.published(record)
+            plain = _plain(store, layer, expert, exact)
+            _put(stacks, place, rounding.made({name: tensor.to(device) for name, tensor in plain.items()}, record, exact))
         hold(module, stacks, rounding)
         for name in set(store.records[layer][0]) - set(rounding.products):
             setattr(module, name, nn.Parameter(stacks[name], requires_grad=False))
         module.num_experts = len(local[layer])  # type: ignore[assignment]
+
+
+def _plain(store: ExpertStore, layer: int, expert: int, without: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Weights of an expert as stored, or as what is stored stands for them."""
+    record = store.records[layer][expert]
+    if not any(part.coded for part in record.values()):
+        plain = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in record.items()}
+        store.read(layer, expert, plain)
+        return plain
+    store.counter.add(sum(part.length for part in record.values() if not part.coded))  # others count themselves
+    return {name: stored(part) for name, part in record.items() if name not in set(without)}
 
 
 def empty_stacks(

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 METHODS = ("fp8", "mxfp4")
 FLOAT8, SCALE = (torch.float8_e4m3fn, torch.float8_e5m2), "_scale_inv"
 DTYPE = torch.bfloat16  # of the weights that codes stand for
+SCALES = {dtype: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)}
+SCALES[torch.uint8] = torch.float8_e8m0fnu  # of fp8, by dtype of the file: exponents as plain bytes
 BLOCK = 128  # of fp8 where the configuration does not say it
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # Open Compute Project, Microscaling Formats 1.0
 SMALLEST = torch.tensor(1 << 6, dtype=torch.int16)  # bits of 2^-127
@@ -51,7 +53,7 @@ class Code:
 
     def decoded(self, data: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The weights of stored values, or of one or more rows of a stack, with their scales; contiguous."""
-        if self.method == "fp8" and (data.ndim == 2 or self.block is None):
+        if self.method == "fp8" and (data.ndim < 3 or scales.numel() == 1):
             return from_fp8(data, scales, self.block)
         shape = data.shape if self.method == "fp8" else (len(data), data.shape[2] * PER_SCALE, data.shape[1])
         made = torch.empty(shape, dtype=DTYPE)
@@ -63,13 +65,15 @@ class Code:
 def from_fp8(data: torch.Tensor, scales: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
     """bfloat16 `[N, K]` of float8 e4m3 `[N, K]`. scales: `[ceil(N / rows), ceil(K / columns)]` of `block`, or one of all."""
     wide = scales.float()
-    if block is None:
+    if wide.numel() == 1:
         return (data.float() * wide.reshape(())).to(DTYPE)
+    assert block is not None
     rows, columns = block
-    made = torch.empty(data.shape, dtype=DTYPE)
-    spread = wide.repeat_interleave(columns, 1)[:, : data.shape[1]]
-    for number, first in enumerate(range(0, len(data), rows)):
-        made[first : first + rows] = data[first : first + rows].float() * spread[number]
+    made, spread = torch.empty(data.shape, dtype=DTYPE), wide.repeat_interleave(columns, 1)[:, : data.shape[1]]
+    together = max(1, BLOCK // rows)  # rows of blocks at a time
+    for number in range(0, len(wide), together):
+        some = slice(number * rows, (number + together) * rows)
+        made[some] = data[some].float() * spread[number : number + together].repeat_interleave(rows, 0)[: len(data[some])]
     return made
 
 
@@ -131,11 +135,11 @@ def check_method(file: Path, found: Any) -> None:
 
 
 def check_known(name: str, place: TensorPlace) -> None:
-    """Raises InputError for a tensor in float8 without scales, which stands for no weights."""
+    """Raises InputError for a tensor in float8 that stands for no weights: without scales, or of another kind."""
     if place.dtype in FLOAT8:
         raise InputError(
-            f"{place.file}: tensor {name!r}: found {place.dtype}, expected {name + SCALE!r} beside it, and quantization_config "
-            f"with quant_method fp8 in config.json"
+            f"{place.file}: tensor {name!r}: found {place.dtype}, expected float8_e4m3fn with {name + SCALE!r} beside it, and "
+            f"quantization_config with quant_method fp8 in config.json"
         )
 
 
@@ -180,15 +184,21 @@ def _of_fp8(stored: Mapping[str, TensorPlace], block: tuple[int, int] | None) ->
         if scales is None or place.dtype != torch.float8_e4m3fn:
             made[name] = place
             continue
-        one = prod(scales.shape) == 1
-        grid = () if block is None else tuple(-(-size // by) for size, by in zip(place.shape[-2:], block, strict=True))
-        if not one and scales.shape != (*place.shape[:-2], *grid):
+        if scales.dtype not in SCALES:
+            raise InputError(
+                f"{scales.file}: tensor {name + SCALE!r}: found {scales.dtype}, expected one of {', '.join(map(str, SCALES))}"
+            )
+        scales = replace(scales, dtype=SCALES[scales.dtype])
+        one, each = prod(scales.shape) == 1, len(place.shape) == 3 and prod(scales.shape) == scales.shape[0] == place.shape[0]
+        flat = block is None or len(place.shape) < 2
+        grid = () if flat else tuple(-(-size // by) for size, by in zip(place.shape[-2:], block or (), strict=True))
+        if not (one or each) and (flat or scales.shape != (*place.shape[:-2], *grid)):
             by = "all" if block is None else f"{block[0]} x {block[1]}"
             raise InputError(
                 f"{scales.file}: tensor {name + SCALE!r}: found shape {list(scales.shape)}, expected "
                 f"{[*place.shape[:-2], *grid]}, one for {by} of {name!r}"
             )
-        code = Code("fp8", place.dtype, place.shape, scales, None if one else block)
+        code = Code("fp8", place.dtype, place.shape, scales, None if one or each else block)
         made[name] = replace(place, dtype=DTYPE, code=code)
     return made
 
@@ -203,7 +213,8 @@ def _of_mxfp4(stored: Mapping[str, TensorPlace]) -> dict[str, TensorPlace]:
         if base == name or scales is None:
             made[name] = place
             continue
-        if (scales.shape, place.dtype, scales.dtype) != (place.shape[:3], torch.uint8, torch.uint8) or len(place.shape) != 4:
+        right = len(place.shape) == 4 and scales.shape == place.shape[:3] and place.shape[3] == PER_SCALE // 2
+        if not right or {place.dtype, scales.dtype} != {torch.uint8}:
             raise InputError(
                 f"{place.file}: tensors {name!r}, {base + '_scales'!r}: found {place.dtype} {list(place.shape)} and "
                 f"{scales.dtype} {list(scales.shape)}, expected uint8 [E, N, K / 32, 16] and [E, N, K / 32]"

@@ -104,11 +104,12 @@ class Rounding(AsStored):
         orders = sorted({self.kept(original[name].shape).order for name in self.products} - {""})
         return {"quantise": self.format, "order": " ".join(orders)}
 
-    def read(self, original: Record) -> dict[str, torch.Tensor]:
-        """The parts of an expert by name, from its files. What is published in this format is not rounded again."""
-        exact = {name: found for name in self.products if (found := self._published(original[name])) is not None}
-        plain = {name: stored(part) for name, part in original.items() if name not in exact}
-        return self.made(plain, original, exact)
+    def published(self, original: Record) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Data and scales of products that the checkpoint has in this format; they are not rounded again."""
+        return {name: found for name in self.products if (found := self._exact(original[name])) is not None}
+
+    def _exact(self, part: Part) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return kept_as_fp8(part.coded) if part.coded and self.format == "fp8" and not self.transposed else None
 
     def in_place(self, original: Record) -> Record | None:
         """The parts of a rounded expert where the checkpoint has them as they are kept, which published fp8 may; else None."""
@@ -122,15 +123,13 @@ class Rounding(AsStored):
                 made[part] = replace(made[part], dtype=slices[0].dtype, pieces=tuple(pieces))
         return made
 
-    def _published(self, part: Part) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return kept_as_fp8(part.coded) if part.coded and self.format == "fp8" and not self.transposed else None
-
     def made(
         self, plain: Mapping[str, torch.Tensor], original: Record,
         exact: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = MappingProxyType({}),
     ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """The same from its weights as stored, and of products in `exact` data and scales. Raises InputError if weights are not
-        finite.
+        """The parts of an expert by name, from its weights as stored, and of products in `exact` from data and scales.
+
+        Raises InputError if weights are not finite.
         """
         made = dict(plain)
         for name, (data, scale) in exact.items():
@@ -146,26 +145,29 @@ class Rounding(AsStored):
 
     def views(self, original: Record) -> Iterator[memoryview]:
         """As `AsStored`."""
-        for tensor in self.read(original).values():
+        exact = self.published(original)
+        plain = {name: stored(part) for name, part in original.items() if name not in exact}
+        for tensor in self.made(plain, original, exact).values():
             yield _bytes_of(tensor)
 
     def check_sample(self, original: Record, packed: Record) -> None:
         """Raises InputError unless 128 rows in the middle of every product, and all biases, are the same rounded again."""
         AS_STORED.check_sample({name: part for name, part in original.items() if name not in self.products}, packed)
         for name in self.products:
-            kept, exact = self.kept(original[name].shape), self._published(original[name])
+            kept, exact, piece = self.kept(original[name].shape), self._exact(original[name]), original[name].pieces[0]
             first = kept.rows // 2 // GROUP * GROUP
-            if exact is not None:
-                data = exact[0][first : first + GROUP]
-            else:
+            last = min(first + GROUP, kept.rows)
+            if exact is None:
                 weights = stored(original[name])
-                data, _ = kept.made((weights.T if self.transposed else weights)[first : first + GROUP])
+                data, scale = kept.made((weights.T if self.transposed else weights)[first:last])
+            else:
+                data, scale = exact[0][first:last], kept.scales_of(exact[1], first, last)
             row = packed[name].length // kept.rows
-            length = min(GROUP, kept.rows - first) * row
-            copy = Piece(packed[name].pieces[0].file, packed[name].pieces[0].offset + first * row, length)
-            found = data.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            piece = original[name].pieces[0]
-            check_same(found, b"".join(map(bytes, parts_of(copy))), piece, piece.offset, copy)
+            copy = Piece(packed[name].pieces[0].file, packed[name].pieces[0].offset + first * row, (last - first) * row)
+            check_same(bytes(_bytes_of(data.contiguous())), b"".join(map(bytes, parts_of(copy))), piece, piece.offset, copy)
+            copied = kept.scales_of(stored(packed[scale_of(name)]), first, last)
+            found, expected = (bytes(_bytes_of(values.contiguous())) for values in (scale, copied))
+            check_same(found, expected, piece, piece.offset, packed[scale_of(name)].pieces[0])
 
 
 def scale_of(name: str) -> str:

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from coterie.moe import attention
-from coterie.moe.attention import BASE, NAME, attend, plain_attention_again, speed_up_attention
+from coterie.moe.attention import FLAG, attend, plain_attention_again, speed_up_attention
 from coterie.moe.model import load
+from coterie.moe.text import Prompt
+from coterie.routing.errors import InputError
 
 
 class Shared(torch.nn.Module):
@@ -22,6 +24,7 @@ class Shared(torch.nn.Module):
     def __init__(self, groups: int) -> None:
         super().__init__()
         self.num_key_value_groups, self.is_causal = groups, True
+        speed_up_attention(self)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -76,16 +79,41 @@ def test_every_step_of_every_family_is_as_by_transformers(
     monkeypatch.setattr(attention, "LEAST_KEYS", 1)
     folder = make_model(family, tmp_path)
     plain, fast = (AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval() for _ in range(2))
-    before = plain.config._attn_implementation
     speed_up_attention(fast)
-    assert fast.config._attn_implementation == (NAME if before == BASE else before)
+    shared = plain.config.num_attention_heads > plain.config.num_key_value_heads
+    assert any(FLAG in vars(module) for module in fast.modules()) == shared
+    assert fast.config._attn_implementation == plain.config._attn_implementation
     assert_same_steps(plain, fast, most=1e-5 if dtype == torch.float32 else 0.05)
     plain_attention_again(fast)
-    assert fast.config._attn_implementation == before
+    assert not any(FLAG in vars(module) for module in fast.modules())
     assert_same_steps(plain, fast)
+
+
+def test_without_the_flag_it_is_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "LEAST_KEYS", 1)
+    module, query, key = Shared(4), torch.randn(1, 8, 1, 16), torch.randn(1, 2, 30, 16)
+    plain_attention_again(module)
+    assert torch.equal(attend(module, query, key, key, None)[0], sdpa_attention_forward(module, query, key, key, None)[0])
 
 
 def test_coteries_own_models_attend_so_unless_batch_invariant(tmp_path: Path) -> None:
     folder = make_model("qwen3_moe", tmp_path)
-    names = [load(folder, device="cpu", batch_invariant=b).transformers.config._attn_implementation for b in (False, True)]
-    assert names[0] == NAME != names[1]
+    for invariant in (False, True):
+        made = load(folder, device="cpu", batch_invariant=invariant).transformers
+        assert any(FLAG in vars(module) for module in made.modules()) != invariant
+
+
+def test_attention_that_picks_its_keys_by_the_name_of_its_implementation_goes_on_doing_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sparse = {**FAMILIES["deepseek_v3"], "index_topk": 4, "index_head_dim": 16, "index_n_heads": 2}
+    monkeypatch.setitem(FAMILIES, "deepseek_v32", sparse)
+    folder, ids = make_model("deepseek_v32", tmp_path), torch.arange(24)[None] % 50 + 3
+    plain, made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), load(folder, device="cpu")
+    with torch.inference_mode():
+        right = plain.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 24:].tolist()
+    made.transformers.generation_config.eos_token_id = None
+    (output,), _ = made.generate([Prompt(token_ids=tuple(ids[0].tolist()))], 8)
+    assert list(output.token_ids) == right
+    with pytest.raises(InputError, match=r"--batch-invariant: found attention .* deepseek_v32.* by name"):
+        load(folder, device="cpu", batch_invariant=True)

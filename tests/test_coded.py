@@ -17,13 +17,16 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 import coterie
 from coterie.launch.cli import main
+from coterie.launch.memory import parse_bytes
 from coterie.launch.packing import contents_of
+from coterie.moe.load import load_share
 from coterie.moe.prepare import prepare
 from coterie.moe.text import Prompt
 from coterie.offload.checkpoint import Checkpoint
 from coterie.offload.coded import from_fp8, from_mxfp4
 from coterie.offload.pack import pack, verify
 from coterie.routing.errors import InputError
+from coterie.routing.record import expert_modules
 
 IDS = torch.tensor([[5, 17, 33, 60, 8]])
 GPT_OSS = {"hidden_size": 64, "intermediate_size": 96}
@@ -147,26 +150,35 @@ def test_scales_that_are_exponents_are_read_too(tmp_path: Path) -> None:
     file = folder / "model.safetensors"
     tensors = {n: t.log2().ceil().exp2() if n.endswith("_scale_inv") else t for n, t in load_file(file).items()}
     states = []
-    for dtype in (torch.float32, torch.float8_e8m0fnu):
-        made = {n: t.to(dtype) if n.endswith("_scale_inv") else t for n, t in tensors.items()}
+    for kept in (lambda t: t, lambda t: t.to(torch.float8_e8m0fnu), lambda t: t.to(torch.float8_e8m0fnu).view(torch.uint8)):
+        made = {n: kept(t) if n.endswith("_scale_inv") else t for n, t in tensors.items()}
         save_file(made, file, metadata={"format": "pt"})
         states.append(coterie.load(folder, device="cpu").transformers.state_dict())
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    for other in states[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in states[0].items())
+    save_file({n: t.int() if n.endswith("_scale_inv") else t for n, t in tensors.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"_scale_inv.: found torch.int32, expected one of torch.float32, "):
+        coterie.load(folder, device="cpu")
 
 
+@pytest.mark.parametrize("quantise", [None, "fp8", "int8"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_a_copy_knows_the_checkpoint_that_it_is_of(family: str, tmp_path: Path) -> None:
-    folder, copy = published(family, tmp_path / "m"), tmp_path / "packed"
-    pack(contents_of(str(folder)), copy)
+def test_a_copy_knows_the_checkpoint_that_it_is_of(family: str, quantise: str | None, tmp_path: Path) -> None:
+    folder, copy = tmp_path / "m", tmp_path / "packed"
+    if family == "gpt_oss":
+        published(family, folder)
+    else:
+        publish_fp8(make_model(family, folder, hidden_size=160, moe_intermediate_size=256), (128, 128))
+    pack(contents_of(str(folder), quantise), copy)
     file = folder / "model.safetensors"
     os.utime(file, ns=(1, 1))
-    assert verify(contents_of(str(folder)), copy).experts == 8 * 3
+    assert verify(contents_of(str(folder), quantise), copy).experts == 8 * 3
     tensors = load_file(file)
     for name in [n for n in tensors if n.endswith(("_scales", "_scale_inv")) and ".experts." in n]:
-        tensors[name] = tensors[name] + 1 if tensors[name].dtype == torch.uint8 else tensors[name] * 2
+        tensors[name] = tensors[name] + 1 if tensors[name].dtype == torch.uint8 else tensors[name] * 1.5
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(InputError, match="the checkpoint is another or has changed since it was packed"):
-        verify(contents_of(str(folder)), copy)
+        verify(contents_of(str(folder), quantise), copy)
 
 
 def test_without_room_for_all_a_copy_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,8 +190,10 @@ def test_without_room_for_all_a_copy_is_asked_for(tmp_path: Path, capsys: pytest
     generate = ["generate", str(folder), "--prompts", str(prompts(tmp_path)), "--dry-run", "--memory"]
     assert main([*generate, "1000"]) == 2
     least = capsys.readouterr().err.partition("expected ")[2].partition(" or more")[0].replace(" ", "")
-    assert main([*generate, least]) == 2
-    assert re.search(f"--memory: .*{asked}; --memory [0-9]+ holds all experts", capsys.readouterr().err)
+    assert main([*generate, str(parse_bytes(least) + 20_000_000)]) == 2
+    assert re.search(
+        f"--memory: .*{asked}; --quantise fp8 needs none.*; all experts need --memory [0-9]+", capsys.readouterr().err
+    )
 
 
 def prompts(folder: Path) -> Path:
@@ -221,8 +235,88 @@ def test_scales_of_mxfp4_fit_their_blocks(tmp_path: Path) -> None:
     save_file({**tensors, name: tensors[name][:, :-1].contiguous()}, file, metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"found torch.uint8 .* expected uint8 \[E, N, K / 32, 16\] and \[E, N, K / 32\]"):
         coterie.load(folder, device="cpu")
+    blocks = name.replace("_scales", "_blocks")
+    save_file({**tensors, blocks: tensors[blocks][..., :8].contiguous()}, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"expected uint8 \[E, N, K / 32, 16\]"):
+        coterie.load(folder, device="cpu")
     blocks, scales = to_mxfp4(torch.randn(2, 64, 5))
     assert blocks.shape == (2, 5, 2, 16) and scales.shape == (2, 5, 2)
+
+
+@pytest.mark.parametrize("block", [(128, 128), None])
+def test_experts_in_one_stack_are_those_by_themselves(block: tuple[int, int] | None, tmp_path: Path) -> None:
+    folder = publish_fp8(make_model("qwen3_moe", tmp_path / "m", hidden_size=160, moe_intermediate_size=256), block)
+    file = folder / "model.safetensors"
+    tensors, logits = load_file(file), []
+    for layer in range(3):  # gate and up with one scale, so that they can be one tensor of a stack
+        for expert in range(8 if block is None else 0):
+            at = f"model.layers.{layer}.mlp.experts.{expert}."
+            tensors[f"{at}up_proj.weight_scale_inv"] = tensors[f"{at}gate_proj.weight_scale_inv"].clone()
+    stacked_too = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for layer in range(3):
+        for name, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            at = f"model.layers.{layer}.mlp.experts."
+            values = [torch.cat([tensors[f"{at}{e}.{p}.weight"].view(torch.uint8) for p in parts]) for e in range(8)]
+            stacked_too[at + name] = torch.stack(values).view(torch.float8_e4m3fn)
+            scales = [[tensors[f"{at}{e}.{p}.weight_scale_inv"] for p in parts] for e in range(8)]
+            joined = [torch.cat(of) if block is not None else of[0] for of in scales]
+            stacked_too[f"{at}{name}_scale_inv"] = torch.stack(joined)
+    options: list[dict[str, Any]] = [{}, {"quantise": "fp8"}]
+    for made in (tensors, stacked_too):
+        save_file({name: tensor.contiguous() for name, tensor in made.items()}, file, metadata={"format": "pt"})
+        for more in options if block is None else [*options, {"quantise": "fp8", "slots": 3}]:
+            with torch.inference_mode():
+                logits.append(coterie.load(folder, dtype="bfloat16", device="cpu", **more).transformers(IDS).logits)
+    half = len(logits) // 2
+    assert all(torch.equal(a, b) for a, b in zip(logits[:half], logits[half:], strict=True))
+
+
+def test_layers_that_transformers_leaves_out_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = published("deepseek_v3", tmp_path / "m")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    more = {n.replace("layers.2.", "layers.61."): t.clone() for n, t in tensors.items() if ".layers.2." in n}
+    save_file({**tensors, **more}, file, metadata={"format": "pt"})
+    told: list[tuple[int, int]] = []
+    share = prepare(folder, None, "bfloat16", 1, device="cpu")
+    share.read(0, lambda count, whole: told.append((count, whole)))
+    assert sum(count for count, _ in told) == told[0][1] == sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def test_a_rank_without_experts_reads_what_is_not_experts(tmp_path: Path) -> None:
+    folder = published("gpt_oss", tmp_path / "m")
+    share = prepare(folder, None, "bfloat16", 1, device="cpu")
+    bare = load_share(share.shape, share.empty, share.checkpoint, dict.fromkeys(share.shape.layer_ids, ()), torch.bfloat16,
+                      torch.device("cpu"), "coterie")  # fmt: skip
+    assert all(module.down_proj.shape == (0, 96, 64) for _, module in expert_modules(bare).values())
+
+
+def test_plain_experts_under_coded_dense_layers_need_no_copy(tmp_path: Path) -> None:
+    folder = published("qwen3_moe", tmp_path / "m")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in [n for n in tensors if ".experts." in n and not n.endswith("_scale_inv")]:
+        tensors[name] = from_fp8(tensors[name], tensors.pop(f"{name}_scale_inv"), BLOCK)
+    save_file(tensors, file, metadata={"format": "pt"})
+    resident, cached = (coterie.load(folder, dtype="bfloat16", device="cpu", slots=slots) for slots in (None, 3))
+    with torch.inference_mode():
+        assert torch.equal(cached.transformers(IDS).logits, resident.transformers(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "message"),
+    [
+        ("model.norm.weight", torch.ones(3), r"found shape \[3\], expected"),
+        ("model.layers.0.self_attn.q_proj.weight", torch.ones(2), r"found shape \[2\], expected"),
+    ],
+)
+def test_scales_that_fit_nothing_are_refused(name: str, scale: torch.Tensor, message: str, tmp_path: Path) -> None:
+    folder = published("qwen3_moe", tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        coterie.load(folder, device="cpu")
 
 
 def test_a_checkpoint_tells_where_its_scales_lie(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,12 @@ from tiny_models import COMMON, FAMILIES, make_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from coterie.moe.batch import joined, keeps_only_attention, selected
+from coterie.moe.batch import Batch, Request, joined, keeps_only_attention, selected
+from coterie.moe.generate import Sampling
 from coterie.moe.kv import SLACK, GrowingCache, GrowingLayer
+from coterie.moe.memory import estimate, workload
+from coterie.moe.model import Model, load
+from coterie.moe.sizes import _tensors, sizes_of
 
 ROWS, HEADS, SIZE = 3, 2, 8
 KEYS_AND_VALUES_ONLY = [  # others have transformers' own cache
@@ -76,15 +82,45 @@ def test_a_step_without_gradients_leaves_a_cache_that_others_can_go_on_with() ->
     assert keys.shape[-2] == 5
 
 
-def test_batches_that_join_and_rows_that_leave_expect_as_many_more_as_before() -> None:
+def test_batches_that_join_and_rows_that_leave_hold_nothing_of_what_they_were() -> None:
     mask, other = torch.ones(1, 7, dtype=torch.int64), torch.ones(2, 4, dtype=torch.int64)
     caches = GrowingCache(7 + 5), GrowingCache(4 + 90)
-    for cache, rows, length in zip(caches, (1, 2), (7, 4), strict=True):
-        cache.update(*some(length, rows), 0)
+    for one, rows, length in zip(caches, (1, 2), (7, 4), strict=True):
+        one.update(*some(length, rows), 0)
     whole, both = joined(mask, caches[0], other, caches[1])
-    assert both.most == 7 + 90 and both.layers[0].keys.shape == (3, HEADS, 7, SIZE)
+    assert both.most == 4 + 90 and both.layers[0].keys.shape == (3, HEADS, 7, SIZE)
     _, left = selected(whole, both, torch.tensor([1, 2]))
     assert left.most == 4 + 90 and left.layers[0].keys.shape == (2, HEADS, 4, SIZE)
+    for one in (*caches, both):
+        assert not _tensors(vars(one.layers[0]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=6), batch=st.integers(1, 4))
+def test_no_more_is_held_than_was_told(sizes: list[tuple[int, int]], batch: int) -> None:
+    model, seen = tiny(), [0]
+    requests = [Request(index, tuple(range(3, 3 + prompt)), new) for index, (prompt, new) in enumerate(sizes)]
+    forward = Batch._forward
+
+    def watched(self, *arguments):
+        logits, cache = forward(self, *arguments)
+        seen[0] = max(seen[0], sum(room.nbytes for layer in cache.layers for room in layer.rooms))
+        return logits, cache
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batch, "_forward", watched)
+        choice, _ = model.settle(requests, batch)
+        model.run(requests, batch, Sampling(), choice)
+    told = estimate(sizes_of(model.shape, model.transformers, torch.float32), model.plan, "local", workload(requests, batch))
+    assert 0 < seen[0] <= told[0].states
+
+
+@cache
+def tiny() -> Model:
+    with tempfile.TemporaryDirectory() as folder:
+        made = load(make_model("qwen3_moe", Path(folder), num_hidden_layers=1), device="cpu")
+    made.transformers.generation_config.eos_token_id = None
+    return made
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

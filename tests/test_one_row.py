@@ -60,6 +60,10 @@ def test_onednn_is_on_again_whatever_happens() -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         cpu.multiply_row(torch.ones(3, 4).bfloat16(), torch.ones(4).bfloat16())
         assert not torch._C._get_mkldnn_enabled(), "and off where somebody else has it so"
+    with cpu.own_products:
+        cpu.multiply_row(torch.ones(3, 4).bfloat16(), torch.ones(4).bfloat16())
+        assert not torch._C._get_mkldnn_enabled(), "and until the outermost ends"
+    assert torch._C._get_mkldnn_enabled()
 
 
 @needs_bfloat16
