@@ -306,7 +306,9 @@ def _generate(verbs: Any) -> None:
     p.add_argument(
         "--prior", type=Path, metavar="TRACE", help="recorded routing of the model, for what is read from disk and when"
     )
-    p.add_argument("--quantise", metavar="FORMAT", help="round the experts to int8, int4 or fp8 (docs/kernels.md)")
+    p.add_argument(
+        "--quantise", metavar="FORMAT", help="round the experts to int8, int4 or fp8; fp8 that is published so stays"
+    )
     p.add_argument(
         "--batch-invariant", action="store_true", help="text that does not depend on the batch or the rank, to the last bit"
     )

@@ -67,7 +67,8 @@ def within_budget(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, 
     if slots is not None and needs_copy(share):
         peak = max(need.peak for need in estimate(sizes, share.plan, _candidates(asked)[0], work))
         given = "--memory" if options.memory is not None else "memory that is free"
-        raise InputError(f"{not_packed(given, share)}; all experts need --memory {int(peak) + taken}")
+        enough = int(ENOUGH * (peak + taken))  # another process has not taken just as much
+        raise InputError(f"{not_packed(given, share)}; all experts need --memory {enough}")
     if slots is not None and share.device.type != "cpu":
         together(group, lambda: share.host_slots(most_held(share.plan)))  # raises where a rank's is too small
     if group.rank == 0:
@@ -150,6 +151,7 @@ def _with_host(asked: Asked, options: argparse.Namespace, group: Group) -> Asked
     return replace(asked, share=replace(share, host_bytes=found, misses=options.misses))
 
 
+ENOUGH = 1.02  # times what all experts need, where that is advised
 MARGIN, HOST_SHARE = 0.95, 0.8  # of what is free: for a process where all does not fit; of the host for experts behind a GPU
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 

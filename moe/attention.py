@@ -18,7 +18,7 @@ BASE = "sdpa"
 FLAG = "_coterie_together"  # on modules that attend so; the implementation keeps its name, by which some families decide
 LEAST_KEYS = 256  # in float32; with fewer it takes longer
 OTHERWISE = ("position_bias", "cache", "softcap")  # arguments that are left to transformers
-_plain = ALL_ATTENTION_FUNCTIONS[BASE]
+_plain = getattr(ALL_ATTENTION_FUNCTIONS[BASE], "plain", ALL_ATTENTION_FUNCTIONS[BASE])  # where this module is loaded again
 
 
 def attend(
@@ -26,20 +26,21 @@ def attend(
     dropout: float = 0.0, scaling: float | None = None, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """query `[B, heads, queries, D]`, key and value `[B, shared heads, positions, D]`; returns `[B, queries, heads, D]`."""
-    batch, heads, queries, size = query.shape
-    together = queries == 1 and heads > key.shape[1] and attention_mask is None and dropout == 0 and hasattr(module, FLAG)
-    if not together or not _pays(key) or any(kwargs.get(name) is not None for name in OTHERWISE):
+    together = hasattr(module, FLAG) and query.shape[2] == 1 and attention_mask is None and dropout == 0
+    if not together or not _pays(query, key) or any(kwargs.get(name) is not None for name in OTHERWISE):
         out: tuple[torch.Tensor, None] = _plain(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out
+    batch, heads, _, size = query.shape
     rows = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
     attended = F.scaled_dot_product_attention(rows, key, value, scale=scaling)
     return attended.reshape(batch, 1, heads, value.shape[-1]), None
 
 
-def _pays(key: torch.Tensor) -> bool:
-    return key.device.type == "cpu" and (key.dtype != torch.float32 or key.shape[2] >= LEAST_KEYS)
+def _pays(query: torch.Tensor, key: torch.Tensor) -> bool:
+    shared = query.shape[1] > key.shape[1] and key.device.type == "cpu"
+    return shared and (key.dtype != torch.float32 or key.shape[2] >= LEAST_KEYS)
 
 
 def speed_up_attention(model: nn.Module) -> None:
@@ -56,4 +57,5 @@ def plain_attention_again(model: nn.Module) -> None:
         vars(module).pop(FLAG, None)
 
 
+attend.plain = _plain  # type: ignore[attr-defined]
 AttentionInterface.register(BASE, attend)  # of all models of the process: without the flag it is transformers' own

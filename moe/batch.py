@@ -81,6 +81,7 @@ class Batch:
         self.recorder = recorder
         self.device = next(model.parameters()).device
         self.joinable = keeps_only_attention(model.config)
+        self.decodes = True  # or else keys and values of prompts are handed over, and no more room is kept
         self.sequences: list[Running] = []
         self.mask = torch.zeros((0, 0), dtype=torch.int64, device=self.device)
         self.cache: Any = None
@@ -100,7 +101,8 @@ class Batch:
         self.context.strategy = self.prefill_by
         ids, mask = padded([s.request.token_ids for s in newcomers], self.device)
         live = torch.full((len(ids),), bool(newcomers), device=self.device)
-        most = max((len(s.request.token_ids) + max(0, s.request.max_new_tokens - 1) for s in newcomers), default=1)
+        more = [max(0, s.request.max_new_tokens - 1) if self.decodes else 0 for s in newcomers]
+        most = max((len(s.request.token_ids) + n for s, n in zip(newcomers, more, strict=True)), default=1)
         cache = GrowingCache(most) if self.joinable else None
         logits, cache = self._forward(ids, mask, cache, live, tokens, newcomers)
         if newcomers:

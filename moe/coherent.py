@@ -247,6 +247,7 @@ class CoherentBatch:
     def prefill(self, assigned: Sequence[Sequence[Running]]) -> Scored:
         """The newcomers on their homes; then their keys and values on every rank."""
         home = Batch(self.model, self.context, prefill=self.prefill_by)
+        home.decodes = False
         scored = home.prefill(assigned)
         newcomers = [s for taken in assigned for s in taken]
         lengths = [[len(s.request.token_ids) for s in taken] for taken in assigned]

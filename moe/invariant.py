@@ -43,18 +43,28 @@ def varying(nodes: int) -> frozenset[str]:
     return frozenset({"coherent", "hierarchical"} if nodes > 1 else {"coherent"})
 
 
-def make_invariant(model: Any) -> None:
-    """Let every sequence of `model` attend by itself. Raises InputError for attention that cannot be run that way."""
+def check_attention(model: Any) -> None:
+    """Raises InputError for attention that cannot be run that way. model: or its skeleton."""
     base = model.config._attn_implementation
-    if base == NAME:
-        return
-    if base not in BASES:
+    if base not in (*BASES, NAME):
         raise InputError(f"--batch-invariant: found attention {base!r}, expected {' or '.join(BASES)}")
-    if BY_NAME.search(inspect.getsource(sys.modules[type(model).__module__])):
+    try:
+        source = inspect.getsource(sys.modules[type(model).__module__])
+    except OSError:  # of a class that came without
+        source = ""
+    if BY_NAME.search(source):
         raise InputError(
             f"--batch-invariant: found attention of {model.config.model_type} that picks its keys by name of implementation, "
             f"expected a family whose attention does not; leave --batch-invariant out"
         )
+
+
+def make_invariant(model: Any) -> None:
+    """Let every sequence of `model` attend by itself. Raises InputError as `check_attention`."""
+    check_attention(model)
+    base = model.config._attn_implementation
+    if base == NAME:
+        return
     for module in model.modules():
         if hasattr(module, "config") and getattr(module.config, "_attn_implementation", None) == base:
             module.config._coterie_base = base

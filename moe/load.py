@@ -83,11 +83,11 @@ def select(
     chosen: dict[str, TensorSlice] = {}
     found: dict[tuple[str, str], set[int]] = {}
     for name, place in checkpoint.tensors.items():
-        check_known(name, place)
         target, pattern = rename_source_key(name, renamings, converters, empty.base_model_prefix, state)
         layer = layer_of.get(target.rpartition(".")[0])
         if target not in state and any(re.search(known, target) for known in ignored):
             continue  # of layers that predict several tokens, which transformers leaves out
+        check_known(name, place)
         if layer is None:
             chosen[name] = checkpoint.slice(name)
             continue

@@ -21,7 +21,7 @@ from coterie.moe.families import ModelShape
 from coterie.moe.faster import speed_up
 from coterie.moe.generate import Generator, OnToken, Sampling
 from coterie.moe.home_ranks import HomeRanks, find_home_ranks
-from coterie.moe.invariant import BLOCK_ROWS, make_invariant, varying
+from coterie.moe.invariant import BLOCK_ROWS, check_attention, make_invariant, varying
 from coterie.moe.layer import attach
 from coterie.moe.placement_map import layer_maps
 from coterie.moe.prepare import Share, check_slots, known_prior, prepare
@@ -319,6 +319,7 @@ def load(
     share = share if prior is None else known_prior(share, prior)
     check_slots(share)
     asked = asked_strategy(share, strategy, group)
+    check_invariant(batch_invariant, asked, share)
     return assembled(share, share.read(group.rank), asked, group, batch_invariant=batch_invariant)
 
 
@@ -361,6 +362,7 @@ def check_invariant(wished: bool, strategy: str | None, share: Share) -> None:
         )
     if share.quantise is not None:
         raise InputError("--batch-invariant: found it with --quantise, expected one of them")
+    check_attention(share.empty)
     if share.misses != "fetch":
         raise InputError(f"--batch-invariant: found it with --misses {share.misses}, expected fetch: the host rounds otherwise")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -248,8 +248,9 @@ def not_packed(field: str, share: Share) -> str:
     option, other = "" if share.quantise is None else f" --quantise {share.quantise}", ""
     if share.quantise is None:
         why, how = "a checkpoint in fewer bits", "a copy in bfloat16, or rounded with --quantise"
-        if held_records(replace(share, quantise="fp8")) is not None:
-            other = "; --quantise fp8 needs none, for it is published so"
+        with suppress(InputError):  # of a GPU that has no fp8
+            if held_records(replace(share, quantise="fp8")) is not None:
+                other = "; --quantise fp8 needs none, for it is published so"
     else:
         why, how = "quantise", "a copy rounded beforehand"
     return (

@@ -28,6 +28,7 @@ from coterie.moe.traits import Traits
 from coterie.routing.record import expert_modules
 
 WARM, STEPS, DECODE_STEPS = 1, 5, 9  # steps that are not timed, and that are: of prompts, and that decode
+NEW = 1 + WARM + DECODE_STEPS  # tokens of a sequence that is tried
 TRIED_TOKENS = 64  # of a prompt that is tried first, to see how many can be afforded
 MOST_TOKENS = 1024  # of a rank in one step; a longer prompt's times are taken to grow on
 MOST_SECONDS = 0.3  # a step; fewer tokens where it would take longer
@@ -159,7 +160,7 @@ class Rehearsal:
         whole = [ids for own in self.prompts for ids in own]
         drawn = [list(islice(cycle(own or whole), rows)) for own in self.prompts]
         return [
-            [Running(Request(i, tuple(islice(cycle(ids), length)), 1), rank) for i, ids in enumerate(own)]
+            [Running(Request(i, tuple(islice(cycle(ids), length)), NEW), rank) for i, ids in enumerate(own)]
             for rank, own in enumerate(drawn)
         ]
 

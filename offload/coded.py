@@ -189,16 +189,18 @@ def _of_fp8(stored: Mapping[str, TensorPlace], block: tuple[int, int] | None) ->
                 f"{scales.file}: tensor {name + SCALE!r}: found {scales.dtype}, expected one of {', '.join(map(str, SCALES))}"
             )
         scales = replace(scales, dtype=SCALES[scales.dtype])
-        one, each = prod(scales.shape) == 1, len(place.shape) == 3 and prod(scales.shape) == scales.shape[0] == place.shape[0]
         flat = block is None or len(place.shape) < 2
         grid = () if flat else tuple(-(-size // by) for size, by in zip(place.shape[-2:], block or (), strict=True))
-        if not (one or each) and (flat or scales.shape != (*place.shape[:-2], *grid)):
+        expected = (*place.shape[:-2], *grid)
+        each = len(place.shape) == 3 and scales.shape[:1] == place.shape[:1] and prod(scales.shape) == place.shape[0]
+        fits = not flat and scales.shape == expected
+        if not (fits or each or prod(scales.shape) == 1):
             by = "all" if block is None else f"{block[0]} x {block[1]}"
             raise InputError(
-                f"{scales.file}: tensor {name + SCALE!r}: found shape {list(scales.shape)}, expected "
-                f"{[*place.shape[:-2], *grid]}, one for {by} of {name!r}"
+                f"{scales.file}: tensor {name + SCALE!r}: found shape {list(scales.shape)}, expected {list(expected)}, "
+                f"one for {by} of {name!r}"
             )
-        code = Code("fp8", place.dtype, place.shape, scales, None if one or each else block)
+        code = Code("fp8", place.dtype, place.shape, scales, block if fits else None)
         made[name] = replace(place, dtype=DTYPE, code=code)
     return made
 

@@ -113,6 +113,8 @@ class Rounding(AsStored):
 
     def in_place(self, original: Record) -> Record | None:
         """The parts of a rounded expert where the checkpoint has them as they are kept, which published fp8 may; else None."""
+        if any(part.coded for name, part in original.items() if name not in self.products):
+            return None
         made = dict(self.record(original))
         for name in self.products:
             found = fp8_in_place(original[name].coded) if self.format == "fp8" and not self.transposed else None
@@ -136,12 +138,16 @@ class Rounding(AsStored):
             made |= {name: data, scale_of(name): scale}
         for name in [name for name in self.products if name not in exact]:
             weights = plain[name].T if self.transposed else plain[name]
-            try:
-                made[name], made[scale_of(name)] = self.kept(original[name].shape).made(weights)
-            except ValueError as error:
-                where = "".join(f"{piece.file}: byte {piece.offset}: " for piece in original[name].pieces[:1])
-                raise InputError(f"{where}{name} of an expert: {error}; fetch the checkpoint again") from error
+            kept = self.kept(original[name].shape)
+            made[name], made[scale_of(name)] = self._made(kept, weights, name, original[name])
         return {name: made[name].contiguous() for name in self.record(original)}
+
+    def _made(self, kept: Kept, weights: torch.Tensor, name: str, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            return kept.made(weights)
+        except ValueError as error:
+            where = "".join(f"{piece.file}: byte {piece.offset}: " for piece in part.pieces[:1])
+            raise InputError(f"{where}{name} of an expert: {error}; fetch the checkpoint again") from error
 
     def views(self, original: Record) -> Iterator[memoryview]:
         """As `AsStored`."""
@@ -159,7 +165,7 @@ class Rounding(AsStored):
             last = min(first + GROUP, kept.rows)
             if exact is None:
                 weights = stored(original[name])
-                data, scale = kept.made((weights.T if self.transposed else weights)[first:last])
+                data, scale = self._made(kept, (weights.T if self.transposed else weights)[first:last], name, original[name])
             else:
                 data, scale = exact[0][first:last], kept.scales_of(exact[1], first, last)
             row = packed[name].length // kept.rows

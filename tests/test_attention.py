@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from tiny_models import FAMILIES, assert_same_steps, make_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from coterie.moe import attention
 from coterie.moe.attention import FLAG, attend, plain_attention_again, speed_up_attention
 from coterie.moe.model import load
+from coterie.moe.prepare import Share
 from coterie.moe.text import Prompt
 from coterie.routing.errors import InputError
 
@@ -96,6 +99,15 @@ def test_without_the_flag_it_is_transformers_own(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(attend(module, query, key, key, None)[0], sdpa_attention_forward(module, query, key, key, None)[0])
 
 
+def test_loading_the_module_again_leaves_others_models_as_they_are() -> None:
+    importlib.reload(attention)
+    module, query, key = Shared(4), torch.randn(1, 8, 1, 16), torch.randn(1, 2, 300, 16)
+    found, right = (f(module, query, key, key, None)[0] for f in (ALL_ATTENTION_FUNCTIONS["sdpa"], sdpa_attention_forward))
+    assert torch.allclose(found, right, atol=1e-5)
+    plain_attention_again(module)
+    assert torch.equal(ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, key, None)[0], right)
+
+
 def test_coteries_own_models_attend_so_unless_batch_invariant(tmp_path: Path) -> None:
     folder = make_model("qwen3_moe", tmp_path)
     for invariant in (False, True):
@@ -115,5 +127,6 @@ def test_attention_that_picks_its_keys_by_the_name_of_its_implementation_goes_on
     made.transformers.generation_config.eos_token_id = None
     (output,), _ = made.generate([Prompt(token_ids=tuple(ids[0].tolist()))], 8)
     assert list(output.token_ids) == right
+    monkeypatch.setattr(Share, "read", lambda *_: pytest.fail("it is refused before anything is read"))
     with pytest.raises(InputError, match=r"--batch-invariant: found attention .* deepseek_v32.* by name"):
         load(folder, device="cpu", batch_invariant=True)

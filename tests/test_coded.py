@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from coterie.launch.cli import main
 from coterie.launch.memory import parse_bytes
 from coterie.launch.packing import contents_of
 from coterie.moe.load import load_share
-from coterie.moe.prepare import prepare
+from coterie.moe.prepare import not_packed, prepare
 from coterie.moe.text import Prompt
 from coterie.offload.checkpoint import Checkpoint
 from coterie.offload.coded import from_fp8, from_mxfp4
@@ -196,6 +197,28 @@ def test_without_room_for_all_a_copy_is_asked_for(tmp_path: Path, capsys: pytest
     )
 
 
+def test_the_advice_is_given_on_gpus_without_fp8_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = publish_fp8(make_model("qwen3_moe", tmp_path / "m", hidden_size=160, moe_intermediate_size=256), (128, 128))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    share = replace(prepare(folder, None, "bfloat16", 1, device="cpu"), device=torch.device("cuda", 0))
+    said = not_packed("slots", share)
+    assert said.endswith("coterie pack MODEL --out DIR, then --packed DIR"), said
+
+
+def test_what_has_become_no_numbers_is_told_by_its_place(tmp_path: Path) -> None:
+    folder, copy = published("gpt_oss", tmp_path / "m"), tmp_path / "packed"
+    pack(contents_of(str(folder), "int8"), copy)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in [n for n in tensors if n.endswith("_scales")]:
+        tensors[name] = torch.full_like(tensors[name], 255)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"model.safetensors: byte [0-9]+: .* of an expert: weights: found values that are not"
+    ):
+        verify(contents_of(str(folder), "int8"), copy)
+
+
 def prompts(folder: Path) -> Path:
     file = folder / "prompts.jsonl"
     file.write_text(json.dumps({"token_ids": [5, 17, 33]}) + "\n")
@@ -269,6 +292,12 @@ def test_experts_in_one_stack_are_those_by_themselves(block: tuple[int, int] | N
                 logits.append(coterie.load(folder, dtype="bfloat16", device="cpu", **more).transformers(IDS).logits)
     half = len(logits) // 2
     assert all(torch.equal(a, b) for a, b in zip(logits[:half], logits[half:], strict=True))
+    if block is None:  # one of all experts
+        one = {n: t.flatten()[0].clone() if t.shape == (8,) and n.endswith("_scale_inv") else t for n, t in stacked_too.items()}
+        save_file({name: tensor.contiguous() for name, tensor in one.items()}, file, metadata={"format": "pt"})
+        found = coterie.load(folder, dtype="bfloat16", device="cpu").transformers.model.layers[0].mlp.experts.down_proj
+        at = "model.layers.0.mlp.experts.down_proj"
+        assert torch.equal(found, (one[at].float() * one[f"{at}_scale_inv"]).bfloat16())
 
 
 def test_layers_that_transformers_leaves_out_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
