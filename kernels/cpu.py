@@ -2,6 +2,7 @@
 
 | weights | rows | product |
 |---|---|---|
+| float32 | one, on AMD's processors | oneDNN's linear layer: torch's own, MKL, takes one thread there |
 | float32 | any | torch |
 | bfloat16, float16 | one | torch's own matrix times vector (`multiply_each`) |
 | bfloat16, float16 | few, or a processor with instructions for that dtype | torch, on the weights as they are |
@@ -21,6 +22,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -44,6 +46,15 @@ def multiplies_float16() -> bool:
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     except (AttributeError, RuntimeError):  # torch without oneDNN
+        return False
+
+
+@lru_cache(maxsize=1)
+def one_row_by_onednn() -> bool:
+    """Whether one row of float32 goes to oneDNN: MKL multiplies it on one thread on AMD's processors (docs/kernels.md)."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    except OSError:  # not Linux
         return False
 
 
@@ -126,8 +137,13 @@ class _OwnProducts:
 own_products = _OwnProducts()
 
 
+def takes_vectors(dtype: torch.dtype) -> bool:
+    """Whether single rows of this dtype are best multiplied by `multiply_each`."""
+    return dtype != torch.float32 or one_row_by_onednn()
+
+
 def multiply_each(matrices: Iterable[torch.Tensor], rows: Iterable[torch.Tensor], outs: Iterable[torch.Tensor]) -> None:
-    """Each matrix `[N, K]` times its row `[K]`, in half precision, to its out `[N]`: by the fastest of torch's ways.
+    """Each matrix `[N, K]` times its row `[K]` to its out `[N]`, where `takes_vectors`: by the fastest of torch's ways.
 
     bfloat16 by torch's own product of a matrix and a vector (`own_products`), which streams weights two to three times as fast
     as oneDNN's (docs/kernels.md) and sums in float32 as well. bfloat16 stored transposed as a product of two matrices, float16
@@ -135,7 +151,9 @@ def multiply_each(matrices: Iterable[torch.Tensor], rows: Iterable[torch.Tensor]
     """
     as_vectors = []
     for matrix, row, out in zip(matrices, rows, outs, strict=True):
-        if row.dtype != torch.bfloat16:
+        if row.dtype == torch.float32 and matrix.stride(1) == 1:
+            out.copy_(torch.ops.mkldnn._linear_pointwise(row[None], matrix, None, "none", [], "")[0])
+        elif row.dtype != torch.bfloat16:
             torch.mv(matrix, row, out=out)
         elif matrix.stride(1) != 1:
             torch.mm(row[None], matrix.T, out=out[None])

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from coterie.kernels.activations import Activation
-from coterie.kernels.cpu import Product, multiply_each, multiply_widened, widens
+from coterie.kernels.cpu import Product, multiply_each, multiply_widened, takes_vectors, widens
 from coterie.kernels.formats import Weights
 
 if TYPE_CHECKING:
@@ -137,8 +137,8 @@ class StackedExperts:
         self, chunk: list[tuple[int, int]], x: torch.Tensor, weight: Stack | Product | Weights, bias: Stack | None
     ) -> torch.Tensor:
         assert not isinstance(weight, Weights)  # of a GPU
-        vectors = bias is None and self.least_rows == 1 and x.dtype != torch.float32  # faster with one row, in one go
-        if isinstance(weight, Product) and vectors and len(chunk) == len(x):
+        vectors = bias is None and self.least_rows == 1 and takes_vectors(x.dtype)  # faster with one row, in one go
+        if isinstance(weight, Product) and vectors and x.dtype != torch.float32 and len(chunk) == len(x):
             return weight.vectors([expert for expert, _ in chunk], x)
         out = x.new_empty(x.shape[0], weight.shape[2 if self.transposed else 1])
         start, ones = 0, []

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from coterie.kernels.cpu import multiplies_bfloat16, multiply_row, own_products
+from coterie.kernels.cpu import multiplies_bfloat16, multiply_row, one_row_by_onednn, own_products
 from coterie.routing.record import expert_modules
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names of layers that are given the same input
@@ -63,13 +63,12 @@ class OneRowLinear(nn.Linear):
 
 
 def speed_up_one_row(model: nn.Module) -> None:
-    """Let the dense layers of `model` do so in bfloat16 on a CPU that multiplies it; on others `many_rows.py` does.
+    """Let the dense layers of `model` do so in bfloat16 on a CPU that multiplies it; on others `many_rows.py` does. In float32
+    those of one row alone, where torch would take one thread for them.
 
     Weights of layers that stand side by side are laid one below another; they are otherwise as they were. Not for a model that
     is to be trained or run batch-invariant.
     """
-    if not multiplies_bfloat16():
-        return
     found: list[Any] = [module for module in model.modules() if type(module) is nn.Linear and _fits(module)]
     for module in found:
         module.__class__ = OneRowLinear
@@ -78,11 +77,11 @@ def speed_up_one_row(model: nn.Module) -> None:
     for parent in model.modules():
         for names in TOGETHER:
             beside = [getattr(parent, name, None) for name in names]
-            if all(isinstance(layer, OneRowLinear) for layer in beside):
+            if all(isinstance(layer, OneRowLinear) and layer.weight.dtype == torch.bfloat16 for layer in beside):
                 _lay_together([layer for layer in beside if isinstance(layer, OneRowLinear)])
     for name, _ in expert_modules(model).values():
         for router in model.get_submodule(name.rpartition(".")[0]).children():
-            if not isinstance(router, OneRowLinear) and _fits(router):
+            if not isinstance(router, OneRowLinear) and _fits(router) and router.weight.dtype == torch.bfloat16:
                 router.forward = partial(_routed, router)
 
 
@@ -109,7 +108,8 @@ def _fits(layer: nn.Module) -> bool:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or getattr(layer, "bias", None) is not None:
         return False
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
+    faster = {torch.bfloat16: multiplies_bfloat16, torch.float32: one_row_by_onednn}.get(weight.dtype)
+    return faster is not None and faster() and weight.device.type == "cpu" and weight.is_contiguous()
 
 
 @torch.no_grad()

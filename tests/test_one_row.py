@@ -52,6 +52,30 @@ def test_real_sizes_are_summed_in_float32_and_rounded_once(monkeypatch, inputs: 
     assert float((found - right).norm()) <= 1.01 * float((right.to(x.dtype) - right).norm()), "no worse than rounding once"
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1024, 1024), (512, 1000), (33, 7)])
+def test_one_row_of_float32_is_as_near_to_float64_by_onednn(inputs: int, outputs: int, transposed: bool) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(inputs, outputs).T if transposed else torch.randn(outputs, inputs)
+    row, out = torch.randn(inputs), torch.full((2, outputs), torch.nan)
+    cpu.multiply_each([matrix], [row], [out[1]])
+    right = matrix.double() @ row.double()
+    assert float((out[1] - right).norm()) <= 2e-6 * float(right.norm()) and bool(out[0].isnan().all())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_every_step_in_float32_is_as_by_torchs_layers(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_row, "one_row_by_onednn", lambda: True)
+    folder = make_model(family, tmp_path)
+    plain, fast = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
+    speed_up_one_row(fast)
+    assert any(isinstance(module, OneRowLinear) for module in fast.modules())
+    assert not any(module.stack for module in fast.modules() if isinstance(module, OneRowLinear))
+    assert_same_steps(plain, fast, most=2e-5)
+    plain_again(fast)
+    assert_same_steps(plain, fast)
+
+
 def test_onednn_is_on_again_whatever_happens() -> None:
     assert torch._C._get_mkldnn_enabled()
     with pytest.raises(RuntimeError):
@@ -140,7 +164,7 @@ def test_layers_are_torchs_own_again_and_others_never_change(blocks: tuple[Block
     assert all(type(m) is nn.Linear for m in fast.children())
     speed_up_one_row(fast)
     assert all(type(m) is OneRowLinear for m in fast.children())
-    single, biased = nn.Linear(4, 4, bias=False), nn.Linear(4, 4).bfloat16()
+    single, biased = nn.Linear(4, 4, bias=False).double(), nn.Linear(4, 4).bfloat16()
     speed_up_one_row(nn.ModuleList([single, biased]))
     assert type(single) is type(biased) is nn.Linear
 
