@@ -3,7 +3,8 @@
 torch's Linear gives a single row to oneDNN as a matrix, which takes two to three times as long as torch's own product with a
 vector (`kernels.cpu.multiply_each`). Both sum in float32 and round once, in another order: some 2 of 10,000 outputs differ by
 their last bit. Routers multiply so, too. Layers that stand side by side and are called with one input, as query, key and
-value are, lie in one stack: the first one called computes all.
+value are, lie in one stack: the first one called computes all. A row of float32 goes the other way, to oneDNN, where torch
+takes one thread for it (`kernels.cpu.one_row_by_onednn`).
 """
 
 from __future__ import annotations
