@@ -186,8 +186,7 @@ def device_of(wish: str | torch.device | None) -> torch.device:
 
 
 def _sidecar(share: Share, folder: Path) -> Sidecar:
-    with closing(index_experts(share.shape, share.empty, share.checkpoint)) as store:
-        return open_sidecar(folder, share.checkpoint, store.records, share.rounding or AS_STORED)
+    return open_sidecar(folder, share.checkpoint, _indexed_experts(share), share.rounding or AS_STORED)
 
 
 def check_slots(share: Share) -> None:
@@ -217,13 +216,16 @@ def known_prior(share: Share, trace: str | Path | RoutingTrace) -> Share:
 _indexed: WeakKeyDictionary[Checkpoint, Sequence[Sequence[Record]]] = WeakKeyDictionary()  # experts, once they were asked for
 
 
+def _indexed_experts(share: Share) -> Sequence[Sequence[Record]]:
+    if share.checkpoint not in _indexed:
+        with closing(index_experts(share.shape, share.empty, share.checkpoint)) as store:
+            _indexed[share.checkpoint] = store.records
+    return _indexed[share.checkpoint]
+
+
 def held_records(share: Share) -> Sequence[Sequence[Record]] | None:
     """Every expert where the checkpoint has it as slots hold it; None where it has not."""
-    records = _indexed.get(share.checkpoint)
-    if records is None:
-        with closing(index_experts(share.shape, share.empty, share.checkpoint)) as store:
-            records = _indexed[share.checkpoint] = store.records
-    rounding = share.rounding
+    records, rounding = _indexed_experts(share), share.rounding
     if rounding is None:
         coded = any(part.coded for layer in records for record in layer for part in record.values())
         return None if coded else records

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from coterie.kernels.formats import GROUP
 from coterie.routing.errors import InputError
 
 if TYPE_CHECKING:
@@ -114,8 +115,8 @@ def fp8_in_place(parts: Sequence[TensorSlice]) -> tuple[list[TensorSlice], list[
 
 def _has_blocks(parts: Sequence[TensorSlice]) -> bool:
     codes = [part.place.code for part in parts]
-    alike = all(code is not None and (code.method, code.block) == ("fp8", (BLOCK, BLOCK)) for code in codes)
-    return bool(parts) and alike and not any(part.shape[-2] % BLOCK for part in parts[:-1])
+    alike = all(code is not None and (code.method, code.block) == ("fp8", (GROUP, GROUP)) for code in codes)
+    return bool(parts) and alike and not any(part.shape[-2] % GROUP for part in parts[:-1])
 
 
 def check_method(file: Path, found: Any) -> None:
