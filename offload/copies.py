@@ -18,7 +18,7 @@ import torch
 from coterie.kernels.formats import GROUP
 from coterie.kernels.rounded import Kept
 from coterie.offload.coded import fp8_in_place, kept_as_fp8
-from coterie.offload.transfer import Part, Piece, Record
+from coterie.offload.transfer import Part, Piece, Record, bytes_of
 from coterie.routing.errors import CoterieError, InputError
 
 PART_BYTES = 4 << 20  # read and written at once
@@ -40,7 +40,7 @@ class AsStored:
         """The bytes of the copy of an expert, each view valid until the next. Raises CoterieError, naming the file."""
         for part in original.values():
             if part.coded:
-                yield _bytes_of(stored(part))
+                yield bytes_of(stored(part)).data
                 continue
             for piece in part.pieces:
                 yield from parts_of(piece)
@@ -50,18 +50,18 @@ class AsStored:
         for name, part in original.items():
             start = packed[name].pieces[0].offset
             if part.coded:
-                whole = _bytes_of(stored(part))
+                whole = bytes_of(stored(part))
                 middle = (len(whole) - min(SAMPLE_BYTES, len(whole))) // 2
                 found = bytes(whole[middle : middle + SAMPLE_BYTES])
                 copy = Piece(packed[name].pieces[0].file, start + middle, len(found))
-                check_same(found, b"".join(map(bytes, parts_of(copy))), part.pieces[0], part.pieces[0].offset, copy)
+                check_same(found, _read(copy), part.pieces[0], part.pieces[0].offset, copy)
                 continue
             for piece in part.pieces:
                 length = min(SAMPLE_BYTES, piece.length)
                 middle = (piece.length - length) // 2
                 copy = Piece(packed[name].pieces[0].file, start + middle, length)
-                found = b"".join(map(bytes, parts_of(replace(piece, offset=piece.offset + middle, length=length))))
-                check_same(found, b"".join(map(bytes, parts_of(copy))), piece, piece.offset + middle, copy)
+                found = _read(replace(piece, offset=piece.offset + middle, length=length))
+                check_same(found, _read(copy), piece, piece.offset + middle, copy)
                 start += piece.length
 
 
@@ -154,7 +154,7 @@ class Rounding(AsStored):
         exact = self.published(original)
         plain = {name: stored(part) for name, part in original.items() if name not in exact}
         for tensor in self.made(plain, original, exact).values():
-            yield _bytes_of(tensor)
+            yield bytes_of(tensor).data
 
     def check_sample(self, original: Record, packed: Record) -> None:
         """Raises InputError unless 128 rows in the middle of every product, and all biases, are the same rounded again."""
@@ -170,9 +170,9 @@ class Rounding(AsStored):
                 data, scale = exact[0][first:last], kept.scales_of(exact[1], first, last)
             row = packed[name].length // kept.rows
             copy = Piece(packed[name].pieces[0].file, packed[name].pieces[0].offset + first * row, (last - first) * row)
-            check_same(bytes(_bytes_of(data.contiguous())), b"".join(map(bytes, parts_of(copy))), piece, piece.offset, copy)
+            check_same(bytes(bytes_of(data.contiguous())), _read(copy), piece, piece.offset, copy)
             copied = kept.scales_of(stored(packed[scale_of(name)]), first, last)
-            found, expected = (bytes(_bytes_of(values.contiguous())) for values in (scale, copied))
+            found, expected = (bytes(bytes_of(values.contiguous())) for values in (scale, copied))
             check_same(found, expected, piece, piece.offset, packed[scale_of(name)].pieces[0])
 
 
@@ -191,11 +191,6 @@ def stored(part: Part) -> torch.Tensor:
             raw[done : done + len(view)] = view
             done += len(view)
     return torch.from_numpy(raw).view(part.dtype).view(part.shape)
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    found: np.ndarray = tensor.view(-1).view(torch.uint8).numpy()
-    return found.data
 
 
 def check_fields(path: Path, found: Mapping[str, Any], expected: Mapping[str, str]) -> None:
@@ -220,6 +215,10 @@ def check_same(found: bytes, expected: bytes, piece: Piece, offset: int, copy: P
             f"as at byte {copy.offset} of {copy.file}: the checkpoint is another or has changed since it was packed; "
             f"remove {copy.file.parent} and pack again"
         )
+
+
+def _read(piece: Piece) -> bytes:
+    return b"".join(map(bytes, parts_of(piece)))
 
 
 def parts_of(piece: Piece) -> Iterator[memoryview]:

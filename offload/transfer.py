@@ -117,7 +117,7 @@ class Slot(dict[str, torch.Tensor]):
     @cached_property
     def bytes(self) -> dict[str, np.ndarray]:
         """Their memory, uint8; of those that are on the CPU."""
-        return {name: _bytes_of(tensor) for name, tensor in self.items() if tensor.device.type == "cpu"}
+        return {name: bytes_of(tensor) for name, tensor in self.items() if tensor.device.type == "cpu"}
 
     @cached_property
     def addresses(self) -> dict[str, int]:
@@ -302,7 +302,8 @@ def _as_stored(part: Part, out: torch.Tensor) -> bool:
     return out.dtype == part.dtype and out.device.type == "cpu"
 
 
-def _bytes_of(out: torch.Tensor) -> np.ndarray:
+def bytes_of(out: torch.Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor on the CPU, uint8."""
     found: np.ndarray = out.view(-1).view(torch.uint8).numpy()
     return found
 
