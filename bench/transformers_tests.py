@@ -1,10 +1,12 @@
-"""transformers' own tests of models, with our experts implementation beside its eager one.
+"""transformers' own tests of every model whose experts can be ours, with our implementation beside its eager one.
 
-    python bench/transformers_tests.py TESTS [--families mixtral ...] [--out bench/results/transformers_tests.json]
+    python bench/transformers_tests.py SOURCE [--over TESTS] [--families mixtral ...] [--out F]
 
-TESTS: the folder `tests` of transformers' source at the installed version, for example from its source distribution
-(`pip download --no-deps --no-binary :all: transformers==VERSION`). Its tests of generation and export are not in there; those
-common to all models are run, and ours must pass wherever eager does: the exit status says so. Needs `parameterized`.
+SOURCE: transformers' source with its tests (a checkout; the package installed need not be of the same version, for a test that
+fails with eager, too, counts for nothing). TESTS: files that are laid over SOURCE/tests, as those of a newer source
+distribution (`pip download --no-deps --no-binary :all: transformers==VERSION`), which lacks the tests of single models. Tests
+of FSDP and of tensor parallelism are left out. What passes with eager must pass with ours: the exit status says so; what does
+not is run a second time, as some are random. Needs `parameterized` and `httpx`. An hour on two cores.
 """
 
 from __future__ import annotations
@@ -12,150 +14,185 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = (
-    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "phimoe", "granitemoe", "glm4_moe", "lfm2_moe",
-    "ernie4_5_moe",
-)  # fmt: skip
 IMPLEMENTATIONS = ("eager", "coterie")
-STUBS = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
-TESTED = """
-import copy
-import os
-import sys
-import unittest
-
-sys.path.insert(0, {tests!r})
-import torch
-from tiny_models import COMMON, FAMILIES
-from transformers import AutoConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-
-import coterie.moe.layer
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from .test_modeling_common import ModelTesterMixin, ids_tensor
-
-ours, calls = ALL_EXPERTS_FUNCTIONS["coterie"], []
-ALL_EXPERTS_FUNCTIONS.register("coterie", lambda *given, **named: calls.append(1) or ours(*given, **named))
-before = PreTrainedModel.get_correct_experts_implementation
-name = os.environ["IMPLEMENTATION"]
-PreTrainedModel.get_correct_experts_implementation = lambda self, asked: before(self, name if asked is None else asked)
+LEFT_OUT = {"test_fsdp_mixin.py": "FSDPTesterMixin", "test_tensor_parallel_mixin.py": "TensorParallelTesterMixin"}
+LONGEST = 1200  # seconds for the tests of one family
+calls: list[int] = []
 
 
-class Tester:
-    batch_size, seq_length, is_training = 2, 7, True
-
-    def __init__(self, family):
-        self.settings = {{**COMMON, **FAMILIES[family]}}
-        self.family = family
-        self.hidden_size, self.num_hidden_layers = self.settings["hidden_size"], self.settings["num_hidden_layers"]
-        self.num_attention_heads, self.vocab_size = self.settings["num_attention_heads"], self.settings["vocab_size"]
-
-    def get_config(self):
-        return AutoConfig.for_model(self.family, **copy.deepcopy(self.settings))
-
-    def prepare_config_and_inputs_for_common(self):
-        ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
-        return self.get_config(), {{"input_ids": ids, "attention_mask": torch.ones_like(ids)}}
+# Within pytest, which loads this file as a plugin.
 
 
-class Common(ModelTesterMixin):
-    test_resize_embeddings = False
-    pipeline_model_mapping = {{}}
+def pytest_configure(config: Any) -> None:
+    """Lets models that ask for no implementation have the one that is named in IMPLEMENTATION, and counts calls of ours."""
+    import torch
+    from transformers import PreTrainedModel
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    def setUp(self):
-        self.model_tester = Tester(self.family)
-        calls.clear()
+    import coterie
 
-    def tearDown(self):
-        with open("reached.txt", "a") as file:
-            file.write("%s.%s %d\\n" % (type(self).__name__, self._testMethodName, len(calls)))
+    coterie.register()
+    ours, chosen = ALL_EXPERTS_FUNCTIONS["coterie"], os.environ["IMPLEMENTATION"]
+    before = PreTrainedModel.get_correct_experts_implementation
 
-    def _is_moe(self):
-        return True
+    def counted(*given: Any, **named: Any) -> Any:
+        if not torch.compiler.is_compiling():  # a list that grows would be a reason to compile anew
+            calls.append(1)
+        return ours(*given, **named)
 
-
-for family in {families!r}:
-    config = type(Tester(family).get_config())
-    classes = tuple(mapping[config] for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING))
-    title = "Test_" + family
-    globals()[title] = type(title, (Common, unittest.TestCase), {{"family": family, "all_model_classes": classes}})
-del family, title
-"""
+    ALL_EXPERTS_FUNCTIONS.register("coterie", counted)
+    PreTrainedModel.get_correct_experts_implementation = lambda self, asked: before(self, chosen if asked is None else asked)
 
 
-def outcomes(tests: Path, families: list[str], implementation: str) -> tuple[dict[str, str], dict[str, int]]:
-    """By test: `passed`, `skipped`, or the first line of what went wrong; and how often our experts were called."""
-    with tempfile.TemporaryDirectory(prefix="coterie-transformers-") as name:
-        package = Path(name) / "common"
-        package.mkdir()
-        for file in tests.glob("*.py"):
-            (package / file.name).symlink_to(file.resolve())
-        for path, mixin in STUBS.items():
-            if (tests / path).exists():
-                continue
-            (package / path).parent.mkdir()
-            (package / path).parent.joinpath("__init__.py").touch()
-            (package / path).write_text(f"class {mixin}:\n    pass\n")
-        (package / "__init__.py").touch()
-        (package / "test_families.py").write_text(TESTED.format(tests=str(ROOT / "tests"), families=families))
-        environment = {**os.environ, "IMPLEMENTATION": implementation, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--junitxml=r.xml",
-            "common/test_families.py",
-        ]
-        subprocess.run(command, cwd=name, env=environment, stdout=sys.stderr, check=False)
-        found = ElementTree.parse(Path(name) / "r.xml").getroot()
-        told = (line.rsplit(" ", 1) for line in (Path(name) / "reached.txt").read_text().splitlines())
-        reached = {test: int(count) for test, count in told}
+def pytest_runtest_setup(item: Any) -> None:
+    """Calls are counted by test."""
+    calls.clear()
+
+
+def pytest_runtest_teardown(item: Any) -> None:
+    """How often our experts were called goes into the report."""
+    item.user_properties.append(("calls", len(calls)))
+
+
+# From the command line.
+
+
+def workplace(folder: Path, source: Path, over: Path | None) -> None:
+    """Fills the folder with what the tests expect around them."""
+    for name in ("tests", "utils"):  # tests import from utils
+        shutil.copytree(source / name, folder / name)
+    shutil.copy(source / "conftest.py", folder)
+    for file in () if over is None else over.glob("*.py"):
+        shutil.copy(file, folder / "tests")
+    for name, mixin in LEFT_OUT.items():
+        (folder / "tests" / name).write_text(f"class {mixin}:\n    pass\n")
+    (folder / "src").mkdir()
+    (folder / "src" / "transformers").symlink_to(installed())
+    (folder / "pytest.ini").write_text("[pytest]\n")
+
+
+def installed() -> Path:
+    """Where the package transformers lies."""
+    import transformers
+
+    return Path(transformers.__file__).parent
+
+
+def families(folder: Path) -> list[str]:
+    """Those with experts that can be exchanged, and with tests."""
+    found = {
+        file.parent.name
+        for file in installed().glob("models/*/modeling_*.py")
+        if "use_experts_implementation" in file.read_text(encoding="utf-8")
+    }
+    return sorted(name for name in found if (folder / "tests" / "models" / name).is_dir())
+
+
+def started(folder: Path, tests: list[str], implementation: str) -> subprocess.Popen[bytes]:
+    """pytest, with one thread."""
+    environment = {
+        **os.environ, "IMPLEMENTATION": implementation, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join((str(ROOT / "bench"), str(ROOT), os.environ.get("PYTHONPATH", ""))),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "transformers_tests", "-p", "no:cacheprovider", "-c", "pytest.ini"]
+    command += ["--rootdir", ".", f"--junitxml={implementation}.xml", *tests]
+    with (folder / f"{implementation}.log").open("wb") as log:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+
+
+def outcomes(folder: Path, tests: list[str]) -> list[dict[str, tuple[str, int]]]:
+    """With eager, then with ours, by test: `passed`, `skipped` or the first line of what went wrong; calls of our experts."""
+    for implementation in IMPLEMENTATIONS:
+        (folder / f"{implementation}.xml").unlink(missing_ok=True)
+    for process in [started(folder, tests, name) for name in IMPLEMENTATIONS]:
+        process.wait(timeout=LONGEST)
+    return [read(folder / f"{name}.xml") for name in IMPLEMENTATIONS]
+
+
+def read(report: Path) -> dict[str, tuple[str, int]]:
+    """pytest's own report, by path::class::test."""
     made = {}
-    for case in found.iter("testcase"):
-        wrong = [child for child in case if child.tag in ("failure", "error", "skipped")]
-        title = f"{case.get('classname', '').rsplit('.', 1)[-1]}.{case.get('name')}"
-        if not wrong:
-            made[title] = "passed"
-        else:
-            made[title] = (
-                "skipped" if wrong[0].tag == "skipped" else (wrong[0].get("message") or "failed").splitlines()[0][:200]
-            )
-    return made, reached
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        said = [child for child in case if child.tag in ("failure", "error", "skipped")]
+        outcome = "passed"
+        if said:
+            why = (said[0].get("message") or "failed").splitlines()[0][:200]
+            outcome = "skipped" if said[0].tag == "skipped" else why
+        counted = [int(p.get("value", 0)) for p in case.iter("property") if p.get("name") == "calls"]
+        file, _, owner = (case.get("classname") or "").rpartition(".")  # of a file that could not be loaded: its own name
+        made[f"{file.replace('.', '/')}.py::{owner}::{case.get('name')}"] = (outcome, sum(counted))
+    return made
+
+
+def judged(folder: Path, family: str) -> dict[str, Any]:
+    """One family: what passes with eager, with ours, through our experts; what is worse, twice."""
+    eager, ours = outcomes(folder, [f"tests/models/{family}"])
+    passed = [name for name, (outcome, _) in eager.items() if outcome == "passed"]
+    if not passed:
+        print((folder / "eager.log").read_text(errors="replace")[-2000:], file=sys.stderr)
+    worse = [name for name in passed if ours.get(name, ("not run", 0))[0] != "passed"]
+    unsteady = []
+    if worse:
+        again_eager, again_ours = outcomes(folder, worse)
+        unsteady = [n for n in worse if again_eager[n][0] != "passed" or again_ours[n][0] == "passed"]
+    return {
+        "passed_with_eager": len(passed),
+        "reached_our_experts": sum(ours.get(name, ("", 0))[1] > 0 for name in passed),
+        "reached_with_eager": sum(count > 0 for _, count in eager.values()),
+        "worse": {name: ours.get(name, ("not run", 0))[0] for name in worse if name not in unsteady},
+        "unsteady": [name.rsplit("::", 1)[1] for name in unsteady],
+        "failed_with_both": sorted(
+            name.rsplit("::", 1)[1]
+            for name, (outcome, _) in eager.items()
+            if outcome not in ("passed", "skipped") and ours.get(name, ("", 0))[0] not in ("passed", "skipped")
+        ),
+        "passed_with_ours_alone": sorted(
+            name.rsplit("::", 1)[1]
+            for name, (outcome, _) in eager.items()
+            if outcome not in ("passed", "skipped") and ours.get(name, ("", 0))[0] == "passed"
+        ),
+    }
 
 
 def main() -> int:
-    """Runs both; prints what passes with eager alone."""
+    """Runs both side by side, family by family."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tests", type=Path)
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES))
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--over", type=Path)
+    parser.add_argument("--families", nargs="+")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     import transformers
 
-    (eager, nothing), (ours, reached) = (outcomes(options.tests, options.families, name) for name in IMPLEMENTATIONS)
-    passed = [name for name, outcome in eager.items() if outcome == "passed"]
-    worse = {name: ours.get(name, "not run") for name in passed if ours.get(name) != "passed"}
-    result = {
-        "transformers": transformers.__version__, "families": options.families, "passed_with_eager": len(passed),
-        "of_these_passed_with_coterie": len(passed) - len(worse), "worse": worse,
-        "of_these_reached_our_experts": sum(bool(reached.get(name)) for name in passed),
-        "failed_with_both": {n: o for n, o in eager.items() if o not in ("passed", "skipped")},
+    version = re.search(r'__version__ = "(.*)"', (options.source / "src/transformers/__init__.py").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(prefix="coterie-transformers-") as name:
+        folder = Path(name)
+        workplace(folder, options.source, options.over)
+        by_family = {}
+        for family in options.families or families(folder):
+            by_family[family] = judged(folder, family)
+            print(family, json.dumps(by_family[family]), file=sys.stderr, flush=True)
+    result: dict[str, Any] = {
+        "transformers": transformers.__version__, "tests_of": version and version[1], "families": by_family,
+        **{what: sum(made[what] for made in by_family.values())
+           for what in ("passed_with_eager", "reached_our_experts", "reached_with_eager")},
+        "worse": sum(len(made["worse"]) for made in by_family.values()),
     }  # fmt: skip
     print(json.dumps(result, indent=1))
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    through_us = result["of_these_reached_our_experts"] and not any(nothing.values())
-    return 0 if passed and not worse and through_us else 1
+    through_us = result["reached_our_experts"] and not result["reached_with_eager"]
+    return 0 if result["passed_with_eager"] and not result["worse"] and through_us else 1
 
 
 if __name__ == "__main__":

@@ -183,14 +183,16 @@ def _import(verbs: Any) -> None:
         "commands",
         "bring in routing that was recorded elsewhere (npz, SGLang .pt dumps, JSON logical_count)",
     )
-    p.add_argument("file", type=Path, metavar="FILE", help="the recording")
+    p.add_argument("files", type=Path, nargs="+", metavar="FILE", help="the recording; of SGLang's dumps one of each rank")
     p.add_argument("--out", type=Path, required=True, metavar="T", help="the trace or load-statistics file to write")
     p.add_argument("--model", default="", help="the model's name, kept in the file")
     p.add_argument(
         "--num-experts", type=int, metavar="E", help="experts a layer (default: the file's, or the largest id seen + 1)"
     )
     p.add_argument("--scenario", default="", help="a name for the traffic")
-    p.add_argument("--phase", choices=("prefill", "decode", "mixed"), help="of single tokens (default: mixed)")
+    p.add_argument(
+        "--phase", choices=("prefill", "decode", "mixed"), help="of single tokens (default: what the recording says)"
+    )
     p.set_defaults(function="import_")
 
 

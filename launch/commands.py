@@ -51,14 +51,15 @@ def trace(options: argparse.Namespace) -> dict[str, Any]:
 
 def import_(options: argparse.Namespace) -> dict[str, Any]:
     """Bring in a recording made elsewhere."""
-    from coterie.routing.imports import ImportOptions, import_routing
+    from coterie.routing.imported import ImportOptions
+    from coterie.routing.imports import import_routing
 
-    check_writable(options.out, options.file)
+    check_writable(options.out, *options.files)
     check_scenario(options.scenario)
     if options.num_experts is not None:
         positive("--num-experts", options.num_experts)
     settings = ImportOptions(options.model, options.num_experts, options.scenario, options.phase)
-    found = import_routing(options.file, settings)
+    found = import_routing(options.files, settings)
     if isinstance(found, RoutingTrace):
         save_trace(found, options.out)
         size = {"tokens": found.tokens, "layers": found.layers}
