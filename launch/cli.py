@@ -154,7 +154,7 @@ def _demo(verbs: Any) -> None:
 
 
 def _trace(verbs: Any) -> None:
-    p = _verb(verbs, "trace", "commands", "run a model and record its routing")
+    p = _verb(verbs, "trace", "tracing", "run a model and record its routing, on one process or as many as generate runs on")
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text, one prompt a line, or JSONL")
     p.add_argument("--out", type=Path, required=True, metavar="T", help="the trace file to write")
@@ -174,6 +174,7 @@ def _trace(verbs: Any) -> None:
         help="store token ids, too, from which cache-sim predicts: the trace then holds the text",
     )
     _running(p)
+    p.set_defaults(plan=None, replan=None, prior=None, misses="fetch", dry_run=False)  # as generate without them
 
 
 def _import(verbs: Any) -> None:
@@ -293,29 +294,42 @@ def _generate(verbs: Any) -> None:
         help="print the memory that each rank of the plan needs and stop; one process is enough",
     )
     p.add_argument(
-        "--memory", metavar="SIZE", help="of each process, such as 2GiB: experts that do not fit are read from disk when needed"
-    )
-    p.add_argument(
-        "--host-memory", metavar="SIZE", help="behind a GPU: for experts that were read (default: most of what is free)"
-    )
-    p.add_argument(
         "--misses",
         default="fetch",
         metavar="HOW",
         help="on a GPU: fetch, or compute on the host's cpu, which rounds differently; auto",
     )
-    p.add_argument("--packed", type=Path, metavar="DIR", help="with --memory: read experts from what coterie pack wrote there")
     p.add_argument(
         "--prior", type=Path, metavar="TRACE", help="recorded routing of the model, for what is read from disk and when"
-    )
-    p.add_argument(
-        "--quantise", metavar="FORMAT", help="round the experts to int8, int4 or fp8; fp8 that is published so stays"
     )
     p.add_argument(
         "--batch-invariant", action="store_true", help="text that does not depend on the batch or the rank, to the last bit"
     )
     p.add_argument("--replan", metavar="R", help="while generating: auto follows the load; or a plan to take over")
     p.add_argument("--trace-events", type=Path, metavar="F", help="write a timeline of all ranks, for chrome://tracing")
+    _running(p)
+
+
+def _running(p: argparse.ArgumentParser) -> None:
+    """What every verb that runs a model takes."""
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        help="float32, bfloat16, float16, or auto: float32 on a CPU, else the checkpoint's own",
+    )
+    p.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="prompts at once on each process (default: %(default)s)"
+    )
+    p.add_argument(
+        "--memory", metavar="SIZE", help="of each process, such as 2GiB: experts that do not fit are read from disk when needed"
+    )
+    p.add_argument(
+        "--host-memory", metavar="SIZE", help="behind a GPU: for experts that were read (default: most of what is free)"
+    )
+    p.add_argument("--packed", type=Path, metavar="DIR", help="with --memory: read experts from what coterie pack wrote there")
+    p.add_argument(
+        "--quantise", metavar="FORMAT", help="round the experts to int8, int4 or fp8; fp8 that is published so stays"
+    )
     p.add_argument(
         "--timeout",
         type=float,
@@ -325,18 +339,6 @@ def _generate(verbs: Any) -> None:
     )
     p.add_argument(
         "--transport", metavar="T", help="nccl, mpi, tcp or gloo (default: nccl with GPUs, mpi under mpirun, tcp elsewhere)"
-    )
-    _running(p)
-
-
-def _running(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--dtype",
-        default="auto",
-        help="float32, bfloat16, float16, or auto: float32 on a CPU, else the checkpoint's own",
-    )
-    p.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="prompts at once on each process (default: %(default)s)"
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from coterie.launch.tables import table
 from coterie.placement.plan import read_plan
 from coterie.routing.errors import InputError, naming, positive
-from coterie.routing.files import check_writable, files_of, looks_like_json
+from coterie.routing.files import check_writable, looks_like_json
 from coterie.routing.trace import LoadStatistics, RoutingTrace, check_scenario, read_routing, save_load, save_trace
 
 if TYPE_CHECKING:
@@ -22,31 +22,6 @@ if TYPE_CHECKING:
 def say(text: str) -> None:
     """A line for people, on standard error: standard output belongs to the result."""
     print(text, file=sys.stderr, flush=True)
-
-
-def trace(options: argparse.Namespace) -> dict[str, Any]:
-    """Run a model and record its routing."""
-    from tqdm import tqdm
-
-    from coterie.launch.prompts import read_prompts
-    from coterie.launch.quiet import quiet_transformers
-
-    check_writable(options.out, options.prompts, *files_of(options.model))
-    prompts = read_prompts(options.prompts)
-    positive("--batch-size", options.batch_size)
-    quiet_transformers()
-    from coterie.moe.model import load, recorded_phase
-
-    recorded_phase(options.phase, options.max_new_tokens, options.max_tokens, options.scenario)
-    model = load(options.model, dtype=options.dtype)
-    with tqdm(desc="trace", unit=" tokens", disable=None) as bar:
-        tokens = model.record(
-            prompts, options.out, options.max_new_tokens, options.phase, options.max_tokens, options.scenario,
-            options.batch_size, on_tokens=bar.update, token_ids=options.token_ids,
-        )  # fmt: skip
-    layers, experts = len(model.shape.layer_ids), model.shape.num_experts
-    say(f"{options.out}: {tokens} tokens, {layers} layers, {experts} experts, top-{model.shape.top_k}")
-    return {"trace": str(options.out), "tokens": tokens, "layers": layers, "num_experts": experts}
 
 
 def import_(options: argparse.Namespace) -> dict[str, Any]:

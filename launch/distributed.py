@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 60.0
 MOST_SECONDS = 1e6  # that a rank may be silent: twelve days; more overflows on the way to the system
+SPOKEN_SECONDS = 2.0
 TRANSPORTS = ("nccl", "mpi", "tcp", "gloo")
 FAILED = 1
 T = TypeVar("T")
@@ -54,9 +56,11 @@ def _launch_if_clear() -> Launch:
 def complain(message: str, known_to_all: bool = False) -> None:
     """One message for all ranks where all fail alike; where one fails alone, it says so itself."""
     rank = launched_rank()
-    if rank == 0 or not known_to_all:
-        sys.stderr.write(f"coterie: {f'rank {rank}: ' if rank else ''}{message}\n")  # in one piece: other ranks write there too
-        sys.stderr.flush()
+    if rank and known_to_all:
+        time.sleep(SPOKEN_SECONDS)  # rank 0 says it, unless its launcher ends it first because another rank has ended
+        return
+    sys.stderr.write(f"coterie: {f'rank {rank}: ' if rank else ''}{message}\n")  # in one piece: other ranks write there too
+    sys.stderr.flush()
 
 
 def choose_transport(launch: Launch, gpus: int, wish: str | None = None) -> str:

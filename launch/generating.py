@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from coterie.launch.inputs import found_here
 from coterie.launch.prompts import read_prompts
 from coterie.launch.quiet import quiet_transformers
 from coterie.placement.plan import PlacementPlan, read_plan
-from coterie.routing.errors import CoterieError, InputError, positive
+from coterie.routing.errors import InputError, naming, positive
 from coterie.routing.files import atomic_output, check_writable, files_of
 
 if TYPE_CHECKING:
@@ -86,17 +86,10 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
         if group.gather(complete)[0]:
             return resuming.outputs(group.size) if group.rank == 0 else None
         too_large = check_memory(asked, sizes, options, group).too_large
-        model = _load(asked, group)
+        model = load_model(asked, group)
         model.dispatcher.without = too_large
         if asked.replan is not None:
             model.follow(asked.replan, say if group.rank == 0 else lambda text: None)
-        if (
-            model.cache is not None
-            and model.device.type == "cpu"
-            and group.rank == 0
-            and model.cache.store.asynchronous is None
-        ):
-            say("experts: read by threads, which is slower: no asynchronous reads here, or files that have no O_DIRECT")
         if options.trace_events is not None:
             timeline.begin(group, model.cache)
         result = _run(model, asked, options, resuming)
@@ -145,6 +138,7 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
     from coterie.launch.memory import check_memory_options
     from coterie.moe.generate import Sampling
     from coterie.moe.model import asked_strategy, check_invariant
+    from coterie.moe.placement_map import OF_MODEL
     from coterie.moe.prepare import known_prior, prepare
     from coterie.moe.text import Prompt, Text
 
@@ -154,8 +148,6 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
         raise InputError("--resume: found no --out, expected the one of the stopped run")
     if options.memory is not None and options.replan is not None:
         raise InputError("--memory: found it with --replan, expected one of them: what moves between ranks is in memory")
-    if options.packed is not None and options.memory is None:
-        raise InputError(f"--packed: found {str(options.packed)!r} without --memory, expected --memory SIZE beside it")
     if options.out is not None and options.trace_events is not None and options.out.resolve() == options.trace_events.resolve():
         raise InputError(f"--trace-events: found {str(options.trace_events)!r}, expected another file than --out")
     check_memory_options(options)
@@ -174,13 +166,9 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
     prompts = read_prompts(options.prompts) if options.prompts else [Prompt(text=options.prompt)]
     plan = None if options.plan is None else read_plan(options.plan)
     to_come = _group_to_come(plan, group, options.dry_run)
-    try:
+    with nullcontext() if plan is None else naming(options.plan, "ranks", *OF_MODEL):
         share = prepare(options.model, plan, options.dtype, to_come.size, to_come.nodes, None, options.quantise, options.packed)
-        strategy = asked_strategy(share, options.strategy, to_come)
-    except CoterieError as error:
-        if options.plan is None or "the plan" not in str(error):
-            raise
-        raise type(error)(f"{options.plan}: {error}") from error
+    strategy = asked_strategy(share, options.strategy, to_come)
     check_invariant(options.batch_invariant, strategy, replace(share, misses=options.misses))
     share = share if options.prior is None else known_prior(share, options.prior)
     if options.batch_invariant and options.replan is not None:
@@ -204,7 +192,7 @@ def _group_to_come(plan: PlacementPlan | None, group: Group, dry_run: bool) -> G
     return made
 
 
-def _load(asked: Asked, group: Group) -> Model:
+def load_model(asked: Asked, group: Group) -> Model:
     """Every rank reads its share, all at once; rank 0 shows its own progress."""
     from tqdm import tqdm
 
@@ -218,7 +206,11 @@ def _load(asked: Asked, group: Group) -> Model:
             bar.update(count)
 
         read = together(group, lambda: asked.share.read(group.rank, on_bytes))
-    return assembled(asked.share, read, asked.strategy, group, asked.text, asked.batch_invariant)
+    model = assembled(asked.share, read, asked.strategy, group, asked.text, asked.batch_invariant)
+    cache = model.cache if group.rank == 0 and model.device.type == "cpu" else None
+    if cache is not None and cache.store.asynchronous is None:
+        say("experts: read by threads, which is slower: no asynchronous reads here, or files that have no O_DIRECT")
+    return model
 
 
 def _run(model: Model, asked: Asked, options: argparse.Namespace, resuming: Resuming) -> dict[str, Any] | None:

@@ -39,6 +39,8 @@ def check_memory_options(options: argparse.Namespace) -> None:
         parse_bytes(options.memory)
     if options.host_memory is not None:
         parse_bytes(options.host_memory, "--host-memory")
+    if options.packed is not None and options.memory is None:
+        raise InputError(f"--packed: found {str(options.packed)!r} without --memory, expected --memory SIZE beside it")
     if options.misses not in MISSES:
         raise InputError(f"--misses: found {options.misses!r}, expected {', '.join(MISSES)}")
 

@@ -168,12 +168,12 @@ def _comparisons(made: PlacementPlan, routings: list[RoutingTrace | LoadStatisti
 
 
 def check_launch(verb: str) -> None:
-    """Raises InputError where a verb runs on one process only; `plan` also runs under mpirun."""
+    """Raises InputError where a verb runs on one process only; `plan` runs on several under mpirun alone."""
     size = find_launch(os.environ).size
-    if size == 1 or verb == "generate":
+    if size == 1 or verb in ("generate", "trace"):
         return
     if verb == "plan":
         if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
             return
         raise InputError(f"plan: found {size} processes, expected one, or mpirun -n {size} coterie plan ...")
-    raise InputError(f"{verb}: found {size} processes, expected one; generate and plan run on several")
+    raise InputError(f"{verb}: found {size} processes, expected one; generate, trace and plan run on several")

@@ -25,6 +25,7 @@ from coterie.moe.invariant import BLOCK_ROWS, check_attention, make_invariant, v
 from coterie.moe.layer import attach
 from coterie.moe.placement_map import layer_maps
 from coterie.moe.prepare import Share, check_slots, known_prior, prepare
+from coterie.moe.recording import record, recorded_phase
 from coterie.moe.replanning import AutoReplan, Boundary, TakeOver
 from coterie.moe.rotary import tell_apart
 from coterie.moe.schedule import in_order
@@ -33,9 +34,8 @@ from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import CoterieError, InputError, positive
-from coterie.routing.files import check_writable
-from coterie.routing.record import Recorder, TraceWriter, expert_modules, metadata_for
-from coterie.routing.trace import RoutingTrace, check_scenario
+from coterie.routing.record import Recorder, expert_modules, metadata_for
+from coterie.routing.trace import RoutingTrace
 
 
 @dataclass(frozen=True)
@@ -228,35 +228,16 @@ class Model:
         """Run the prompts and write their routing to the trace file `out`; returns the number of tokens recorded.
 
         phase: `prefill`, `decode` (new tokens only) or `mixed`; by default whatever is run. on_tokens: told how many more
-        tokens were recorded, now and then. Works on one process.
+        tokens were recorded, now and then. On several ranks all call it, each runs its share of the prompts, and rank 0 writes.
         """
-        if self.group.size > 1:
-            raise InputError(f"trace: found {self.group.size} processes, expected one")
-        phase = recorded_phase(phase, max_new_tokens, max_tokens, scenario)
-        check_writable(out)
-        metadata = metadata_for(self.shape.name, self.shape.num_experts, self.shape.layer_ids, scenario, phase)
         asked = [Prompt(text=p) if isinstance(p, str) else p for p in prompts]
+        phase = recorded_phase(phase, max_new_tokens, max_tokens, scenario)
+        positive("--batch-size", batch_size)
         if phase == "prefill":
             asked = [replace(p, max_new_tokens=0) for p in asked]
-        positive("--batch-size", batch_size)
         requests = self.text.requests(asked, max_new_tokens)
-        self.text.warn_of_length(requests)
-        writer = TraceWriter(out, metadata, len(self.shape.layer_ids), self.shape.top_k, token_ids)
-        recorder = Recorder(self.transformers, writer, self.shape.num_experts, phase, max_tokens)
-        choice = self.dispatcher.choice(requests, batch_size, self.transformers, self.context)
-        try:
-            with recorder.attached():
-                for first in range(0, len(requests), batch_size):
-                    before = writer.tokens
-                    self.run(requests[first : first + batch_size], batch_size, Sampling(), choice, recorder=recorder)
-                    if on_tokens is not None:
-                        on_tokens(writer.tokens - before)
-                    if recorder.full:
-                        break
-            writer.close()
-        finally:
-            writer.discard()
-        return writer.tokens
+        metadata = metadata_for(self.shape.name, self.shape.num_experts, self.shape.layer_ids, scenario, phase)
+        return record(self, requests, out, metadata, max_tokens, batch_size, on_tokens, token_ids)
 
     def statistics(self, prompt_tokens: int, new_tokens: int, seconds: float, rows: int) -> Statistics:
         """Figures of a run. seconds, rows: of this rank; every rank must ask."""
@@ -277,21 +258,6 @@ class Model:
             peak_memory_bytes=max(g[2] for g in gathered),
             hit_rate=1 - missed / requests if requests else None,
         )
-
-
-def recorded_phase(phase: str | None, max_new_tokens: int, max_tokens: int | None, scenario: str) -> str:
-    """The phase that `Model.record` records, by default whatever is run. Raises InputError for what it would refuse."""
-    if max_new_tokens < 0 or max_new_tokens == 1:
-        raise InputError(f"--max-new-tokens: found {max_new_tokens}, expected 0 or 2 and more: the last token is not routed")
-    phase = phase or ("mixed" if max_new_tokens else "prefill")
-    if phase in ("decode", "mixed") and max_new_tokens < 2:
-        raise InputError(f"--phase: found {phase!r} with {max_new_tokens} new tokens, expected --max-new-tokens of 2 or more")
-    if phase == "prefill" and max_new_tokens:
-        raise InputError(f"--phase: found 'prefill' with {max_new_tokens} new tokens, expected --max-new-tokens 0, or mixed")
-    if max_tokens is not None and max_tokens < 1:
-        raise InputError(f"--max-tokens: found {max_tokens}, expected 1 or more")
-    check_scenario(scenario)
-    return phase
 
 
 def load(

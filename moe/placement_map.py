@@ -15,6 +15,8 @@ from coterie.placement.plan import PlacementPlan, slots_from_assignment
 from coterie.placement.topology import Topology
 from coterie.routing.errors import InputError
 
+OF_MODEL = ("num_experts", "layer_ids", "model")  # what a plan says of the model it is for
+
 
 @dataclass(frozen=True)
 class LayerMap:
@@ -54,8 +56,9 @@ def check_plan(plan: PlacementPlan, shape: ModelShape, ranks: int) -> None:
         raise InputError(
             f"ranks: the plan is for {plan.ranks}, found {ranks} processes; start {plan.ranks}, or plan for {ranks}"
         )
-    pairs = (("num_experts", plan.num_experts, shape.num_experts), ("layer_ids", plan.layer_ids, shape.layer_ids))
-    for field, planned, actual in (*pairs, ("model", plan.model, shape.name)):
+    actuals = (shape.num_experts, shape.layer_ids, shape.name)
+    for field, actual in zip(OF_MODEL, actuals, strict=True):
+        planned = getattr(plan, field)
         if planned != actual and planned != "":
             raise InputError(
                 f"{field}: the plan has {planned!r}, expected {actual!r} as the model; plan from a trace of this model"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from coterie.placement.homes import Homes
 from coterie.placement.homes import from_json as homes_from_json
 from coterie.placement.topology import Topology, from_json
-from coterie.routing.errors import InputError, require
+from coterie.routing.errors import InputError, naming, require
 from coterie.routing.files import read_json, write_text
 
 PLAN_FORMAT = "coterie.plan.v1"
@@ -182,10 +182,9 @@ def save_plan(plan: PlacementPlan, path: Path) -> None:
 
 def read_plan(path: Path) -> PlacementPlan:
     """Read a plan file. Raises InputError, naming the file and the field, for anything that is not a valid plan."""
-    try:
-        return _from_json(read_json(path))
-    except InputError as error:
-        raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from error
+    value = read_json(path)
+    with naming(path):
+        return _from_json(value)
 
 
 def _from_json(value: Any) -> PlacementPlan:

@@ -139,6 +139,28 @@ class RoutingSink(Protocol):
         """Take tokens, as `TraceWriter.append`."""
 
 
+class Rows:
+    """A `RoutingSink` in memory, for what a rank records until the one that writes has it."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._columns: list[tuple[NDArray[Any], ...]] = []
+
+    def append(
+        self, expert_ids: NDArray[Any], router_weights: NDArray[Any], sequence_ids: NDArray[Any], positions: NDArray[Any],
+        token_ids: NDArray[Any],
+    ) -> None:  # fmt: skip
+        """Take tokens, as `TraceWriter.append`."""
+        self.tokens += len(expert_ids)
+        narrow = expert_ids.astype(np.int16), router_weights.astype(np.float16)
+        self._columns.append((*narrow, *(column.astype(np.int32) for column in (sequence_ids, positions, token_ids))))
+
+    def taken(self) -> tuple[NDArray[Any], ...] | None:
+        """What was appended since, column by column; None if nothing was."""
+        columns, self._columns = self._columns, []
+        return tuple(np.concatenate(parts) for parts in zip(*columns, strict=True)) if columns else None
+
+
 class Recorder:
     """Hooks that collect one forward call's routing and hand it to a `RoutingSink`.
 

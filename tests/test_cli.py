@@ -563,16 +563,14 @@ def test_bench_measures_a_part_alone_and_refuses_what_has_no_effect(tmp_path: Pa
     assert "--only: found it with bench experts, expected bench plan or kernels or cluster" in said
 
 
-@pytest.mark.parametrize("verb", ["trace", "evaluate", "doctor"])
+@pytest.mark.parametrize("verb", ["evaluate", "doctor"])
 def test_verbs_for_one_process_refuse_several(verb: str, trace_file: Path, plan_file: Path, capsys, monkeypatch) -> None:
     for name, value in {"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
-    arguments = {
-        "trace": ["coterie-tiny", "--prompts", "x", "--out", "y"],
-        "evaluate": [plan_file, trace_file],
-        "doctor": [],
-    }[verb]
-    assert f"{verb}: found 4 processes, expected one; generate and plan run on several" in fails(capsys, verb, *arguments)
+    arguments = {"evaluate": [plan_file, trace_file], "doctor": []}[verb]
+    assert f"{verb}: found 4 processes, expected one; generate, trace and plan run on several" in fails(
+        capsys, verb, *arguments
+    )
 
 
 def test_a_rank_in_the_environment_of_a_lone_process_means_nothing(
