@@ -282,7 +282,7 @@ class Int4:
         return torch.cat([torch._weight_int4pack_mm_for_cpu(row, data[e], GROUP, scales[e]) for e, row in rows]).to(x.dtype)
 
 
-# y = W x of S experts that are not plain tensors, the same to the bit for one row as for many
+# y = W x of S experts that are not plain tensors
 Product = Panels | Int8 | Int4
 
 

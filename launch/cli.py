@@ -321,6 +321,9 @@ def _running(p: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=16, metavar="N", help="prompts at once on each process (default: %(default)s)"
     )
     p.add_argument(
+        "--chat", action="store_true", help="prompts are what a user says: put the checkpoint's chat template around each"
+    )
+    p.add_argument(
         "--memory", metavar="SIZE", help="of each process, such as 2GiB: experts that do not fit are read from disk when needed"
     )
     p.add_argument(

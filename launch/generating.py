@@ -15,7 +15,7 @@ from coterie.launch import timeline
 from coterie.launch.commands import say
 from coterie.launch.distributed import job, same_on_all, together
 from coterie.launch.inputs import found_here
-from coterie.launch.prompts import read_prompts
+from coterie.launch.prompts import asked_prompts
 from coterie.launch.quiet import quiet_transformers
 from coterie.placement.plan import PlacementPlan, read_plan
 from coterie.routing.errors import InputError, naming, positive
@@ -140,7 +140,7 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
     from coterie.moe.model import asked_strategy, check_invariant
     from coterie.moe.placement_map import OF_MODEL
     from coterie.moe.prepare import known_prior, prepare
-    from coterie.moe.text import Prompt, Text
+    from coterie.moe.text import Text
 
     positive("--max-new-tokens", options.max_new_tokens)
     positive("--batch-size", options.batch_size)
@@ -163,7 +163,7 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
                 *files_of(options.model),
                 *files_of(options.packed),
             )
-    prompts = read_prompts(options.prompts) if options.prompts else [Prompt(text=options.prompt)]
+    prompts = asked_prompts(options)
     plan = None if options.plan is None else read_plan(options.plan)
     to_come = _group_to_come(plan, group, options.dry_run)
     with nullcontext() if plan is None else naming(options.plan, "ranks", *OF_MODEL):
@@ -238,6 +238,7 @@ def _run(model: Model, asked: Asked, options: argparse.Namespace, resuming: Resu
 def _continue(
     model: Model, left: list[Request], kept: Journal | Held | None, options: argparse.Namespace, asked: Asked
 ) -> Statistics:
+    from coterie.moe.generate import not_sampled
     from coterie.moe.offline import Collector, run
 
     if not left:
@@ -246,6 +247,9 @@ def _continue(
     def settled(homes: HomeRanks | None) -> None:
         if model.group.rank == 0 and model.choice is not None:
             say(model.choice.describe())
+        if model.group.rank == 0 and (left_out := not_sampled(model.transformers.generation_config, asked.sampling)):
+            said = ", ".join(f"{name} {value}" for name, value in left_out.items())
+            say(f"sampling: as the command line says; the checkpoint's own generation_config.json has {said}")
         if model.group.rank == 0 and model.group.size > 1 and model.plan.homes is not None:
             say(f"homes: {_homes(homes, options)}")
 
@@ -293,7 +297,7 @@ def _streamer(model: Model, options: argparse.Namespace) -> tuple[Callable[[int,
     import torch
     from transformers import TextStreamer
 
-    print(options.prompt, end="", flush=True)
+    print("" if options.chat else options.prompt, end="", flush=True)
     streamer = TextStreamer(model.tokenizer, skip_special_tokens=True)
     return lambda index, token: streamer.put(torch.tensor([token])), streamer.end
 
@@ -309,8 +313,9 @@ def _finish(
             file.writelines(json.dumps(row) + "\n" for row in asked.rows(kept))
         say(f"{options.out}: {len(asked.requests)} outputs")
     elif options.prompts and not options.json:
+        between = "\n" if options.chat else ""
         for row in asked.rows(kept):
-            print(f"[{row['id']}] {row['prompt']}{row['text']}\n")
+            print(f"[{row['id']}] {row['prompt']}{between}{row['text']}\n")
     result = {"outputs": list(asked.rows(kept)) if options.json else [], "stats": asdict(statistics)}
     if isinstance(kept, Journal):
         kept.remove()

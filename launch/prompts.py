@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,16 @@ if TYPE_CHECKING:
 
 FIELDS = ("prompt", "token_ids", "max_new_tokens", "id")
 ALIKE = 0.8  # share of letters: so like one of them that it was meant
+
+
+def asked_prompts(options: argparse.Namespace) -> list[Prompt]:
+    """What a verb that runs a model was given: `--prompts`, or else `--prompt`; with `--chat` what users say."""
+    from coterie.moe.text import Prompt
+
+    prompts = read_prompts(options.prompts) if options.prompts else [Prompt(text=options.prompt)]
+    if options.chat and any(prompt.text is None for prompt in prompts):
+        raise InputError(f"--chat: found token_ids in {options.prompts}, expected text, which a template is put around")
+    return [replace(prompt, chat=True) for prompt in prompts] if options.chat else prompts
 
 
 def read_prompts(path: Path) -> list[Prompt]:

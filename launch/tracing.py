@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from coterie.launch.commands import say
 from coterie.launch.distributed import job, same_on_all, together
 from coterie.launch.inputs import found_here
-from coterie.launch.prompts import read_prompts
+from coterie.launch.prompts import asked_prompts
 from coterie.launch.quiet import quiet_transformers
 from coterie.routing.errors import InputError, positive
 from coterie.routing.files import check_writable, files_of
@@ -60,7 +60,7 @@ def _settle(options: argparse.Namespace, group: Group) -> Asked:
     check_memory_options(options)
     if group.rank == 0:
         check_writable(options.out, options.prompts, *files_of(options.model), *files_of(options.packed))
-    prompts = read_prompts(options.prompts)
+    prompts = asked_prompts(options)
     share = prepare(options.model, None, options.dtype, group.size, group.nodes, None, options.quantise, options.packed)
     text = Text(share.shape)
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -178,6 +178,18 @@ def _end_tokens(config: GenerationConfig) -> frozenset[int]:
     if not all(isinstance(token, int) for token in listed):
         raise InputError(f"generation_config.json: eos_token_id: found {found!r}, expected token ids")
     return frozenset(listed)
+
+
+def not_sampled(config: GenerationConfig, sampling: Sampling) -> dict[str, Any]:
+    """What the checkpoint says of sampling and `sampling` does not; nothing of greedy text."""
+    if sampling.temperature == 0:
+        return {}
+    found = config.to_diff_dict()
+    return {
+        name: found[name]
+        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+        if found.get(name) is not None and found[name] != getattr(sampling, name, None)
+    }
 
 
 def _processors(config: GenerationConfig, sampling: Sampling) -> LogitsProcessorList:

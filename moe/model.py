@@ -40,7 +40,7 @@ from coterie.routing.trace import RoutingTrace
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one `generate` call over all ranks, finding home ranks included.
+    """Of one `generate` call over all ranks; seconds: with finding home ranks, measuring links and trying strategies.
 
     tokens_per_second, strategy: None if nothing ran. rows_sent: between ranks; bytes_read: from the checkpoint, by this call,
     those before it and loading; peak_memory_bytes: of the rank that used most (resident set, or CUDA's reserved memory);
@@ -91,6 +91,21 @@ class Model:
         """What holds the experts if they do not all fit; None if they do."""
         found = (getattr(module, "coterie_cache", None) for module in self.transformers.modules())
         return next((layer.cache for layer in found if layer is not None), None)
+
+    def __enter__(self) -> Model:
+        """`with coterie.load(...) as model`: closed at the end."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back the files, threads and pinned memory of experts that are not all in memory; nothing runs afterwards.
+
+        Where they all are there is nothing to give back.
+        """
+        if self.cache is not None:
+            self.cache.store.close()
 
     def generate(
         self, prompts: Sequence[Prompt | str], max_new_tokens: int = 64, sampling: Sampling | None = None, batch_size: int = 16,

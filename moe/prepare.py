@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from coterie.moe.cached import attach_cache, attach_embeddings, index_experts, misses_of
+from coterie.moe.cached import MISSES, attach_cache, attach_embeddings, index_experts, misses_of
 from coterie.moe.families import ModelShape, inspect
 from coterie.moe.layer import IMPLEMENTATION
 from coterie.moe.load import load_share
@@ -190,7 +190,13 @@ def _sidecar(share: Share, folder: Path) -> Sidecar:
 
 
 def check_slots(share: Share) -> None:
-    """Raises InputError if so few experts at once do not make a layer, or something else needs them all."""
+    """Raises InputError if so few experts at once do not make a layer, or something else needs them all or has no effect."""
+    if share.misses not in MISSES:
+        raise InputError(f"misses: found {share.misses!r}, expected {', '.join(MISSES)}")
+    behind = "host_bytes" if share.host_bytes is not None else "misses" if share.misses != "fetch" else None
+    if behind is not None and (share.slots is None or share.device.type == "cpu"):
+        found = "without slots" if share.slots is None else "without a GPU"
+        raise InputError(f"{behind}: found it {found}, expected slots on a GPU with it: it is about what lies behind them")
     if share.slots is None:
         if share.packed is not None:
             raise InputError(

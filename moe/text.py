@@ -22,13 +22,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 class Prompt:
     """What to continue: `text`, or `token_ids` for checkpoints without a tokenizer; one of the two is set.
 
-    id: the caller's name for it, echoed in the output; max_new_tokens: None takes the call's.
+    id: the caller's name for it, echoed in the output; max_new_tokens: None takes the call's. chat: `text` is what a user says,
+    and the checkpoint's chat template is put around it.
     """
 
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     max_new_tokens: int | None = None
     id: str | int | None = None
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Text:
         except UnicodeEncodeError as error:  # half of a pair of surrogates, or bytes of a command line
             found = f"found {error.object[error.start]!r} as character {error.start + 1}"
             raise InputError(f"prompt: {found}, expected text that can be written as UTF-8") from error
-        ids = prompt.token_ids if prompt.token_ids is not None else self.tokenizer(prompt.text or "")["input_ids"]
+        ids = prompt.token_ids if prompt.token_ids is not None else self._tokens(prompt.text or "", prompt.chat)
         if not len(ids):
             raise InputError("found no token, expected at least one")
         known = [_integer(i) for i in ids]
@@ -71,6 +73,21 @@ class Text:
             if not 0 <= number < self.vocabulary:
                 raise InputError(f"token_ids: found {number}, expected 0 to {self.vocabulary - 1}")
         return tuple(number for number in known if number is not None)
+
+    def _tokens(self, text: str, chat: bool) -> Sequence[int]:
+        if not chat:
+            return self._ids(text)
+        if not self.tokenizer.chat_template:
+            raise InputError(f"chat: {self.folder} has no chat template, expected prompts that are to be continued as they are")
+        try:
+            said = [{"role": "user", "content": text}]
+            whole = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # of a template: jinja's, or what it raises itself
+            raise InputError(f"chat: {self.folder}: the chat template cannot be used ({first_line(error)})") from error
+        return self._ids(whole, add_special_tokens=False)  # a template writes them itself
+
+    def _ids(self, text: str, **how: bool) -> list[int]:
+        return list(self.tokenizer(text, **how)["input_ids"])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out; empty without a tokenizer."""

@@ -1,4 +1,4 @@
-"""How bytes get from rank to rank: torch.distributed (NCCL, gloo) or MPI. The one place that knows which.
+"""How bytes get from rank to rank: torch.distributed (NCCL, gloo) or MPI; over plain TCP: `moe/sockets.py`.
 
 A transport moves tensors and counts nothing; `collectives.Group` counts.
 """

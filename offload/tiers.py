@@ -61,6 +61,8 @@ class HostTier:
         self.free = list(range(slots - 1, -1, -1))
         self.busy: dict[tuple[int, int], int] = {}  # how many are using it
         self.lock = threading.Lock()
+        self._come = threading.Condition(self.lock)  # whenever one of `_coming` is there, or failed
+        self._coming: set[tuple[int, int]] = set()  # being read from disk
         self._own = threading.local()
 
     @property
@@ -117,20 +119,29 @@ class HostTier:
         """The slot of an expert that stays until it is released; read from disk if it was not there."""
         with self.lock:
             self.busy[key] = self.busy.get(key, 0) + 1
+            self._come.wait_for(lambda: key not in self._coming)
             if key in self.slot_of:
                 self.slot_of.move_to_end(key)
                 return self.slot_of[key]
             slot = self.free.pop() if self.free else self._given_up()
+            self._coming.add(key)
         try:
             self.store.read(*key, self.memory.place(slot, ()))
         except BaseException:
-            with self.lock:
-                self.free.append(slot)
+            self._arrived(key, None, slot)
             self._released(key)
             raise
-        with self.lock:
-            self.slot_of[key] = slot
+        self._arrived(key, slot)
         return slot
+
+    def _arrived(self, key: tuple[int, int], slot: int | None, unused: int | None = None) -> None:
+        with self.lock:
+            self._coming.discard(key)
+            if slot is not None:
+                self.slot_of[key] = slot
+            if unused is not None:
+                self.free.append(unused)
+            self._come.notify_all()
 
     def _given_up(self) -> int:
         """The slot of what was unused longest."""

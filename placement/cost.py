@@ -1,4 +1,4 @@
-"""What a plan does to recorded traffic. Every number that `evaluate` prints is defined here, once.
+"""What a plan does to recorded traffic. Every number that `evaluate` prints is defined here.
 
 hops: ExFlow (Yao et al., 2024). dispatch: rows sent once per token and destination rank, as DeepEP, SGLang and vLLM do.
 coherent: ExFlow's context-coherent execution, generalised to any top-k (docs/planning.md).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import signal
@@ -430,3 +431,19 @@ def test_what_does_not_go_with_experts_on_disk_is_refused(tmp_path: Path, capsys
         coterie.load(folder, slots=3).follow("auto", print)
     assert main(["generate", "coterie-tiny", "--prompt", "x", "--memory", "1GB", "--replan", "auto"]) == 2
     assert "--memory: found it with --replan" in capsys.readouterr().err
+
+
+def test_a_model_that_was_closed_has_given_its_files_and_threads_back(tmp_path: Path) -> None:
+    def mine() -> tuple[int, int]:
+        gc.collect()
+        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+    folder = make_model("mixtral", tmp_path / "model")
+    coterie.load(folder, slots=6).close()  # what torch opens once
+    before = mine()
+    with coterie.load(folder, slots=6) as made:
+        texts, _ = made.generate([coterie.Prompt(token_ids=(5, 7, 9))], 4)
+        assert len(texts[0].token_ids) == 4 and mine() > before
+    assert mine() == before
+    with pytest.raises(CoterieError, match=r"experts cannot be read any more: the model was closed"):
+        made.generate([coterie.Prompt(token_ids=(50, 3, 60, 11, 12, 13, 14, 15))], 8)

@@ -17,6 +17,7 @@ import torch
 from tiny_models import make_model
 from torch.nn import functional as F
 
+import coterie
 from coterie.kernels.activations import Activation
 from coterie.kernels.experts import StackedExperts, arriving_experts, fused, reference_experts
 from coterie.launch.cli import main
@@ -44,6 +45,27 @@ def store_of(folder: Path) -> ExpertStore:
         {"w": Part(torch.float32, (VALUES,), (Piece(folder / "f", size * number, size),))} for number in range(LAYERS * EXPERTS)
     ]
     return ExpertStore([parts[EXPERTS * layer :][:EXPERTS] for layer in range(LAYERS)], ReadCounter())
+
+
+@pytest.mark.skipif(GPU, reason="reads into host memory")
+def test_one_expert_that_several_ask_for_at_once_is_read_once(tmp_path: Path) -> None:
+    """Into one slot, which is given up no more than others are; a read that fails leaves nothing behind."""
+    tier = HostTier(store_of(tmp_path), LEAST, {"w": (VALUES,)}, torch.float32, pinned=False)
+    for turn in range(30):
+        expert = turn % EXPERTS
+        outs = [torch.empty(VALUES) for _ in range(6)]
+        for future in [tier.start(turn % LAYERS, expert, {"w": out}) for out in outs]:
+            future.result()
+        first = (turn % LAYERS * EXPERTS + expert) * VALUES
+        assert all(torch.equal(out, torch.arange(first, first + VALUES, dtype=torch.float32)) for out in outs)
+        assert len(tier.slot_of) + len(tier.free) == LEAST and len(set(tier.slot_of.values()) | set(tier.free)) == LEAST
+    (tmp_path / "f").write_bytes(b"short")
+    missing = next((i, e) for i in range(LAYERS) for e in range(EXPERTS) if (i, e) not in tier.slot_of)
+    for future in [tier.start(*missing, {"w": torch.empty(VALUES)}) for _ in range(3)]:
+        with pytest.raises(CoterieError):
+            future.result()
+    assert not tier.busy and len(tier.slot_of) + len(tier.free) == LEAST
+    tier.close()
 
 
 @pytest.mark.parametrize("host_slots", [LEAST, 12, LAYERS * EXPERTS])
@@ -257,3 +279,18 @@ def test_a_host_that_is_too_small_is_refused_before_anything_is_read(
         return
     with pytest.raises(InputError, match=message.format(least=least)):
         share.host_slots(whole)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"misses": "nonsense"}, "misses: found 'nonsense', expected fetch, cpu, auto"),
+        ({"misses": "auto"}, "misses: found it without slots"),
+        ({"host_bytes": 1 << 30}, "host_bytes: found it without slots"),
+        ({"slots": 8, "misses": "cpu", "device": "cpu"}, "misses: found it without a GPU"),
+        ({"slots": 8, "host_bytes": 1 << 30, "device": "cpu"}, "host_bytes: found it without a GPU"),
+    ],
+)
+def test_load_refuses_what_would_have_no_effect(tmp_path: Path, given: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        coterie.load(make_model("mixtral", tmp_path / "model"), **given)
