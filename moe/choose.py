@@ -242,13 +242,14 @@ class Load:
     """What a job asks of one rank: tokens in a step of its prompts, and in one that decodes; such steps for each of prompts.
 
     at_once: of the tokens of all ranks, the share that one step of `replicated` has: it runs a batch where others run one on
-    every rank.
+    every rank. rounds: batches that a rank runs one after another.
     """
 
     prefill: int
     decode: int
     steps: float = 1.0
     at_once: float = 1.0
+    rounds: int = 1
 
 
 def decide(

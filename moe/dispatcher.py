@@ -92,10 +92,11 @@ class Dispatcher:
         mean = sum(len(r.token_ids) for r in requests) / count
         prompt_tokens = max(1, min(PREFILL_TOKENS, int(mean * rows)))
         steps = sum(r.max_new_tokens for r in requests) / count
-        return Load(prompt_tokens, rows, steps, min(1.0, min(batch_size, count) / (ranks * rows)))
+        at_once = min(1.0, min(batch_size, count) / (ranks * rows))
+        return Load(prompt_tokens, rows, steps, at_once, -(-count // (ranks * rows)))
 
     def _decided(self, load: Load, without: frozenset[str], rehearsal: Rehearsal | None, at_home: bool) -> Choice:
-        """As predicted, once all that promise about as much as the best were tried, too.
+        """As predicted, once all that promise about as much as the best were tried, too, if that pays.
 
         at_home: whether what was rehearsed was where it will run; else the plan knows better how much will be sent.
         """
@@ -106,8 +107,8 @@ class Dispatcher:
         if at_home or self.plan.homes is None:
             traits = rehearsal.seen
         choice = decide(traits, self.links, self.group, load, without, rehearsal.trial)
-        while names := untried(choice, rehearsal.trial, load):
-            rehearsal.compare([self.strategy(name) for name in names])
+        while (names := untried(choice, rehearsal.trial, load)) and rehearsal.pays(load, len(names)):
+            rehearsal.compare([self.strategy(name) for name in names], rehearsal.affordable(load))
             choice = decide(traits, self.links, self.group, load, without, rehearsal.trial)
         return choice
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from coterie.moe.batch import Batch, Request, Running, Scored
-from coterie.moe.choose import Links, Pace, Trial, predict
+from coterie.moe.choose import Links, Load, Pace, Trial, predict
 from coterie.moe.coherent import CoherentBatch
 from coterie.moe.layer import StepContext
 from coterie.moe.probe import finish
@@ -33,6 +33,7 @@ TRIED_TOKENS = 64  # of a prompt that is tried first, to see how many can be aff
 MOST_TOKENS = 1024  # of a rank in one step; a longer prompt's times are taken to grow on
 MOST_SECONDS = 0.3  # a step; fewer tokens where it would take longer
 TRIAL_SECONDS = 2.0  # of steps that compare strategies, of prompts and of decoding each; the turn that passes it is the last
+SHARE = 0.1  # of what a job will take: no more is spent on comparing prompts, and on comparing decode steps
 FAR = 1.2  # times as long as the shortest: not tried any further
 Run = Callable[[], object]  # a step
 
@@ -80,6 +81,7 @@ class Rehearsal:
             more = self._step(*self._prompts(self.first, max(affordable, min(self.tokens, TRIED_TOKENS))), STEPS)
             self.tried = more.tokens
             few = self._step(*self._decoding(self.first), DECODE_STEPS)
+        self.few, self.more = few, more
         ranks = more.rows / (2 * self.group.size * more.tokens * self.layers)
         self.seen = replace(self.traits, ranks=ranks, nodes=self.traits.nodes * ranks / max(self.traits.ranks, 1e-9))
         least, most = (s.seconds / self.layers - self._exchanging(s) for s in (few, more))
@@ -93,14 +95,28 @@ class Rehearsal:
             return step.exchanging / self.layers
         return min(self._accounted(self.first, step.tokens), step.seconds / self.layers)
 
+    def affordable(self, load: Load) -> float:
+        """Seconds that comparing may take, of prompts and of decode steps each, for a job that asks for `load`."""
+        prompts = self.more.seconds * load.prefill / self.more.tokens
+        return min(TRIAL_SECONDS, SHARE * load.rounds * (prompts + self.few.seconds * load.steps))
+
+    def pays(self, load: Load, others: int) -> bool:
+        """Whether there is time to compare so many others: a prompt for each to decode behind, and the least turns."""
+        turn = (1 + others) * (self.more.seconds + (WARM + 1) * max(self.more.seconds, self.few.seconds))
+        return turn <= 2 * self.affordable(load)
+
     @torch.inference_mode()
-    def compare(self, strategies: Sequence[Strategy]) -> None:
-        """More strategies; all in which their steps take longer or shorter than the first one's counts as waiting."""
+    def compare(self, strategies: Sequence[Strategy], most: float = TRIAL_SECONDS) -> None:
+        """More strategies; all in which their steps take longer or shorter than the first one's counts as waiting.
+
+        most: seconds of prompts, and of decode steps, after which no other turn begins.
+        """
         waits = dict(self.trial.waits)
         both = [strategy for strategy in strategies if not isinstance(strategy, Coherent)]
         with _aside(self.context, self.group.traffic):
-            few = self._in_turns([self._decoding(side)[0] for side in (self.first, *strategies)], DECODE_STEPS)
-            more = self._in_turns([self._prompts(side, self.tried)[0] for side in (self.first, *both)], STEPS) if both else []
+            few = self._in_turns([self._decoding(side)[0] for side in (self.first, *strategies)], DECODE_STEPS, most)
+            asked = [self._prompts(side, self.tried)[0] for side in (self.first, *both)] if both else []
+            more = self._in_turns(asked, STEPS, most) if both else []
         longer = {strategy.name: [seconds] for strategy, seconds in zip(strategies, few, strict=True)}
         for strategy, seconds in zip(both, more, strict=True):
             longer[strategy.name].append(seconds)
@@ -177,10 +193,10 @@ class Rehearsal:
         """Whether a step takes so long on any rank that it is not repeated; the same on all."""
         return max(ns for (ns,) in self.group.agree([int(seconds * 1e9)])) > 2 * MOST_SECONDS * 1e9
 
-    def _in_turns(self, runs: Sequence[Run], steps: int) -> list[float]:
+    def _in_turns(self, runs: Sequence[Run], steps: int, most: float = TRIAL_SECONDS) -> list[float]:
         """By how many seconds all but the first run's steps take longer than its own: taking turns, for machines drift.
 
-        What is FAR behind after two turns is left out of the others.
+        most: seconds after which no other turn begins. What is FAR behind after two turns is left out of the others.
         """
         left, turns, spent = list(range(len(runs))), np.full((0, len(runs)), np.nan), 0.0
         for number in range(WARM + steps):
@@ -191,7 +207,7 @@ class Rehearsal:
             if number < WARM:
                 continue
             turns = np.concatenate([turns, turn])
-            if spent > TRIAL_SECONDS:
+            if spent > most:
                 break
             if len(turns) > 1:
                 typical = np.nanmedian(turns, axis=0)

@@ -351,3 +351,29 @@ def test_what_is_far_behind_is_tried_no_further_and_a_trial_ends_in_time() -> No
     seconds[:] = [0.01, 0.5]
     assert rehearsal._in_turns([0, 1], 9) == pytest.approx([0.49])  # type: ignore[list-item]
     assert calls.count(0) == 3, "nothing is left to compare"
+
+
+def test_what_a_job_is_tried_for_is_a_tenth_of_it_at_most(tmp_path: Path, monkeypatch) -> None:
+    """A step of 0.08 s: eight tokens are not worth a trial; a thousand prompts are, of two seconds and no more."""
+    make_model("mixtral", tmp_path)
+    compared: dict[int, float] = {}
+    before = Rehearsal.pays
+    monkeypatch.setattr(Rehearsal, "_timed", lambda self, run: (0.08, 0.07, 64))
+    monkeypatch.setattr(Rehearsal, "compare", lambda self, strategies, most: compared.update({self.group.rank: most}))
+    monkeypatch.setattr("coterie.moe.dispatcher.untried", lambda *_: ["overlapped"])
+    monkeypatch.setattr(Rehearsal, "pays", lambda self, *given: self.group.rank not in compared and before(self, *given))
+
+    def chosen(group: Group, count: int, new: int) -> tuple[float, float]:
+        model = load(tmp_path, dtype="float32", group=group)
+        requests = [Request(i, (1, 2, 3), new) for i in range(count)]
+        model.dispatcher.choice(requests, 2, model.transformers, model.context)
+        (rehearsal,) = model.dispatcher._rehearsed.values()
+        few, more = rehearsal.few.seconds, rehearsal.more.seconds * 6 / rehearsal.more.tokens
+        return rehearsal.affordable(model.dispatcher._load(requests, 2)), 0.1 * (-(-count // 4)) * (few * new + more)
+
+    for affordable, by_hand in on_ranks(2, lambda group: chosen(group, 4, 8)):
+        assert affordable == pytest.approx(by_hand) and by_hand < 0.1
+    assert not compared
+    for affordable, by_hand in on_ranks(2, lambda group: chosen(group, 1000, 1000)):
+        assert affordable == 2.0 < by_hand
+    assert compared == {0: 2.0, 1: 2.0}
