@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,14 @@ def _python() -> list[Finding]:
 def _packages() -> list[Finding]:
     found: list[Finding] = []
     fits = _fitting()
+    if fits is None:
+        found.append(
+            ("versions", "optional", "not compared with what coterie asks for: pip install packaging, and coterie itself")
+        )
     for name in REQUIRED:
         version = _version(name)
         way = f"pip install -c constraints.txt {name}"
-        if version and not fits(name, version):
+        if version and fits is not None and not fits(name, version):
             found.append((name, "missing", f"{version} does not fit: {way}"))
         else:
             found.append((name, "ok" if version else "missing", version or way))
@@ -69,14 +74,14 @@ def _packages() -> list[Finding]:
     return found
 
 
-def _fitting() -> Callable[[str, str], bool]:
-    """Whether a version of a package is one that coterie's own metadata ask for; any is where these are not installed."""
+def _fitting() -> Callable[[str, str], bool] | None:
+    """Whether a version of a package is one that coterie's own metadata ask for; None where that cannot be told."""
     try:
         from packaging.requirements import Requirement
 
         asked = [Requirement(text) for text in importlib.metadata.requires("coterie") or ()]
     except (ImportError, importlib.metadata.PackageNotFoundError):
-        return lambda name, version: True
+        return None
     ranges = {one.name.lower(): one.specifier for one in asked if one.marker is None or "extra" not in str(one.marker)}
     return lambda name, version: name.lower() not in ranges or ranges[name.lower()].contains(version, prereleases=True)
 
@@ -116,9 +121,13 @@ def _compute() -> list[Finding]:
     except (ImportError, OSError) as error:  # such as a library of CUDA that is not there
         return [("torch", "missing", f"cannot be imported ({first_line(error)}): install it again, for this machine")]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    kernels: list[Finding] = []
+    if gpus and _version("triton") is None:
+        kernels = [("kernels", "missing", "experts on a GPU need triton: pip install triton")]
     backends = [b for b, there in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if there]
     used = "nccl" if gpus else "tcp (mpi under mpirun)"
     return [
+        *kernels,
         (
             "GPU",
             "ok" if gpus else "optional",
@@ -152,5 +161,21 @@ def _model() -> list[Finding]:
         embedded = (EMBEDDED, "missing", f"{error}: install coterie again")
     return [
         embedded,
+        ("experts from disk", *_reading(EMBEDDED_FOLDER)),
         ("model families", "ok", f"{len(supported_families())} in transformers {_version('transformers')}"),
     ]
+
+
+def _reading(folder: Path) -> tuple[str, str]:
+    """How experts would be read from where coterie lies."""
+    from coterie.offload.files import Files
+    from coterie.offload.reader import AsyncReader
+
+    with closing(Files(sorted(folder.glob("*.safetensors")))) as files:
+        if not files.direct:
+            return "optional", f"by threads, which is slower: the file system of {folder} has no O_DIRECT"
+        try:
+            AsyncReader(files).close()
+        except OSError as error:
+            return "optional", f"by threads, which is slower: no asynchronous reads ({error.strerror or error})"
+    return "ok", "asynchronously, with O_DIRECT"

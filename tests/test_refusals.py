@@ -301,6 +301,32 @@ def test_doctor_says_what_is_missing_and_what_does_not_fit(monkeypatch, capsys) 
     assert status["numpy"] == ("missing", "1.26.0 does not fit: pip install -c constraints.txt numpy")
 
 
+def test_doctor_says_what_is_slower_and_what_a_gpu_lacks(monkeypatch, capsys) -> None:
+    import torch
+
+    from coterie.offload import files, reader
+
+    def told() -> dict[str, tuple[str, str]]:
+        assert main(["doctor", "--json"]) == 0
+        return {r["what"]: (r["status"], r["found"]) for r in json.loads(capsys.readouterr().out)["findings"]}
+
+    def refused(self: object, *given: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    assert "kernels" not in told()
+    known = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "triton" else known(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert told()["kernels"] == ("missing", "experts on a GPU need triton: pip install triton")
+    monkeypatch.setattr(reader, "Queue", refused)
+    status, found = told()["experts from disk"]
+    assert status == "optional" and "no asynchronous reads (Function not implemented)" in found
+    monkeypatch.setattr(files.os, "O_DIRECT", os.O_DIRECTORY | os.O_CREAT)  # refused, as where a file system has none
+    assert "has no O_DIRECT" in told()["experts from disk"][1]
+
+
 @pytest.mark.parametrize("package", ["numpy", "scipy", "safetensors", "torch"])
 def test_a_package_that_is_not_installed_is_named(package: str) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
