@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +17,11 @@ import numpy as np
 import pytest
 import thread_ranks
 import torch
+from cached_models import PROMPTS, Ready, logits, model
 from conftest import ROOT
+from jobs import until_finished
 from lines import Child
 from safetensors.torch import load_file, save_file
-from test_resume import until_finished
 from tiny_models import FAMILIES, make_model
 
 import coterie
@@ -31,40 +30,20 @@ from coterie.launch.memory import parse_bytes
 from coterie.moe.cached import _check_alike, _order, index_experts
 from coterie.moe.collectives import Group
 from coterie.moe.journal import journal_of
-from coterie.moe.model import assembled
 from coterie.moe.prepare import prepare
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import ReadCounter
-from coterie.offload.store import ExpertStore, Wanted, start_each
+from coterie.offload.store import ExpertStore
 from coterie.offload.transfer import Part, Piece
 from coterie.routing.errors import CoterieError, InputError
 from coterie.routing.record import expert_modules
 
 EVERY_ROOM = ("qwen3_moe", "gpt_oss", "jamba")
-PROMPTS = torch.randint(1, 97, (8, 9), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def model(folder: Path, slots: int | None, dtype: str = "float32"):
-    share = replace(prepare(folder, None, dtype, 1), slots=slots)
-    return assembled(share, share.read(0), None, Group())
-
-
-@torch.no_grad()
-def logits(made, steps: int = 4) -> list[torch.Tensor]:
-    """Of a prefill of eight sequences and of one, and of the steps after each."""
-    found = []
-    for ids in (PROMPTS, PROMPTS[:1]):
-        out = made.transformers(ids, use_cache=True)
-        found.append(out.logits)
-        for step in range(steps):
-            out = made.transformers(ids[:, step : step + 1], past_key_values=out.past_key_values, use_cache=True)
-            found.append(out.logits)
-    return found
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -184,28 +163,6 @@ def test_slots_hold_what_they_say_whatever_was_expected(slots: int, tmp_path: Pa
         assert sorted(held + cache.free) == list(range(slots)) and len(cache.coming) <= slots
     assert (slots >= 4) <= cache.statistics.prefetched < cache.statistics.transfers
     cache.store.close()
-
-
-class Ready:
-    """A store whose experts are there at once, all zeros; fails while `broken`."""
-
-    def __init__(self, layers: int, experts: int) -> None:
-        record = {"w": Part(torch.float32, (1,), (Piece(Path("w"), 0, 4),))}
-        self.records, self.broken, self.files = [[record] * experts] * layers, False, SimpleNamespace(block=512)
-
-    def shifts(self, *expert: int) -> tuple[int, ...]:
-        return (0,)
-
-    def start(self, *args: object) -> Future[None]:
-        if self.broken:
-            raise CoterieError("no disk")
-        future: Future[None] = Future()
-        future.set_running_or_notify_cancel()
-        future.set_result(None)
-        return future
-
-    def start_many(self, experts: Sequence[Wanted], ahead: bool = False) -> list[Future[None]]:
-        return start_each(self.start, experts, ahead)
 
 
 def test_the_default_policy_learns_although_guesses_are_read_ahead() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_processes import tokens, torchrun
+from jobs import torchrun
+from references import tokens
 from thread_ranks import load, on_ranks
 from tiny_models import make_model
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_dispatch import random_plan
-from test_processes import tokens
+from random_layers import random_plan
+from references import tokens
 from thread_ranks import load, on_ranks
 from tiny_models import FOUR_RANK_FAMILIES, make_model
 
@@ -101,7 +101,7 @@ def test_experts_with_few_rows_round_as_with_many() -> None:
     from dataclasses import replace
 
     import numpy as np
-    from test_dispatch import random_experts
+    from random_layers import random_experts
 
     experts = replace(random_experts(np.random.default_rng(0), 4, 64, 48), least_rows=16)
     x, ids, weights = torch.randn(200, 64), torch.randint(0, 4, (200, 2)), torch.rand(200, 2)

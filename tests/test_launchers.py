@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from jobs import ended, finished
 
 sys.path.insert(0, str(ROOT / "bench"))
 from faults import Job, _listening, environment, free_port, launcher, wait_for
@@ -66,21 +67,6 @@ def result_of(out: str) -> dict[str, Any]:
     """The one object among what the launcher itself prints there."""
     (line,) = [line for line in out.splitlines() if line.startswith("{")]
     return json.loads(line)
-
-
-def finished(job: Job, seconds: float = 240) -> Job:
-    assert wait_for(lambda: job.process.poll() is not None, seconds), job.err[-3000:]
-    return job
-
-
-def ended(job: Job) -> str:
-    """What it printed, once it has ended well; nothing of it is left, whatever happens."""
-    try:
-        assert finished(job).process.returncode == 0, job.err[-3000:]
-        assert wait_for(lambda: not job.processes(), 30)
-        return job.out
-    finally:
-        job.end()
 
 
 @pytest.mark.parametrize("name", ["torchrun", "deepspeed", "mpirun"])

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import thread_ranks
 import torch
+from cached_models import PROMPTS, logits
 from lines import Child
 from packed_models import bytes_in, damage, files_in
-from test_cached import PROMPTS, logits
 from tiny_models import FAMILIES, make_model
 
 import coterie

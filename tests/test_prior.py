@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cached import Ready, logits
+from cached_models import Ready, logits
 from tiny_models import make_model
 
 import coterie

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from jobs import torchrun
+from references import expected_texts, tokens, uneven_plan
 from safetensors import safe_open
 from tiny_models import FOUR_RANK_FAMILIES, make_model
-from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(ROOT / "bench"))
-from faults import Job, wait_for
 
 import coterie
 from coterie.moe import coherent
@@ -29,49 +29,11 @@ from coterie.placement.plan import PlacementPlan, slots_from_assignment
 pytestmark = pytest.mark.processes
 
 
-def torchrun(ranks: int, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Nothing of it is left, whatever happens."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
-    job = Job(command)
-    try:
-        assert wait_for(lambda: job.process.poll() is not None, timeout), job.err[-4000:]
-        return subprocess.CompletedProcess(command, job.process.returncode, job.out, job.err)
-    finally:
-        job.end()
-
-
 def run_cases(tmp_path: Path, ranks: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     (tmp_path / "job.json").write_text(json.dumps(cases))
     done = torchrun(ranks, str(ROOT / "tests" / "ep_worker.py"), str(tmp_path / "job.json"), str(tmp_path / "result.json"))
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((tmp_path / "result.json").read_text())
-
-
-def uneven_plan(folder: Path, ranks: int, path: Path) -> PlacementPlan:
-    """Different in every layer, ranks with different numbers of experts, one of them with none in the first layer."""
-    from coterie.moe.families import inspect
-
-    shape, _ = inspect(str(folder))
-    rng = np.random.default_rng(len(folder.name))
-    assignment = rng.integers(0, ranks, (len(shape.layer_ids), shape.num_experts))
-    assignment[0][assignment[0] == 0] = 1
-    slots = slots_from_assignment(assignment, ranks, shape.num_experts)
-    plan = PlacementPlan(slots, shape.num_experts, shape.layer_ids, coterie.Topology(1, ranks), shape.name)
-    coterie.save_plan(plan, path)
-    return plan
-
-
-def tokens(length: int, seed: int) -> list[int]:
-    return torch.randint(3, 97, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def expected_texts(folder: Path, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], Any]:
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    texts = []
-    for prompt in prompts:
-        out = reference.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)
-        texts.append(out[0, len(prompt) :].tolist())
-    return texts, reference
 
 
 def share_bytes(folder: Path, experts_by_layer: dict[int, list[int]], num_experts: int) -> int:

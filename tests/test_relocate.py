@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dispatch import random_plan
-from test_processes import expected_texts, tokens, uneven_plan
+from random_layers import random_plan
+from references import expected_texts, tokens, uneven_plan
 from thread_ranks import load, on_ranks
 from tiny_models import make_model
 

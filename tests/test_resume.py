@@ -8,14 +8,14 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_processes import tokens, torchrun
+from jobs import torchrun, until_finished
+from references import tokens
 from tiny_models import make_model
 
 from coterie.launch.cli import main
@@ -179,13 +179,6 @@ def test_a_run_is_continued_on_another_number_of_processes(job: Path, tmp_path: 
     done = torchrun(3, "-m", "coterie", *arguments(job, out, "--resume", "--strategy", "all_to_all"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert out.read_bytes() == (job / "whole.jsonl").read_bytes()
-
-
-def until_finished(path: Path, entries: int, process: subprocess.Popen[str]) -> None:
-    """Until so many prompts are in the journal."""
-    while not path.exists() or path.read_bytes().count(b"\n") <= entries:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.002)
 
 
 @pytest.mark.processes

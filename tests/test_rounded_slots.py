@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from cached_models import PROMPTS, logits
 from conftest import ROOT
 from lines import Child
 from packed_models import bytes_in, damage, files_in
-from test_cached import PROMPTS, logits
 from tiny_models import make_model
 
 import coterie

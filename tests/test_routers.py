@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cached import PROMPTS
+from cached_models import PROMPTS
 from tiny_models import FAMILIES, make_model
 
 import coterie

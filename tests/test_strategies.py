@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dispatch import random_experts, random_plan, random_routing, share_of
-from test_processes import expected_texts, tokens
+from random_layers import random_experts, random_plan, random_routing, share_of
+from references import expected_texts, tokens
 from thread_ranks import load, on_ranks
 from tiny_models import FOUR_RANK_FAMILIES, make_model
 
@@ -246,7 +246,7 @@ def test_the_next_anchor_is_the_planners(seed, ranks, tokens, here) -> None:
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_coherent_rows_are_those_of_the_sets_and_anchors(tmp_path: Path, top_k: int) -> None:
     """Prefill: two for each remote rank. Decode: each of R but the anchor, and back from each of R but the next one."""
-    from test_processes import tokens, uneven_plan
+    from references import tokens, uneven_plan
 
     folder = make_model("olmoe", tmp_path / "m", num_experts_per_tok=top_k)
     plan = uneven_plan(folder, 4, tmp_path / "p.json")

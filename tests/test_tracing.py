@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jobs import torchrun
 from numpy.typing import NDArray
-from test_processes import torchrun
 from tiny_models import make_model
 
 import coterie

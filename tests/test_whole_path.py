@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cached_models import PROMPTS, model
 from conftest import make_trace
-from test_cached import PROMPTS, model
 from tiny_models import make_model
 
 import coterie
