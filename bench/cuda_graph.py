@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import torch
 
-from coterie.kernels.formats import FORMATS, quantise
+from coterie.kernels.formats import FORMATS, Weights, quantise
 from coterie.kernels.fused import FusedExperts
 
-# tokens, 50 rows an expert among them; the deep one's outputs in parts
-SIZES = (((512, 256), (256, 256)), (1, 2, 16, 64, 200, 300)), (((8192, 256), (256, 4096)), (1, 16, 200))
+# tokens, 50 rows an expert among them, and more picks than are put in order by one launch; the deep one's outputs in parts
+SIZES = (((512, 256), (256, 256)), (1, 2, 16, 64, 200, 300, 1200)), (((8192, 256), (256, 4096)), (1, 16, 200))
+SMALL = 1, 2, 16, 64  # tokens where every access is looked at: most of the time there is the reference's
 TOLERANCE = 5e-3
 AGAIN = 50  # plain calls that must give the same bits: what races in registers does not do so always
 
@@ -32,6 +34,19 @@ def reference(experts: FusedExperts, x: torch.Tensor, ids: torch.Tensor, gates: 
     return out
 
 
+def _moved(weights: Weights, place: torch.Tensor) -> Weights:
+    """The same experts in a pool of twelve slots, each where `place` says."""
+
+    def moved(values: torch.Tensor) -> torch.Tensor:
+        made = values.new_zeros((12, *values.shape[1:]))
+        made[place.long()] = values
+        return made
+
+    return Weights(
+        moved(weights.data), weights.format, None if weights.scale is None else moved(weights.scale), weights.columns
+    )
+
+
 def layers(graphs: bool, formats: Sequence[str]) -> None:
     """Every format and number of tokens: near float64, time and again, and a replayed graph gives the bits of a plain call.
 
@@ -41,13 +56,16 @@ def layers(graphs: bool, formats: Sequence[str]) -> None:
     for (sizes, counts), format in product(SIZES, formats):
         weights = (torch.randn(8, *size, device="cuda").bfloat16() / 16 for size in sizes)
         experts = FusedExperts(*(quantise(w, format) for w in weights))
-        for tokens in counts:
+        place = torch.randperm(12, device="cuda")[:8].int()
+        pool = replace(experts, first=_moved(experts.first, place), second=_moved(experts.second, place), table=place)
+        for tokens in counts if graphs else [count for count in counts if count in (*SMALL, 1200)]:
             x = torch.randn(tokens, 256, device="cuda").bfloat16()
             ids = torch.rand(tokens, 8, device="cuda").topk(2, 1).indices
             gates = torch.rand(tokens, 2, device="cuda")
             found, right = experts(x, ids, gates), reference(experts, x, ids, gates)
             error = ((found.double() - right).norm(dim=1) / right.norm(dim=1)).max().item()
             assert error < TOLERANCE, (format, tokens, error)
+            assert torch.equal(found, pool(x, ids, gates)), (format, tokens, "out of a pool of slots")
             torch.cuda.synchronize()
             if not graphs:
                 continue

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can prove, in under nine minutes: tests without the interpreter, sanitizer, timings, tables.
+# Everything that only a GPU can prove: tests without the interpreter, sanitizer, timings, tables.
 #   bench/gpu_day.sh OUT [STEP...]   steps: warm tests graph memcheck racecheck kernels peers offload tune (all by default, in this
-# order, as far as the time goes; `warm` compiles what the others need, many kernels at once, into Triton's cache)
+# order, as far as the time goes; `warm` compiles what the others need, models side by side, into Triton's cache)
+# Where a call may take nine minutes, two of them on the same machine:
+#   bench/gpu_day.sh OUT warm tests graph memcheck racecheck kernels
+#   DAY=400 bench/gpu_day.sh OUT peers offload tune
 # OUT: a folder; day.log has what every step said, kernels.jsonl the figures, a line a model, peers.jsonl two models beside vLLM's
 # and SGLang's kernels, tiles.json the table of tiles, offload.jsonl experts in host memory.
-# PEERS=DIR: a folder with vllm-*.whl and sglang-*.whl, where those are not installed (docs/kernels.md).
+# PEERS=DIR: a folder with vllm-*.whl and sglang-*.whl, where those are not installed (docs/kernels.md; bench/slim_wheels.py).
 # DAY: seconds for all steps together, 530 by default; a step that would begin later is not run, and counts as failed.
 # Needs torch with CUDA, triton, transformers, pytest and hypothesis; the package is used from this checkout.
 set -uo pipefail
@@ -15,7 +18,8 @@ steps=${*:-warm tests graph memcheck racecheck kernels peers offload tune}
 models="Qwen3 Mixtral DeepSeek gpt-oss OLMoE"
 day=${DAY:-530}
 mkdir -p "$out"
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+python=$(command -v python3 || command -v python) || { echo "no python3" && exit 1; }
 unset TRITON_INTERPRET
 failed=0
 
@@ -35,19 +39,24 @@ step() { # step NAME SECONDS COMMAND...: a failure is counted, and the next step
   echo "$name: exit $code after $((SECONDS - began)) s: $(tail -n 1 "$out/day.log" | cut -c1-200)"
 }
 
-measured() { # measured FILE: a layer of ours without a figure, but for want of room, is a failure
-  python - "$1" << 'EOF' || failed=$((failed + 1))
+measured() { # measured FILE [PEER...]: a layer of ours without a figure, but for its size, or a peer without any, is a failure
+  [ -s "$1" ] || return 0 # its step has failed, and was counted
+  "$python" - "$@" << 'EOF' || failed=$((failed + 1))
 import json, sys
-rows = [row for line in open(sys.argv[1]) if line.startswith("{") for row in json.loads(line)["rows"]]
-lost = [row for row in rows if row["value"] is None and "do not fit" not in row["why"]]
+file, *peers = sys.argv[1:]
+rows = [row for line in open(file) if line.startswith("{") for row in json.loads(line)["rows"]]
+lost = [row for row in rows if row["value"] is None and row["why"] != "its weights do not fit"]
 for row in lost:
     print(f"{row['case']}: {row['metric']}: not measured: {row['why']}")
-sys.exit(bool(lost) or not rows)
+never = [p for p in peers if not any(v for row in rows for name, v in row["peers"].items() if name.startswith(p))]
+for peer in never:
+    print(f"{peer}: no figure: {next((row['why'] for row in rows if peer in row['why']), 'no reason given')}")
+sys.exit(bool(lost or never) or not rows)
 EOF
 }
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2> /dev/null | head -n 1)
-python - << 'P' || exit 1
+"$python" - << 'P' || exit 1
 import torch, triton
 assert torch.cuda.is_available(), "no GPU: torch.cuda.is_available() is False"
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
@@ -55,18 +64,18 @@ P
 for name in $steps; do
   case $name in
     warm)
-      { # the longest first; their figures, of many processes on one GPU, are nobody's
-        for model in $models; do echo "python -m coterie bench kernels --only $model"; done
-        for format in plain int8 int4 fp8 model; do echo "python bench/cuda_graph.py --only $format"; done
+      { # the longest first
+        for model in $models; do echo "$python bench/warm_kernels.py $model"; done
+        echo "$python bench/cuda_graph.py --only model"
       } > "$out/warm.txt"
-      signal=TERM step warm 170 xargs -a "$out/warm.txt" -P "$(nproc)" -I COMMAND sh -c "COMMAND > /dev/null"
+      signal=TERM step warm 90 xargs -a "$out/warm.txt" -P "$(nproc)" -I COMMAND sh -c "COMMAND"
       ;;
     tests)
-      at_once=$(python -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2> /dev/null)
+      at_once=$("$python" -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2> /dev/null)
       # shellcheck disable=SC2086
-      step tests 110 python -m pytest -q $at_once tests/test_triton.py tests/test_kernel_peers.py tests/test_seam.py tests/test_tiers.py
+      step tests 110 "$python" -m pytest -q $at_once tests/test_triton.py tests/test_kernel_peers.py tests/test_seam.py tests/test_tiers.py
       ;;
-    graph) step graph 90 python bench/cuda_graph.py ;;
+    graph) step graph 90 "$python" bench/cuda_graph.py ;;
     memcheck | racecheck)
       if [ -z "$sanitizer" ]; then
         failed=$((failed + 1))
@@ -76,21 +85,22 @@ for name in $steps; do
         quiet=()
         [ "$name" = racecheck ] || quiet=(--report-api-errors no) # torch asks the driver what it may answer no to
         step "$name" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-          "$sanitizer" --tool "$name" "${quiet[@]}" --error-exitcode 9 python bench/cuda_graph.py --small
+          "$sanitizer" --tool "$name" "${quiet[@]}" --error-exitcode 9 "$python" bench/cuda_graph.py --small
       fi
       ;;
     offload)
-      step offload 90 sh -c "python bench/gpu_offload.py '$out/model' --layers 8 > '$out/offload.jsonl'"
+      step offload 120 sh -c "'$python' bench/gpu_offload.py '$out/model' --layers 4 > '$out/offload.jsonl'"
       rm -rf "$out/model"
       ;;
-    tune) step tune 60 python -m coterie bench kernels --quick --tune "$out/tiles.json" ;;
+    tune) step tune 120 "$python" -m coterie bench kernels --quick --tune "$out/tiles.json" ;;
     peers)
-      step peers 70 sh -c "python -m coterie bench kernels --quick ${PEERS:+--peers '$PEERS'} --json > '$out/peers.jsonl'"
-      measured "$out/peers.jsonl"
+      step peers 70 sh -c "'$python' -m coterie bench kernels --quick ${PEERS:+--peers '$PEERS'} --json > '$out/peers.jsonl'"
+      # shellcheck disable=SC2086
+      measured "$out/peers.jsonl" ${PEERS:+vLLM SGLang}
       ;;
     kernels)
       for model in $models; do
-        step "kernels $model" 60 sh -c "python -m coterie bench kernels --only $model --json >> '$out/kernels.jsonl'"
+        step "kernels $model" 60 sh -c "'$python' -m coterie bench kernels --only $model --json >> '$out/kernels.jsonl'"
       done
       measured "$out/kernels.jsonl"
       ;;

@@ -2,7 +2,7 @@
 
 A model in the shape of Qwen3-30B-A3B with fewer layers and random weights is written to FOLDER, unless it is there already.
 Beside each other, decode of one sequence: all experts on the GPU; room there for a half and for a quarter of them, all in host
-memory. The bound is the larger of the resident time and of the bytes brought over the rate measured of the link.
+memory. The bound is the larger of the resident time and of the bytes of missed experts over the rate measured of the link.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main(folder: Path, layers: int, say: Callable[[dict[str, object]], None]) ->
             assert model.cache is not None
             took, did = turns(model)
             one = sum(pool[0].nbytes for pool in model.cache.pools.values())
-            bound = None if rate is None else max(whole, did["transfers_per_token"] * one / rate)
+            bound = None if rate is None else max(whole, did["missed_per_token"] * one / rate)
             over = None if bound is None else took / bound
             say({"case": f"{share:.0%} there", "misses": misses, "seconds_per_token": took, "over_bound": over, **did})
             model.cache.store.close()

@@ -211,19 +211,28 @@ def arriving_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor
     experts.residency.announce(used)
     with experts.residency.on_host(used, [counts[expert] for expert in used]) as apart:
         here = [expert for position, expert in enumerate(used) if position not in apart]
+        left, x_host = list(apart.items()), x.cpu() if apart else x  # before anything is queued that this would wait for
         for group in experts.residency.arrivals(here):
-            table[torch.tensor([here[position] for position, _ in group], device=x.device)] = torch.tensor(
-                [place for _, place in group], dtype=torch.int32, device=x.device
-            )
-            present = torch.isin(known, torch.tensor([here[position] for position, _ in group]))
-            made.picked(x, ids.where(present.to(x.device), -1), rows)
-        for position, place in apart.items():
-            assert experts.host is not None
-            picks = (known.flatten() == used[position]).nonzero()[:, 0]
-            y = experts.host.run(place, x[(picks // ids.shape[1]).to(x.device)].cpu())
-            rows[:, picks.to(x.device)] = 0
-            rows[0, picks.to(x.device)] = y.to(x.device, rows.dtype)
+            there = torch.tensor([(here[position], place) for position, place in group])
+            table[there[:, 0].to(x.device)] = there[:, 1].to(x.device, torch.int32)
+            made.picked(x, torch.where(torch.isin(known, there[:, 0]), known, -1).to(x.device), rows)
+            _on_host(experts, x_host, known, used, left, rows)  # while what was begun is computed and copied
+            left = []
+        _on_host(experts, x_host, known, used, left, rows)
     return made.summed(rows, ids, weights, x.dtype)
+
+
+def _on_host(
+    experts: StackedExperts, x: torch.Tensor, known: torch.Tensor, used: Sequence[int], apart: Sequence[tuple[int, int]],
+    rows: torch.Tensor,
+) -> None:  # fmt: skip
+    """Fill the rows of picks whose expert the host computes. x, known (ids): on the host; apart: (position in used, place)."""
+    for position, place in apart:
+        assert experts.host is not None
+        picks = (known.flatten() == used[position]).nonzero()[:, 0]
+        y = experts.host.run(place, x[picks // known.shape[1]])
+        rows[:, picks.to(rows.device)] = 0
+        rows[0, picks.to(rows.device)] = y.to(rows.device, rows.dtype)
 
 
 def fused(experts: StackedExperts) -> FusedExperts:

@@ -173,9 +173,11 @@ def copies_past_cache(shape: Shape, format: str) -> int:
 class Layer:
     """Random experts of one shape, in as many copies as it takes to read past the L2 cache, and inputs for them."""
 
-    def __init__(self, shape: Shape, format: str, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, shape: Shape, format: str, device: str, dtype: torch.dtype = torch.bfloat16, copies: int | None = None
+    ) -> None:
         self.shape, self.format, self.device, self.dtype = shape, format, device, dtype
-        self.copies = copies_past_cache(shape, format) if device == "cuda" else 1
+        self.copies = copies or (copies_past_cache(shape, format) if device == "cuda" else 1)
         self.experts = [self._made() for _ in range(self.copies)]
 
     def _made(self) -> FusedExperts:

@@ -199,7 +199,7 @@ def _multiply_silu(both: torch.Tensor, inner: torch.Tensor) -> None:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _silu_kernel(both: Any, inner: Any, width: Any, COLUMNS: tl.constexpr) -> None:
+def _silu_kernel(both, inner, width, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton looks names up
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     gate = tl.load(both + row * 2 * width + at, mask=at < width, other=0.0).to(tl.float32)
     up = tl.load(both + row * 2 * width + width + at, mask=at < width, other=0.0).to(tl.float32)

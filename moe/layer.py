@@ -6,6 +6,7 @@ Registered with transformers' experts interface under the name `coterie`: any fa
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -117,8 +118,12 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _as_operator(module: Any) -> str | None:
-    """The activation for `experts_op`; None where the operator cannot carry the module. Asked while a graph is made."""
+def _as_operator(number: int) -> str | None:
+    """The activation for `experts_op`; None where the operator cannot carry the module. Asked while a graph is made.
+
+    number: the module's `id`, for torch 2.11 takes no module for a constant; whoever makes the graph has the module.
+    """
+    module = ctypes.cast(number, ctypes.py_object).value
     known = (
         None
         if hasattr(module, "coterie_products") or getattr(module, "has_post_expert_norm", False)
@@ -146,7 +151,7 @@ def experts_forward(
         out: torch.Tensor = own(module, hidden_states, top_k_index, top_k_weights)
         return out
     compiling = layer is None and torch.compiler.is_compiling()
-    operator = _as_operator(module) if compiling else None
+    operator = _as_operator(id(module)) if compiling else None
     experts = stacked(module, 1 if layer is None else layer.context.least_rows, ask=not compiling)
     if layer is None:
         ids = top_k_index.masked_fill(top_k_index >= experts.first.shape[0], -1)

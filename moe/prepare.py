@@ -197,6 +197,8 @@ def check_slots(share: Share) -> None:
     if behind is not None and (share.slots is None or share.device.type == "cpu"):
         found = "without slots" if share.slots is None else "without a GPU"
         raise InputError(f"{behind}: found it {found}, expected slots on a GPU with it: it is about what lies behind them")
+    if share.quantise is not None and share.misses != "fetch":
+        raise InputError(f"misses: found {share.misses!r} with quantise, expected fetch: the host rounds in another order")
     if share.slots is None:
         if share.packed is not None:
             raise InputError(

@@ -35,7 +35,8 @@ PATH_BYTES = 2 * 512  # by expert and layer: a byte for each of 512 tokens, twic
 
 @dataclass
 class CacheStatistics:
-    """requests: experts asked for, once a step; transfers: experts read; prefetched: of these, before they were asked for.
+    """requests: experts asked for, once a step; missed: of these, not there, or only because they had been read ahead;
+    transfers: experts read, for nothing too; prefetched: of these, before they were asked for.
 
     on_host: computed on the host instead of being brought to the device. seconds: waiting for reads, and in the policy.
     """
@@ -43,6 +44,7 @@ class CacheStatistics:
     requests: int = 0
     transfers: int = 0
     prefetched: int = 0
+    missed: int = 0
     on_host: int = 0
     stalled_seconds: float = 0.0
     policy_seconds: float = 0.0
@@ -158,6 +160,7 @@ class ExpertCache:
         self.guesser.observe(layer, experts)
         self.statistics.policy_seconds += time.perf_counter() - began
         self.statistics.requests += len(experts)
+        self.statistics.missed += unread
 
     def arrivals(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """(place in `experts`, slot) of all of them, in groups as they come: first what is there, then what is read.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 pytest.importorskip("triton")
 
@@ -41,6 +43,7 @@ def {name}(A, B, C, A_scale, B_scale, topk_weights, sorted_token_ids, expert_ids
 """
 VLLM = """
 import torch
+from conftest import ROOT
 import vllm.envs as envs
 import vllm.layers.modular_kernel as mk
 from vllm import _custom_ops as ops
@@ -163,3 +166,21 @@ def test_real_wheels_compute_the_same_layer(name: str, dtype: torch.dtype, token
     ours, x, ids, weights = layer(tokens, experts, dtype=dtype)
     made, right = peer.layer([ours], x, ids, weights)(0).double(), ours(x, ids, weights).double()
     assert (made - right).norm() / right.norm() < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_the_kernel_that_stands_in_for_theirs_compiles_for_a_gpu() -> None:
+    """Triton's interpreter looks names up as Python does; its compiler takes no annotation that is not its own."""
+    code = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from coterie.launch.kernel_peers import _silu_kernel
+
+signature = {"both": "*bf16", "inner": "*bf16", "width": "i32", "COLUMNS": "constexpr"}
+source = ASTSource(_silu_kernel, signature, {(3,): 1024})
+assert "ld.global" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -194,7 +194,7 @@ def test_experts_that_arrive_in_groups_give_the_bits_of_all_at_once(tokens: int,
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize("host_bytes", [None, 200_000])
+@pytest.mark.parametrize("host_bytes", [None, 40_000])
 def test_logits_from_host_memory_are_the_residents_to_the_bit(host_bytes: int | None, tmp_path: Path) -> None:
     share = prepare(make_model("qwen3_moe", tmp_path), None, "bfloat16", 1)
     ids = torch.randint(1, 90, (2, 9), device="cuda")
@@ -288,6 +288,7 @@ def test_a_host_that_is_too_small_is_refused_before_anything_is_read(
         ({"misses": "auto"}, "misses: found it without slots"),
         ({"host_bytes": 1 << 30}, "host_bytes: found it without slots"),
         ({"slots": 8, "misses": "cpu", "device": "cpu"}, "misses: found it without a GPU"),
+        ({"slots": 8, "misses": "cpu", "quantise": "int8", "device": "meta"}, "misses: found 'cpu' with quantise"),
         ({"slots": 8, "host_bytes": 1 << 30, "device": "cpu"}, "host_bytes: found it without a GPU"),
     ],
 )
