@@ -207,6 +207,8 @@ def load_model(asked: Asked, group: Group) -> Model:
 
         read = together(group, lambda: asked.share.read(group.rank, on_bytes))
     model = assembled(asked.share, read, asked.strategy, group, asked.text, asked.batch_invariant)
+    if asked.batch_invariant and model.device.type != "cpu" and group.rank == 0:
+        say("experts: one after another, without the GPU's kernels, whose tiles follow the batch (--batch-invariant)")
     cache = model.cache if group.rank == 0 and model.device.type == "cpu" else None
     if cache is not None and cache.store.asynchronous is None:
         say("experts: read by threads, which is slower: no asynchronous reads here, or files that have no O_DIRECT")
