@@ -44,11 +44,16 @@ def _pays(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 
 def speed_up_attention(model: nn.Module) -> None:
-    """Let modules of `model` attend so where heads share keys. Not for one that is to run batch-invariant."""
+    """Let modules of `model` attend so where heads share keys. Not for one that is to run batch-invariant.
+
+    From the first such model on, transformers' implementation of this name is ours, of all models of the process; modules
+    without the flag attend as before.
+    """
     for module in model.modules():
         groups = getattr(module, "num_key_value_groups", 1)
         if isinstance(groups, int) and groups > 1:
             setattr(module, FLAG, True)
+            AttentionInterface.register(BASE, attend)
 
 
 def plain_attention_again(model: nn.Module) -> None:
@@ -58,4 +63,3 @@ def plain_attention_again(model: nn.Module) -> None:
 
 
 attend.plain = _plain  # type: ignore[attr-defined]
-AttentionInterface.register(BASE, attend)  # of all models of the process: without the flag it is transformers' own
