@@ -182,7 +182,7 @@ def _import(verbs: Any) -> None:
         verbs,
         "import",
         "commands",
-        "bring in routing that was recorded elsewhere (npz, SGLang .pt dumps, JSON logical_count)",
+        "bring in routing that was recorded elsewhere (npz, SGLang .pt dumps, JSON logical_count), or an engine's placement",
     )
     p.add_argument("files", type=Path, nargs="+", metavar="FILE", help="the recording; of SGLang's dumps one of each rank")
     p.add_argument("--out", type=Path, required=True, metavar="T", help="the trace or load-statistics file to write")
@@ -194,6 +194,13 @@ def _import(verbs: Any) -> None:
     p.add_argument(
         "--phase", choices=("prefill", "decode", "mixed"), help="of single tokens (default: what the recording says)"
     )
+    p.add_argument(
+        "--placement",
+        metavar="ENGINE",
+        help="FILE is the map that sglang, vllm, trtllm or ascend runs with, or an SGLang dump: write it as a plan",
+    )
+    p.add_argument("--like", type=Path, metavar="T", help="with --placement: routing of the model, which says its layers")
+    p.add_argument("--topology", metavar="TOPOLOGY", help=f"with --placement: {TOPOLOGY_HELP}")
     p.set_defaults(function="import_")
 
 

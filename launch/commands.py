@@ -33,6 +33,11 @@ def import_(options: argparse.Namespace) -> dict[str, Any]:
     check_scenario(options.scenario)
     if options.num_experts is not None:
         positive("--num-experts", options.num_experts)
+    if options.placement is not None:
+        return _placement(options)
+    for name in ("like", "topology"):
+        if getattr(options, name) is not None:
+            raise InputError(f"--{name}: found it without --placement, expected them together")
     settings = ImportOptions(options.model, options.num_experts, options.scenario, options.phase)
     found = import_routing(options.files, settings)
     if isinstance(found, RoutingTrace):
@@ -43,6 +48,35 @@ def import_(options: argparse.Namespace) -> dict[str, Any]:
         size = {"scenarios": len(found.scenarios), "layers": len(found.layer_ids)}
     say(f"{options.out}: " + ", ".join(f"{v} {k}" for k, v in size.items()) + f", {found.num_experts} experts")
     return {"trace": str(options.out), **size, "num_experts": found.num_experts}
+
+
+def _placement(options: argparse.Namespace) -> dict[str, Any]:
+    """A placement that an engine has, as a plan."""
+    from coterie.placement.in_use import placement_in_use
+    from coterie.placement.plan import save_plan
+    from coterie.placement.topology import parse_topology
+
+    for name, value in {"--like": options.like, "--topology": options.topology}.items():
+        if value is None:
+            raise InputError(f"{name}: found none with --placement, expected it: what layers, and what ranks")
+    if len(options.files) != 1:
+        raise InputError(f"FILE: found {len(options.files)} with --placement, expected one")
+    for name in ("model", "scenario", "num_experts", "phase"):
+        if getattr(options, name):
+            raise InputError(f"--{name.replace('_', '-')}: found it with --placement, expected --like to say so")
+    check_writable(options.out, options.like)
+    like = read_routing(options.like)
+    made = placement_in_use(options.files[0], options.placement, like, parse_topology(options.topology))
+    save_plan(made, options.out)
+    slots, copies = made.slots_per_rank, int((made.physical_to_logical >= 0).sum()) - len(made.layer_ids) * made.num_experts
+    say(f"{options.out}: {len(made.layer_ids)} layers, {made.ranks} ranks of {slots} slots, {copies} copies")
+    return {
+        "plan": str(options.out),
+        "layers": len(made.layer_ids),
+        "ranks": made.ranks,
+        "slots_per_rank": slots,
+        "copies": copies,
+    }
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:

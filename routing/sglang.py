@@ -63,12 +63,26 @@ def read_dumps(paths: Sequence[Path], options: ImportOptions) -> RoutingTrace | 
         return as_load(_counts(dumps), options)
 
 
+def slot_map(path: Path) -> Ids:
+    """The placement that the engine had, `[layers, slots]`: which expert each slot held when the file was written."""
+    found = _loaded(path)
+    table = _table(found) if isinstance(found, dict) else None
+    if table is None:
+        held = sorted(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        raise InputError(f"found {held}, expected last_physical_to_logical_map, as modes per_token and per_pass write it")
+    return table
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is not its own
+        raise InputError(f"is not a readable .pt file ({first_line(error, 80)})") from error
+
+
 def _opened(path: Path) -> Dump:
     with recording(path):
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a file that is not its own
-            raise InputError(f"is not a readable .pt file ({first_line(error, 80)})") from error
+        found = _loaded(path)
         if isinstance(found, dict) and "records" in found:
             records = found["records"]
             if not isinstance(records, list) or not records:
