@@ -174,7 +174,7 @@ def _trace(verbs: Any) -> None:
         help="store token ids, too, from which cache-sim predicts: the trace then holds the text",
     )
     _running(p)
-    p.set_defaults(plan=None, replan=None, prior=None, misses="fetch", dry_run=False)  # as generate without them
+    p.set_defaults(plan=None, replan=None, prior=None, eviction=None, misses="fetch", dry_run=False)  # as generate without them
 
 
 def _import(verbs: Any) -> None:
@@ -308,6 +308,11 @@ def _generate(verbs: Any) -> None:
     )
     p.add_argument(
         "--prior", type=Path, metavar="TRACE", help="recorded routing of the model, for what is read from disk and when"
+    )
+    p.add_argument(
+        "--eviction",
+        metavar="E",
+        help="which experts give way where not all fit: lru or another of cache-sim's (default: coterie)",
     )
     p.add_argument(
         "--batch-invariant", action="store_true", help="text that does not depend on the batch or the rank, to the last bit"

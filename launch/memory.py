@@ -34,6 +34,7 @@ class Checked:
 def check_memory_options(options: argparse.Namespace) -> None:
     """Raises InputError for what every process can tell by itself to be wrong."""
     from coterie.moe.cached import MISSES
+    from coterie.moe.prepare import check_eviction
 
     if options.memory is not None:
         parse_bytes(options.memory)
@@ -41,6 +42,8 @@ def check_memory_options(options: argparse.Namespace) -> None:
         parse_bytes(options.host_memory, "--host-memory")
     if options.packed is not None and options.memory is None:
         raise InputError(f"--packed: found {str(options.packed)!r} without --memory, expected --memory SIZE beside it")
+    if options.eviction is not None:
+        check_eviction(options.eviction)
     if options.misses not in MISSES:
         raise InputError(f"--misses: found {options.misses!r}, expected {', '.join(MISSES)}")
 
@@ -58,6 +61,8 @@ def within_budget(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, 
             raise InputError("--misses: found cpu where all experts fit, expected --memory with it: nothing is missed here")
         if options.host_memory is not None:
             raise InputError("--host-memory: found it where all experts fit, expected --memory with it: nothing is left there")
+        if options.eviction is not None:
+            raise InputError("--eviction: found it where all experts fit, expected --memory with it: nothing gives way here")
         if options.prior is not None:
             raise InputError("--prior: found it where all experts fit, expected --memory with it: nothing is read later here")
         return asked
@@ -75,7 +80,9 @@ def within_budget(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, 
         together(group, lambda: share.host_slots(most_held(share.plan)))  # raises where a rank's is too small
     if group.rank == 0:
         whole = most_held(share.plan)
-        unused = "".join(f", {given} is not used" for given in (options.packed, options.prior) if given is not None)
+        unused = "".join(
+            f", {given} is not used" for given in (options.packed, options.prior, options.eviction) if given is not None
+        )
         what = (
             f"all experts fit{unused}" if slots is None else f"room for {slots} of {whole} experts at once, the others on disk"
         )
@@ -83,7 +90,8 @@ def within_budget(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, 
         say(f"memory: {given} for each process, of which {taken / 1e6:,.0f} MB are taken already: {what}")
         if slots is not None:
             say(f"experts to read for a token, if routing is even: {_read(share, sizes, slots) / 1e6:,.0f} MB")
-    return replace(asked, share=replace(share, slots=slots))
+    chosen = share if options.eviction is None else replace(share, eviction=options.eviction)
+    return replace(asked, share=replace(chosen, slots=slots))
 
 
 def _read(share: Share, sizes: ModelSizes, slots: int) -> float:

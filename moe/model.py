@@ -32,6 +32,7 @@ from coterie.moe.schedule import in_order
 from coterie.moe.text import Output, Prompt, Text
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint
+from coterie.offload.policies import DEFAULT
 from coterie.placement.plan import PlacementPlan
 from coterie.routing.errors import CoterieError, InputError, positive
 from coterie.routing.record import Recorder, expert_modules, metadata_for
@@ -279,7 +280,7 @@ def load(
     model: str | Path, plan: PlacementPlan | None = None, dtype: str = "auto", strategy: str | None = None,
     device: str | torch.device | None = None, group: Group | None = None, batch_invariant: bool = False,
     quantise: str | None = None, slots: int | None = None, packed: str | Path | None = None, host_bytes: int | None = None,
-    misses: str = "fetch", prior: str | Path | RoutingTrace | None = None,
+    misses: str = "fetch", prior: str | Path | RoutingTrace | None = None, eviction: str = DEFAULT,
 ) -> Model:  # fmt: skip
     """Load this rank's share of MODEL: a folder, a hub id, or `coterie-tiny`.
 
@@ -292,11 +293,12 @@ def load(
     host_bytes, misses: with slots on a GPU, how much pinned memory is for experts that were read (by default for all of this
     rank's), and what is done about what the GPU lacks: `fetch`, `cpu`, `auto` (offload/tiers.py).
     prior: with slots, recorded routing of the model (`coterie trace`) that the cache begins with.
+    eviction: with slots, the policy that says which expert gives way, as `cache-sim` names them.
     Raises InputError for a model, checkpoint or plan that is wrong or does not fit.
     """
     group = group or Group.current()
     share = prepare(model, plan, dtype, group.size, group.nodes, device, quantise, packed)
-    share = replace(share, slots=slots, host_bytes=host_bytes, misses=misses)
+    share = replace(share, slots=slots, host_bytes=host_bytes, misses=misses, eviction=eviction)
     share = share if prior is None else known_prior(share, prior)
     check_slots(share)
     asked = asked_strategy(share, strategy, group)

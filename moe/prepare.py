@@ -21,6 +21,7 @@ from coterie.moe.quantise import check_format, hold, kept_record, load_rounded, 
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import Checkpoint
 from coterie.offload.copies import AS_STORED, Rounding
+from coterie.offload.policies import DEFAULT, MAKERS
 from coterie.offload.prior import check_prior, teach
 from coterie.offload.sidecar import Sidecar, open_sidecar
 from coterie.offload.slots import slot_bytes
@@ -43,6 +44,7 @@ class Share:
     quantise: the format that experts are rounded to (kernels/formats.py), or None. slots: how many experts this process holds
     at once, the others being read from disk when they are needed (moe/cached.py); None for all. packed: where these are read
     from, if not from the checkpoint; rounded as `quantise` says. prior: recorded routing to begin with (offload/prior.py).
+    eviction: which policy says what gives way (offload/policies.py).
     Behind a GPU's slots: host_bytes of memory for those that were read, None for all; misses: what is done about what the GPU
     does not have (offload/tiers.py).
     """
@@ -59,6 +61,7 @@ class Share:
     host_bytes: int | None = None
     misses: str = "fetch"
     prior: RoutingTrace | None = None
+    eviction: str = DEFAULT
 
     def read(self, rank: int, on_bytes: OnBytes | None = None) -> Any:
         """The transformers model with the share of `rank` in it. on_bytes: told (bytes just read, bytes in all)."""
@@ -110,8 +113,9 @@ class Share:
             kept = self.host_slots(sum(map(len, local)))
             source = HostTier(store, kept, shapes, self.dtype, self.device.type == "cuda", dtypes)
         cache = ExpertCache(
-            source, self.shape.num_experts, slots, shapes, self.dtype, self.shape.top_k, device=self.device, dtypes=dtypes
-        )
+            source, self.shape.num_experts, slots, shapes, self.dtype, self.shape.top_k, self.eviction, self.device,
+            dtypes=dtypes,
+        )  # fmt: skip
         attach_cache(read, cache, local)
         attach_embeddings(read, cache)
         if self.prior is not None:
@@ -189,6 +193,12 @@ def _sidecar(share: Share, folder: Path) -> Sidecar:
     return open_sidecar(folder, share.checkpoint, _indexed_experts(share), share.rounding or AS_STORED)
 
 
+def check_eviction(name: str) -> None:
+    """Raises InputError for a name that is no policy's."""
+    if name not in MAKERS:
+        raise InputError(f"--eviction: found {name!r}, expected {', '.join(MAKERS)}")
+
+
 def check_slots(share: Share) -> None:
     """Raises InputError if so few experts at once do not make a layer, or something else needs them all or has no effect."""
     if share.misses not in MISSES:
@@ -199,7 +209,10 @@ def check_slots(share: Share) -> None:
         raise InputError(f"{behind}: found it {found}, expected slots on a GPU with it: it is about what lies behind them")
     if share.quantise is not None and share.misses != "fetch":
         raise InputError(f"misses: found {share.misses!r} with quantise, expected fetch: the host rounds in another order")
+    check_eviction(share.eviction)
     if share.slots is None:
+        if share.eviction != DEFAULT:
+            raise InputError("eviction: found it without slots, expected slots with it: without them nothing gives way")
         if share.packed is not None:
             raise InputError(
                 "packed: found it without slots, expected slots with it: without them no expert is read from there"

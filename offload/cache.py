@@ -16,14 +16,13 @@ import numpy as np
 import torch
 
 from coterie.offload.ahead import Guesser
-from coterie.offload.policies import MAKERS, lowest
+from coterie.offload.policies import DEFAULT, MAKERS, lowest
 from coterie.offload.slots import Slots
 from coterie.offload.store import ExpertStore
 from coterie.offload.tiers import LEAST, HostTier, Misses
 from coterie.offload.whole_path import CONTEXT_BYTES, MOST, TOKENS, Context
 from coterie.routing.errors import CoterieError
 
-DEFAULT = "coterie"
 DEPTH = 6  # layers ahead that experts are read for
 AHEAD_SHARE = 0.25  # of the slots, that may wait for later layers
 MOST_COMING = 12  # experts, from which on nothing more is read ahead

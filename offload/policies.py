@@ -288,6 +288,7 @@ def lowest(worth: Scores, resident: NDArray[np.bool_], needed: Ids, count: int) 
     return places.take(np.argpartition(values, count - 1)[:count])
 
 
+DEFAULT = "coterie"
 MAKERS: dict[str, Callable[[int, int, int, int], EvictionPolicy]] = {
     "lru": lambda layers, experts, top_k, slots: Lru(layers, experts),
     "lfu": lambda layers, experts, top_k, slots: Lfu(layers, experts),

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.offload.policies import MAKERS, EvictionPolicy, Indifferent, Tags
+from coterie.offload.policies import DEFAULT, MAKERS, EvictionPolicy, Indifferent, Tags
 from coterie.offload.predictors import AHEAD, PREDICTORS, Predictor, Transition, likeliest
 from coterie.offload.whole_path import ORDER, Context, WholePath
 from coterie.routing.errors import InputError, require
 from coterie.routing.trace import RoutingTrace
 
-DEFAULT = "coterie"
 Steps = list[list[NDArray[np.int64]]]
 
 

@@ -33,6 +33,7 @@ from coterie.moe.journal import journal_of
 from coterie.moe.prepare import prepare
 from coterie.offload.cache import ExpertCache
 from coterie.offload.checkpoint import ReadCounter
+from coterie.offload.policies import MAKERS
 from coterie.offload.store import ExpertStore
 from coterie.offload.transfer import Part, Piece
 from coterie.routing.errors import CoterieError, InputError
@@ -404,3 +405,25 @@ def test_a_model_that_was_closed_has_given_its_files_and_threads_back(tmp_path: 
     assert mine() == before
     with pytest.raises(CoterieError, match=r"experts cannot be read any more: the model was closed"):
         made.generate([coterie.Prompt(token_ids=(50, 3, 60, 11, 12, 13, 14, 15))], 8)
+
+
+@pytest.mark.parametrize("eviction", ["lru", "gdsf", "fixed", "coterie"])
+def test_text_is_the_residents_under_any_policy(eviction: str, tmp_path: Path) -> None:
+    folder = make_model("qwen3_moe", tmp_path / "model")
+    prompt = coterie.Prompt(token_ids=(5, 7, 9, 11))
+    right = coterie.load(folder).generate([prompt], 12)[0][0].token_ids
+    with coterie.load(folder, slots=5, eviction=eviction) as made:
+        assert type(made.cache.policy) is type(MAKERS[eviction](3, 8, 3, 5))
+        assert made.generate([prompt], 12)[0][0].token_ids == right
+
+
+def test_a_policy_that_is_none_or_has_no_effect_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_model("qwen3_moe", tmp_path / "model")
+    (tmp_path / "p.jsonl").write_text('{"token_ids": [5, 6]}\n')
+    line = ["generate", str(folder), "--prompts", str(tmp_path / "p.jsonl"), "--max-new-tokens", "2"]
+    assert main([*line, "--eviction", "mru"]) == 2
+    assert "--eviction: found 'mru', expected lru, lfu" in capsys.readouterr().err
+    assert main([*line, "--eviction", "lru"]) == 2
+    assert "--eviction: found it where all experts fit, expected --memory with it" in capsys.readouterr().err
+    with pytest.raises(InputError, match="eviction: found it without slots"):
+        coterie.load(folder, eviction="lru")
