@@ -9,7 +9,10 @@ from typing import NoReturn
 def entry() -> NoReturn:
     """Run one command; where a package that every verb needs is not there, say so."""
     try:
-        from coterie.launch.cli import entry as run
+        from coterie.launch.program import entry as run
+    except KeyboardInterrupt:
+        print("coterie: interrupted; no output was written", file=sys.stderr)
+        sys.exit(1)
     except ModuleNotFoundError as error:
         from coterie.launch.doctor import without
         from coterie.routing.errors import missing_package

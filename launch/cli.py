@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
-import io
 import json
 import os
 import sys
@@ -13,9 +12,9 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from coterie.launch.distributed import complain, launched_rank, leave
+from coterie.launch.distributed import complain, launched_rank
 from coterie.launch.output import OutputGoneError, drop_output, watched_output
 from coterie.launch.planning import check_launch
 from coterie.placement.baselines import BASELINES
@@ -67,24 +66,13 @@ def _told(error: BaseException) -> int:
     elif isinstance(error, OSError) and error.errno in NO_WAY and error.filename is not None:
         complain(f"{error.filename}: cannot be used: {error.strerror}")
         return WRONG_INPUT
+    elif isinstance(error, MemoryError):
+        complain(f"out of memory ({first_line(error, 200) or 'no more is said'}): give less to do at once, or more memory")
     elif package := missing_package(error):
         complain(not_installed(package))
     else:
         complain(f"{type(error).__name__}: {first_line(error, 300)}\n{DEFECT}")
     return FAILED
-
-
-def entry() -> NoReturn:
-    """The program: runs one command and ends the process."""
-    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # closed by who started it; a file that is opened next would take its place
-            opened = os.open(os.devnull, os.O_RDWR)
-            os.dup2(opened, descriptor)
-            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # text that the terminal's encoding lacks must not cost the rest
-            stream.reconfigure(errors="backslashreplace")
-    leave(main())
 
 
 @contextmanager

@@ -132,7 +132,8 @@ def show(options: argparse.Namespace) -> dict[str, Any]:
     if isinstance(recorded, LoadStatistics) and len(recorded.scenarios) > 1:
         say(f"{len(recorded.scenarios)} scenarios: drawing their sum")
         recorded = recorded.summed()
-    with naming(*given, "model", "num_experts", "layer_ids", "homes") if given else nullcontext():
+    drawn = given or [path for path in options.files if recorded is not None]
+    with naming(*drawn, "model", "num_experts", "layer_ids", "homes") if drawn else nullcontext():
         write_report(options.out, plans[0] if plans else None, recorded)
     say(f"{options.out}: open it in a browser")
     return {"report": str(options.out)}

@@ -16,7 +16,7 @@ from coterie.launch.distributed import launched_rank, launched_size, same_on_all
 from coterie.launch.launched import find_launch
 from coterie.placement.plan import read_plan, save_plan
 from coterie.placement.topology import parse_topology
-from coterie.routing.errors import InputError, naming, positive
+from coterie.routing.errors import InputError, naming, require
 from coterie.routing.files import check_writable, sha256
 from coterie.routing.trace import LoadStatistics, RoutingTrace, read_routing
 
@@ -113,6 +113,13 @@ def _predicted(made: PlacementPlan, routings: list[RoutingTrace | LoadStatistics
     return {"predicted": {"unseen_gain": prediction.unseen_gain, "notes": list(prediction.notes)}}
 
 
+def _fitting(workers: int) -> int:
+    """Processes that search; many more than cores only wait for each other."""
+    most = max(16, 4 * usable_cores())
+    require(1 <= workers <= most, "--workers", workers, f"1 to {most}, four for each core here")
+    return workers
+
+
 def _request(options: argparse.Namespace) -> PlanRequest:
     from coterie.placement.planner import PlanRequest
 
@@ -123,7 +130,7 @@ def _request(options: argparse.Namespace) -> PlanRequest:
         topology=parse_topology(options.topology), strategy=options.strategy, objective=options.objective,
         method=options.method, max_load=options.max_load, slots_per_rank=options.slots_per_rank, robust=options.robust,
         time_limit=options.time_limit, iterations=options.iterations, exact=options.exact, seed=options.seed,
-        workers=positive("--workers", workers), homes=options.homes, max_moves=options.max_moves,
+        workers=_fitting(workers), homes=options.homes, max_moves=options.max_moves,
         previous=None if options.previous is None else read_plan(options.previous),
     )  # fmt: skip
 

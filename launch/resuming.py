@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from coterie.launch.commands import say
-from coterie.moe.journal import Journal, check_header, digest, journal_of
+from coterie.moe.journal import REMOVE, Journal, check_header, digest, journal_of
 from coterie.routing.errors import InputError
 from coterie.routing.files import sha256
 
@@ -54,6 +54,12 @@ class Resuming:
         if not (self.options.resume and self.path.exists()):
             return Journal.begin(self.path, header)
         journal = Journal.resume(self.path, header, len(self.asked.requests))
+        for index in journal.finished:
+            entry = journal.entry(index)
+            if not self._possible(list(entry.token_ids), index, entry.finish_reason):
+                journal.close()
+                found = f"{len(entry.token_ids)} tokens that cannot be those of prompt {index} (counted from 0)"
+                raise InputError(f"{self.path}: found {found}, expected what a run has written; {REMOVE}")
         torn = f", {journal.dropped} bytes of a line that the stop cut short dropped" if journal.dropped else ""
         say(f"{self.path}: {len(journal.finished)} of {len(self.asked.requests)} prompts are finished{torn}")
         return journal
@@ -87,12 +93,15 @@ class Resuming:
 
     def _fits(self, row: Any, index: int) -> bool:
         ids = row.get("token_ids") if isinstance(row, dict) else None
+        reason = row.get("finish_reason") if isinstance(row, dict) else None
+        return self._possible(ids, index, reason) and bool(row == self.asked.row(index, tuple(ids or ()), str(reason)))
+
+    def _possible(self, ids: Any, index: int, reason: Any) -> bool:
+        """Whether these can be the new tokens of a finished prompt."""
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < self.asked.text.vocabulary for i in ids):
             return False
-        limit, reason = self.asked.requests[index].max_new_tokens, row.get("finish_reason")
-        if not ((reason == "length" and len(ids) == limit) or (reason == "stop" and 0 < len(ids) <= limit)):
-            return False
-        return bool(row == self.asked.row(index, tuple(ids), reason))
+        limit = self.asked.requests[index].max_new_tokens
+        return (reason == "length" and len(ids) == limit) or (reason == "stop" and 0 < len(ids) <= limit)
 
 
 REPLACE = "give another --out, or leave --resume out to replace it"

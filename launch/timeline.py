@@ -105,5 +105,6 @@ def read(path: Path) -> Sums | None:
         if shapes != [(ranks, ranks), (ranks,)] or len(sums.communication_seconds) != ranks:
             raise ValueError(f"{shapes} for {ranks} ranks")
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: coterie: found {error}, expected what generate --trace-events writes") from error
+        what = "no such field" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{path}: coterie: found {what}, expected what generate --trace-events writes") from error
     return sums

@@ -46,7 +46,7 @@ def resolve_model(model: str) -> tuple[str, Path]:
     if model == EMBEDDED:
         return EMBEDDED, EMBEDDED_FOLDER
     folder = Path(model)
-    if folder.is_dir():
+    if model and folder.is_dir():
         same = folder.resolve() == EMBEDDED_FOLDER
         return (EMBEDDED if same else folder.resolve().name), folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith((".", "/")):

@@ -26,7 +26,7 @@ from coterie.moe.batch import Agreement, Request, Running, Scored
 from coterie.moe.collectives import Group
 from coterie.moe.queue import Queue
 from coterie.moe.replanning import Boundary
-from coterie.routing.errors import InputError
+from coterie.routing.errors import CoterieError, InputError
 
 # Fields of a checkpoint's generation_config.json that are carried out, concern sampling (which the caller sets), or change no
 # text. Any other that differs from its default is refused.
@@ -156,13 +156,18 @@ class Generator:
     def _chosen(self, scored: Scored) -> list[tuple[Running, int]]:
         """The next token of each; where nothing but logits decides, a GPU is asked once for all."""
         if scored and self.sampling.temperature == 0 and not self.processors:
-            found = torch.stack([logits for _, logits in scored]).argmax(-1).tolist()
-            return [(sequence, token) for (sequence, _), token in zip(scored, found, strict=True)]
+            logits = torch.stack([row for _, row in scored])
+            found = logits.argmax(-1, keepdim=True)  # a nan counts as the largest
+            told = torch.cat([found, torch.isfinite(logits.gather(-1, found))], 1).tolist()
+            for (sequence, _), (_, fine) in zip(scored, told, strict=True):
+                _check_number(bool(fine), sequence)
+            return [(sequence, token) for (sequence, _), (token, _) in zip(scored, told, strict=True)]
         return [(sequence, self._choose(sequence, logits)) for sequence, logits in scored]
 
     def _choose(self, sequence: Running, logits: torch.Tensor) -> int:
         """The next token. A draw depends on the seed, the prompt and the position, not on rank or batch."""
         seen = torch.tensor([[*sequence.request.token_ids, *sequence.new_tokens]], device=logits.device)
+        _check_number(bool(torch.isfinite(logits.max())), sequence)
         scores = self.processors(seen, logits[None])[0]
         if self.sampling.temperature == 0:
             return int(scores.argmax())
@@ -170,6 +175,14 @@ class Generator:
         seed = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
         generator = torch.Generator().manual_seed(seed >> 1)
         return int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=generator))
+
+
+def _check_number(fine: bool, sequence: Running) -> None:
+    """Raises CoterieError where what a model makes of a text is no number: any token would be made up."""
+    if not fine:
+        index, made = sequence.request.index, len(sequence.new_tokens)
+        what = f"prompt {index} (counted from 0): after {made} new tokens the model's logits are no numbers"
+        raise CoterieError(f"{what}: its weights are damaged, or its values leave the dtype; try --dtype bfloat16 or float32")
 
 
 def _end_tokens(config: GenerationConfig) -> frozenset[int]:

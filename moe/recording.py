@@ -72,7 +72,10 @@ def record(
             told = tokens
             if max_tokens is not None and tokens >= max_tokens:
                 break
+        decoded = any(group.gather(recorder.decoded))
         if writer is not None:
+            if writer.metadata["phase"] == "mixed" and not decoded:  # --max-tokens was reached before
+                writer.metadata["phase"] = "prefill"
             writer.close()
     return int(told)
 

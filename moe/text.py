@@ -112,7 +112,8 @@ class Text:
             told = (
                 f"prompt {longest.index} (counted from 0): {tokens[0]} tokens and {tokens[1]} new ones, more than the model's"
             )
-            limit = f"{self.positions} positions (max_position_embeddings): its text may be poor; shorten it, or ask for fewer"
+            limit = f"{self.positions} positions (max_position_embeddings): what it makes of it may be poor"
+            limit += "; shorten it, or ask for fewer"
             warnings.warn(f"{told} {limit}", RuntimeWarning, stacklevel=3)
 
     def _of(self, number: int, prompt: Prompt) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def _of_text(path: Path, engine: str, like: RoutingTrace | LoadStatistics, topol
 def _size(text: str, engine: str) -> tuple[int, int]:
     """Layers and slots of a layer, as far as they can be told; what is wrong with the rest the engine's own reader says."""
     if engine == "trtllm":
-        said = re.search(r"^num_slots: (\d+)$", text, re.MULTILINE)
+        said = re.search(r"^num_slots: (\d{1,7})$", text, re.MULTILINE)
         return 0, int(said[1]) if said else 0
     try:
         found: Any = json.loads(text)

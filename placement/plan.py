@@ -24,6 +24,8 @@ from coterie.routing.files import read_json, write_text
 PLAN_FORMAT = "coterie.plan.v1"
 STRATEGIES = ("all_to_all", "hierarchical", "coherent", "all_gather", "replicated")
 OBJECTIVES = ("time", "dispatch", "hops", "coherent", "load")
+MOST = 1 << 20  # of what is counted, and of numbers of layers and experts
+LARGEST = 1e18  # value of an objective
 MAX_SLOTS = 1 << 24  # layers x ranks x slots: what a file may ask for before it is called a mistake
 
 
@@ -203,7 +205,7 @@ def _from_json(value: Any) -> PlacementPlan:
         model=_text(value, "model"),
         strategy=_text(value, "strategy"),
         objective=_objective(value.get("objective")),
-        seconds=_number(value.get("seconds", 0.0), "seconds"),
+        seconds=_seconds(value.get("seconds", 0.0)),
         seed=_whole(value.get("seed", 0), "seed"),
         iterations=_whole(value.get("iterations", 0), "iterations"),
         workers=_whole(value.get("workers", 1), "workers"),
@@ -222,7 +224,7 @@ def _check_gap(stated: Any, computed: float | None) -> None:
 
 def _count(value: dict[str, Any], name: str) -> int:
     found = value.get(name)
-    require(type(found) is int and 0 < found <= 1 << 20, name, repr(found)[:40], "an integer of at least 1")
+    require(type(found) is int and 0 < found <= MOST, name, repr(found)[:40], f"an integer from 1 to {MOST}")
     return int(found)  # type: ignore[arg-type]
 
 
@@ -233,9 +235,15 @@ def _text(value: dict[str, Any], name: str) -> str:
 
 
 def _number(found: Any, name: str) -> float:
-    ok = isinstance(found, int | float) and not isinstance(found, bool) and abs(found) < 1e18
-    require(ok, name, repr(found)[:40], "a finite number")
+    ok = isinstance(found, int | float) and not isinstance(found, bool) and abs(found) < LARGEST
+    require(ok, name, repr(found)[:40], f"a number within {LARGEST:g}")
     return float(found)
+
+
+def _seconds(found: Any) -> float:
+    number = _number(found, "seconds")
+    require(number >= 0, "seconds", number, "0 or more")
+    return number
 
 
 def _whole(found: Any, name: str) -> int:
@@ -244,8 +252,8 @@ def _whole(found: Any, name: str) -> int:
 
 
 def _integers(found: Any, name: str) -> list[int]:
-    ok = isinstance(found, list) and len(found) > 0 and all(type(v) is int and 0 <= v < 1 << 20 for v in found)
-    require(ok, name, str(found)[:60], "a list of layer numbers")
+    ok = isinstance(found, list) and len(found) > 0 and all(type(v) is int and 0 <= v < MOST for v in found)
+    require(ok, name, str(found)[:60], f"a list of layer numbers from 0 to {MOST - 1}")
     require(all(a < b for a, b in pairwise(found)), name, str(found)[:60], "increasing layer numbers")
     return list(found)
 
@@ -268,7 +276,9 @@ def _size(found: Any) -> object:
 def _objective(found: Any) -> Objective:
     require(isinstance(found, dict), "objective", type(found).__name__, "an object with name, value, lower_bound, gap")
     numbers = [found.get("value"), found.get("lower_bound")]
-    value, bound = (None if n is None else _number(n, "objective") for n in numbers)
+    names = ("objective.value", "objective.lower_bound")
+    value, bound = (None if n is None else _number(n, name) for n, name in zip(numbers, names, strict=True))
+    require(value is None or value >= 0, "objective.value", value, "0 or more")
     require(isinstance(found.get("name"), str), "objective.name", repr(found.get("name")), " or ".join(OBJECTIVES))
     return Objective(found["name"], value, bound)
 
@@ -287,6 +297,6 @@ def _topology(value: dict[str, Any], nodes: int, ranks: int) -> Topology:
 
 
 def _inputs(found: Any) -> Sequence[dict[str, str]]:
-    ok = isinstance(found, list) and all(isinstance(i, dict) for i in found)
+    ok = isinstance(found, list) and all(isinstance(i, dict) and {"file", "sha256"} <= set(i) for i in found)
     require(ok, "inputs", str(found)[:60], "a list of {file, sha256}")
     return [{str(k): str(v) for k, v in i.items()} for i in found]

@@ -151,8 +151,12 @@ def _serve() -> None:
         with interruptible(deadline):
             _send(out, "ready", None)
             _send(out, "result", getattr(importlib.import_module(module), function)(**arguments, deadline=deadline))
-    except Exception as error:  # sent to the parent, which raises it
-        _send(out, "error", f"{type(error).__name__}: {error}")
+    except Exception as error:  # sent to the parent, which raises it, if it is still there
+        with suppress(OSError):
+            _send(out, "error", f"{type(error).__name__}: {error}")
+    finally:
+        with suppress(OSError):
+            out.close()
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,11 @@ def mpi_world(launcher: str, size: int) -> Any:
 
 def world() -> World:
     """The processes of an mpirun, or this one alone. Raises InputError where they cannot be reached."""
-    size = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1")))
+    name = next((n for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if n in os.environ), None)
+    said = "1" if name is None else os.environ[name]
+    if not (said.isascii() and said.isdigit()):
+        raise InputError(f"{name}: found {said!r}, expected the number of processes that mpirun has started")
+    size = int(said)
     if size < 2:
         return World()
     communicator = mpi_world("mpirun", size)

@@ -81,6 +81,8 @@ def as_trace(
 
 
 def _finite(weights: NDArray[Any]) -> NDArray[np.float16]:
+    if weights.dtype.kind not in "fiu":
+        raise InputError(f"router_weights: found {weights.dtype}, expected numbers")
     with np.errstate(over="ignore"):
         found = weights.astype(np.float16)
     if not np.isfinite(found).all():

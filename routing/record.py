@@ -21,7 +21,7 @@ from torch import nn
 
 from coterie.routing.errors import CoterieError, InputError
 from coterie.routing.files import atomic_output
-from coterie.routing.trace import PHASES, TRACE_FORMAT
+from coterie.routing.trace import PHASES, TRACE_FORMAT, safetensors_header
 
 COPY_BYTES = 1 << 20
 
@@ -110,17 +110,12 @@ class TraceWriter:
                 part.unlink(missing_ok=True)
 
     def _join(self) -> None:
-        header: dict[str, Any] = {"__metadata__": self.metadata}
-        offset = 0
+        columns = []
         for name, code, _ in self.columns:
-            shape = [self.tokens, *self.shape] if name in ("expert_ids", "router_weights") else [self.tokens]
-            length = self._parts[name].stat().st_size
-            header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, offset + length]}
-            offset += length
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+            shape = (self.tokens, *self.shape) if name in ("expert_ids", "router_weights") else (self.tokens,)
+            columns.append((name, code, shape, self._parts[name].stat().st_size))
         with atomic_output(self.path) as temporary, temporary.open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
+            out.write(safetensors_header(columns, self.metadata))
             for name, _, _ in self.columns:
                 with self._parts[name].open("rb") as part:
                     while block := part.read(COPY_BYTES):
@@ -174,6 +169,7 @@ class Recorder:
         self.phase = phase
         self.max_tokens = max_tokens
         self.sequences: list[int] = []
+        self.decoded = False  # whether a token that was generated was recorded
         self.live: torch.Tensor | None = None
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._mask: torch.Tensor | None = None
@@ -212,6 +208,7 @@ class Recorder:
         decoding = ids.shape[1] == 1 and self._mask is not None and self._mask.shape[1] > 1
         if self.full or (self.phase == "decode" and not decoding) or (self.phase == "prefill" and decoding):
             return
+        self.decoded |= decoding
         self._write(ids)
 
     def _write(self, ids: torch.Tensor) -> None:
@@ -228,6 +225,12 @@ class Recorder:
             chosen = chosen[: self.max_tokens - self.writer.tokens]
         experts = torch.stack([i.reshape(rows * length, -1)[chosen] for i, _ in self._layers], 1).cpu()
         weights = torch.stack([w.reshape(rows * length, -1)[chosen].float() for _, w in self._layers], 1).cpu()
+        if not bool(torch.isfinite(weights.half()).all()):
+            layer = int((~torch.isfinite(weights.half())).any(2).any(0).nonzero()[0, 0])
+            raise CoterieError(
+                f"the router of layer {layer}, of those with experts, gives weights that are no numbers within float16: the "
+                "model's weights are damaged, or its values leave the dtype; try --dtype float32"
+            )
         experts = experts.masked_fill((experts < 0) | (experts >= self.num_experts), -1)
         sequence = torch.tensor(self.sequences).repeat_interleave(length)[chosen.cpu()]
         read, places = (values.reshape(-1)[chosen].cpu().numpy() for values in (ids, positions))

@@ -7,6 +7,7 @@ statistics. Slots (SGLang's physical experts) are translated by the map in the f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,9 @@ def slot_map(path: Path) -> Ids:
 
 def _loaded(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of how others have pickled it
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not its own
         raise InputError(f"is not a readable .pt file ({first_line(error, 80)})") from error
 

@@ -6,6 +6,7 @@ Formats `coterie.trace.v1` and `coterie.load.v1` (docs/formats.md). No torch her
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from coterie.routing.errors import InputError, first_line, naming, require
 from coterie.routing.files import atomic_output, looks_like_json
 
+CODES = {"int16": "I16", "int32": "I32", "int64": "I64", "float16": "F16"}
 TRACE_FORMAT = "coterie.trace.v1"
 LOAD_FORMAT = "coterie.load.v1"
 PHASES = ("prefill", "decode", "mixed")
+MOST_LAYERS = 1 << 20  # layer numbers
+MOST_COUNTS = 1 << 44  # of an expert: sums over all experts and layers must not overflow
 CHECKED_AT_ONCE = 1 << 20  # expert ids: a few times the size of a core's cache at most
 
 
@@ -125,20 +128,26 @@ def _check_trace(t: RoutingTrace) -> None:
         w = t.router_weights
         require(w.shape == ids.shape, "router_weights", f"shape {w.shape}", f"{ids.shape} like expert_ids")
         require(w.dtype == np.float16, "router_weights", w.dtype, "float16")
-    require(not _repeats(ids), "expert_ids", "an expert picked twice by one token in one layer", "distinct experts")
+        require(bool(np.isfinite(w).all()), "router_weights", "nan or infinity", "numbers")
+    if (twice := _repeat(ids)) is not None:
+        token, layer = twice
+        found = f"one twice by token {token} in layer {t.layer_ids[layer]}: {ids[token, layer].tolist()}"
+        raise InputError(f"expert_ids: found {found}, expected distinct experts")
 
 
-def _repeats(ids: NDArray[np.int16]) -> bool:
-    """Whether a token has an expert twice in one layer; ids `[tokens, layers, top_k]`."""
+def _repeat(ids: NDArray[np.int16]) -> tuple[int, int] | None:
+    """The first token, and layer, in which an expert is picked twice; ids `[tokens, layers, top_k]`."""
     top_k = ids.shape[2]
     unused = -1 - np.arange(top_k, dtype=np.int16)[:, None]  # another number in every slot
     step = max(1, CHECKED_AT_ONCE // (ids.shape[1] * top_k))
     for start in range(0, len(ids), step):
         slots = np.ascontiguousarray(ids[start : start + step].reshape(-1, top_k).T)
         slots = np.where(slots < 0, unused, slots)
-        if any((slots[apart:] == slots[:-apart]).any() for apart in range(1, top_k)):
-            return True
-    return False
+        for apart in range(1, top_k):
+            if (alike := (slots[apart:] == slots[:-apart]).any(0)).any():
+                token, layer = divmod(int(alike.argmax()), ids.shape[1])
+                return start + token, layer
+    return None
 
 
 def _check_load(s: LoadStatistics) -> None:
@@ -146,6 +155,7 @@ def _check_load(s: LoadStatistics) -> None:
     require(load.ndim == 3 and min(load.shape) > 0, "expert_load", f"shape {load.shape}", "[scenarios, layers, experts]")
     require(load.dtype == np.int64, "expert_load", load.dtype, "int64")
     require(int(load.min()) >= 0, "expert_load", int(load.min()), "0 or more")
+    require(int(load.max()) <= MOST_COUNTS, "expert_load", int(load.max()), f"at most {MOST_COUNTS}")
     require(len(s.scenarios) == load.shape[0], "scenarios", f"{len(s.scenarios)} names", f"{load.shape[0]}")
     twice = next((name for at, name in enumerate(s.scenarios) if name in s.scenarios[:at]), None)
     require(twice is None, "scenarios", f"{twice!r} twice", "names that differ")
@@ -154,23 +164,25 @@ def _check_load(s: LoadStatistics) -> None:
 
 def _check_layers(layer_ids: tuple[int, ...], layers: int) -> None:
     require(len(layer_ids) == layers, "layer_ids", f"{len(layer_ids)} entries", f"{layers}, one per layer recorded")
-    increasing = all(a >= 0 for a in layer_ids) and all(a < b for a, b in pairwise(layer_ids))
-    require(increasing, "layer_ids", list(layer_ids)[:8], "layer numbers in increasing order")
+    increasing = all(0 <= a < MOST_LAYERS for a in layer_ids) and all(a < b for a, b in pairwise(layer_ids))
+    wanted = f"layer numbers from 0 to {MOST_LAYERS - 1} in increasing order"
+    require(increasing, "layer_ids", _shortened(layer_ids), wanted)
+
+
+def _shortened(layer_ids: tuple[int, ...]) -> str:
+    return str(list(layer_ids[:4] + layer_ids[-4:] if len(layer_ids) > 8 else layer_ids))[:80]
 
 
 def save_trace(trace: RoutingTrace, path: Path) -> None:
     """Write a trace file, atomically."""
-    tensors = {
-        "expert_ids": trace.expert_ids,
-        "sequence_ids": trace.sequence_ids,
-        "positions": trace.positions,
-    }
+    tensors: dict[str, NDArray[Any]] = {
+        "expert_ids": trace.expert_ids, "sequence_ids": trace.sequence_ids, "positions": trace.positions,
+    }  # fmt: skip
     if trace.router_weights is not None:
         tensors["router_weights"] = trace.router_weights
     if trace.token_ids is not None:
         tensors["token_ids"] = trace.token_ids
-    with atomic_output(path) as temporary:
-        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, metadata=trace_metadata(trace))
+    _save(path, tensors, trace_metadata(trace))
 
 
 def trace_metadata(trace: RoutingTrace) -> dict[str, str]:
@@ -194,8 +206,28 @@ def save_load(statistics: LoadStatistics, path: Path) -> None:
         "layer_ids": json.dumps(list(statistics.layer_ids)),
         "scenarios": json.dumps(list(statistics.scenarios)),
     }
-    with atomic_output(path) as temporary:
-        save_file({"expert_load": np.ascontiguousarray(statistics.expert_load)}, temporary, metadata=metadata)
+    _save(path, {"expert_load": statistics.expert_load}, metadata)
+
+
+def _save(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:
+    """A safetensors file, atomically; the same bytes for the same contents."""
+    columns = [(name, CODES[values.dtype.name], values.shape, values.nbytes) for name, values in sorted(tensors.items())]
+    with atomic_output(path) as temporary, temporary.open("wb") as file:
+        file.write(safetensors_header(columns, metadata))
+        for _, values in sorted(tensors.items()):
+            file.write(np.ascontiguousarray(values).data)
+
+
+def safetensors_header(columns: Sequence[tuple[str, str, Sequence[int], int]], metadata: dict[str, str]) -> bytes:
+    """What a safetensors file begins with. columns: name, type code, shape and bytes of each tensor, in their order."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, code, shape, length in columns:
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + length]}
+        offset += length
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_routing(path: Path) -> RoutingTrace | LoadStatistics:
@@ -231,13 +263,18 @@ def read_trace(path: Path) -> RoutingTrace:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
     if not path.is_file():
-        raise InputError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
+        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "no such file"
+        raise InputError(f"{path}: {what}{', expected a file' if path.exists() else ''}")
     if looks_like_json(path):
         raise InputError(f"{path}: is JSON (a plan?), expected a trace or load statistics (safetensors)")
     try:
         with safe_open(path, framework="np") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except TypeError as error:  # of a type that numpy has not
+        raise InputError(
+            f"{path}: holds tensors of another type ({first_line(error, 80)}), expected {', '.join(CODES)}"
+        ) from error
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: is not a readable safetensors file ({first_line(error, 200)}); is it truncated?") from error
 
 
@@ -267,7 +304,7 @@ def _to_load(metadata: dict[str, str], tensors: dict[str, NDArray[Any]]) -> Load
         expert_load=_tensor(tensors, "expert_load"),
         model=metadata.get("model", ""),
         layer_ids=_integers(metadata, "layer_ids"),
-        scenarios=tuple(str(s) for s in _json_list(metadata, "scenarios")),
+        scenarios=_names(metadata, "scenarios"),
     )
     stated = _integer(metadata, "num_experts")
     require(stated == statistics.num_experts, "num_experts", stated, f"{statistics.num_experts}, as expert_load has")
@@ -289,6 +326,12 @@ def _json_list(metadata: dict[str, str], field: str) -> list[Any]:
     if not isinstance(value, list):
         raise InputError(f"{field}: found {text[:60]!r}, expected a JSON list")
     return value
+
+
+def _names(metadata: dict[str, str], field: str) -> tuple[str, ...]:
+    values = _json_list(metadata, field)
+    require(all(isinstance(v, str) for v in values), field, str(values)[:60], "a JSON list of names")
+    return tuple(values)
 
 
 def _integers(metadata: dict[str, str], field: str) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import coterie.launch.assembly
-from coterie.launch.cli import entry
+from coterie.launch.program import entry
 
 if __name__ == "__main__":
     coterie.launch.assembly.START_SECONDS = 3.0

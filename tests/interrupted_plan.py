@@ -6,7 +6,7 @@ import signal
 from itertools import count
 from typing import Any
 
-from coterie.launch.cli import entry
+from coterie.launch.program import entry
 from coterie.placement import chain
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 import coterie.moe.offline
-from coterie.launch.cli import entry
+from coterie.launch.program import entry
 from coterie.moe.journal import Entry, Journal
 
 if __name__ == "__main__":

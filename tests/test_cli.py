@@ -237,7 +237,8 @@ def test_import_of_arrays_that_are_no_routing(tmp_path: Path, capsys) -> None:
         ({"topk_ids": np.zeros((2, 2, 1))}, "topk_ids: found float64 with 3 dimensions, expected integers"),
         ({"topk_ids": np.zeros((2, 2), int)}, "topk_ids: found int64 with 2 dimensions"),
         ({"topk_ids": np.full((2, 2, 1), 9)}, "expert_ids: found 9, expected less than num_experts = 4"),
-        ({"topk_ids": np.zeros((2, 2, 2), int)}, "an expert picked twice"),
+        ({"topk_ids": np.zeros((2, 2, 2), int)}, "expert_ids: found one twice by token 0 in layer 0: [0, 0]"),
+        ({"topk_ids": np.zeros((2, 2, 1), int), "router_weights": np.full((2, 2, 1), 1j)}, "router_weights: found complex128"),
         ({"topk_ids": np.zeros((0, 2, 2), int)}, "expected at least one token"),
         (
             {"topk_ids": np.zeros((2, 2, 1), int), "layer_ids": np.array([0.5, 1.5])},

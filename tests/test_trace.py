@@ -59,11 +59,14 @@ def test_load_statistics_come_back_as_they_were_written(tmp_path: Path) -> None:
     [
         (dict(expert_ids=np.full((4, 3, 2), 8, np.int16)), r"expert_ids: found 8, expected -1 \(unused\) to 7"),
         (dict(expert_ids=np.full((4, 3, 2), -2, np.int16)), r"expert_ids: found -2"),
-        (dict(expert_ids=np.zeros((4, 3, 2), np.int16)), r"an expert picked twice"),
+        (dict(expert_ids=np.zeros((4, 3, 2), np.int16)), r"expert_ids: found one twice by token 0 in layer 0: \[0, 0\]"),
         (dict(expert_ids=np.zeros((0, 3, 2), np.int16)), r"expert_ids: found 0 tokens"),
         (dict(expert_ids=np.zeros((4, 3), np.int16)), r"expert_ids: found 2 dimensions"),
         (dict(layer_ids=(0, 1)), r"layer_ids: found 2 entries, expected 3"),
-        (dict(layer_ids=(0, 2, 1)), r"layer_ids: found \[0, 2, 1\], expected layer numbers in increasing order"),
+        (
+            dict(layer_ids=(0, 2, 1)),
+            r"layer_ids: found \[0, 2, 1\], expected layer numbers from 0 to 1048575 in increasing order",
+        ),
         (dict(positions=np.zeros(3, np.int32)), r"positions: found shape \(3,\)"),
         (dict(sequence_ids=np.full(4, -1, np.int32)), r"sequence_ids: found -1, expected 0 or more"),
         (dict(phase="lunch"), r"phase: found 'lunch', expected prefill or decode or mixed"),
@@ -145,10 +148,29 @@ def test_whatever_the_bytes_the_reader_answers_with_an_error_of_ours(tmp_path_fa
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, trace, monkeypatch, no_partial_files) -> None:
     path = tmp_path / "t.safetensors"
     path.write_text("precious")
-    monkeypatch.setattr("coterie.routing.trace.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(
+        "coterie.routing.trace.safetensors_header", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
     with pytest.raises(CoterieError, match="No space left"):
         save_trace(trace, path)
     assert path.read_text() == "precious"
+
+
+def test_the_same_contents_are_the_same_bytes(tmp_path: Path, trace) -> None:
+    """Their digest stands in plans."""
+    for name in "ab":
+        save_trace(trace, tmp_path / name)
+        save_load(LoadStatistics(np.ones((1, 2, 3), np.int64), "m", (0, 1), ("x",)), tmp_path / f"l{name}")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / "la").read_bytes() == (tmp_path / "lb").read_bytes()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_refused(trace, wrong: float) -> None:
+    weights = np.ones(trace.expert_ids.shape, np.float16)
+    weights[3, 1, 0] = wrong
+    with pytest.raises(InputError, match="router_weights: found nan or infinity, expected numbers"):
+        replace(trace, router_weights=weights)
 
 
 def test_load_counts_every_pair_once(trace) -> None:
@@ -225,5 +247,7 @@ def test_an_expert_picked_twice_is_found_wherever_it_is(monkeypatch) -> None:
         ids = good.expert_ids.copy()
         ids[token, layer] = [-1, -1, -1, -1, -1]
         ids[token, layer, [a, b]] = 3
-        with pytest.raises(InputError, match="an expert picked twice"):
+        with pytest.raises(
+            InputError, match=f"expert_ids: found one twice by token {token} in layer {good.layer_ids[layer]}: "
+        ):
             replace(good, expert_ids=ids)
