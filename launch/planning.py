@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie.launch.available import usable_cores
+from coterie.launch.available import system_bytes, usable_cores
 from coterie.launch.commands import comparison, say
 from coterie.launch.distributed import launched_rank, launched_size, same_on_all, together
 from coterie.launch.launched import find_launch
@@ -60,7 +60,21 @@ def plan(options: argparse.Namespace) -> dict[str, Any] | None:
 def _read(options: argparse.Namespace) -> tuple[PlanRequest, list[RoutingTrace | LoadStatistics]]:
     if launched_rank() == 0:  # `--from` may be replaced by what follows it
         check_writable(options.out, *options.traces, options.topology)
-    return _request(options), [read_routing(path) for path in options.traces]
+    routings = [read_routing(path) for path in options.traces]
+    for path, routing in zip(options.traces, routings, strict=True):
+        if isinstance(routing, RoutingTrace):
+            with naming(path):
+                _check_room(routing)
+    return _request(options), routings
+
+
+def _check_room(trace: RoutingTrace) -> None:
+    """Raises InputError where not even what follows what fits into memory, as of a trace that names far too many experts."""
+    needed, free = 8 * (trace.layers - 1) * trace.num_experts**2, system_bytes()
+    if free is not None and needed > free:
+        room = f"transitions take {needed / 1e9:.0f} GB, {free / 1e9:.0f} are free"
+        wanted = f"fewer (the largest id is {int(trace.expert_ids.max())}), or more memory: {room}"
+        raise InputError(f"num_experts: found {trace.num_experts} in {trace.layers} layers, expected {wanted}")
 
 
 def _beforehand(request: PlanRequest, routings: list[RoutingTrace | LoadStatistics]) -> Iterator[str]:

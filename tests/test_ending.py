@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,11 @@ def test_warnings_are_a_line(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=120)
     (line,) = [line for line in said.splitlines() if "max_position_embeddings" in line]
     assert line.startswith("coterie: warning: prompt 0") and ".py" not in said
+
+
+def test_a_plan_for_more_experts_than_memory_holds_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_trace(replace(make_trace(tokens=50, layers=40), num_experts=32767), tmp_path / "t")
+    assert main(["plan", str(tmp_path / "t"), "--topology", "1x2", "--out", str(tmp_path / "p")]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 't'}: num_experts: found 32767 in 40 layers, expected fewer (the largest id is 7)" in said
+    assert "transitions take 335 GB" in said and not (tmp_path / "p").exists()
