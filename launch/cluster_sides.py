@@ -198,6 +198,7 @@ def _coterie(side: Side, model: str, replay: Replay, group: Group) -> Loaded:
     own = Group(transport, group.ranks_per_node)  # counters of its own
     made = coterie.load(model, plan, dtype="float32", strategy=side.strategy, device="cpu", group=own)
     made.dispatcher.remember = False  # links differ from cell to cell
+    made.dispatcher.share = float("inf")  # what is timed stands for a job of any length
     if replay.ids is not None:
         made.dispatcher.without = frozenset({"coherent"})  # it asks the routers themselves
     return Ours(side, made, replay)

@@ -22,6 +22,8 @@ from coterie.routing.record import Recorder
 if TYPE_CHECKING:
     from coterie.moe.rehearsal import Rehearsal
 
+SHARE = 0.1  # of a job's time
+
 
 def check_strategy(asked: str | None, group: Group, shape: ModelShape) -> None:
     """Raises InputError unless the group and the model's family can be run by the strategy asked for."""
@@ -44,6 +46,7 @@ class Dispatcher:
         self.asked = asked
         self.links: Links | None = None
         self.remember = True  # links that an earlier job measured may be taken
+        self.share = SHARE  # of a job's time, at most, that trying strategies may take, of prompts and of decode steps each
         self.without: frozenset[str] = frozenset()
         self._made: dict[str, Strategy] = {}
         self._weight_bytes, self._dense_seconds, self._on_disk = 0, 0.0, False
@@ -107,8 +110,8 @@ class Dispatcher:
         if at_home or self.plan.homes is None:
             traits = rehearsal.seen
         choice = decide(traits, self.links, self.group, load, without, rehearsal.trial)
-        while (names := untried(choice, rehearsal.trial, load)) and rehearsal.pays(load, len(names)):
-            rehearsal.compare([self.strategy(name) for name in names], rehearsal.affordable(load))
+        while (names := untried(choice, rehearsal.trial, load)) and rehearsal.pays(load, len(names), self.share):
+            rehearsal.compare([self.strategy(name) for name in names], rehearsal.affordable(load, self.share))
             choice = decide(traits, self.links, self.group, load, without, rehearsal.trial)
         return choice
 

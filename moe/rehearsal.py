@@ -33,7 +33,6 @@ TRIED_TOKENS = 64  # of a prompt that is tried first, to see how many can be aff
 MOST_TOKENS = 1024  # of a rank in one step; a longer prompt's times are taken to grow on
 MOST_SECONDS = 0.3  # a step; fewer tokens where it would take longer
 TRIAL_SECONDS = 2.0  # of steps that compare strategies, of prompts and of decoding each; the turn that passes it is the last
-SHARE = 0.1  # of what a job will take: no more is spent on comparing prompts, and on comparing decode steps
 FAR = 1.2  # times as long as the shortest: not tried any further
 Run = Callable[[], object]  # a step
 
@@ -95,15 +94,19 @@ class Rehearsal:
             return step.exchanging / self.layers
         return min(self._accounted(self.first, step.tokens), step.seconds / self.layers)
 
-    def affordable(self, load: Load) -> float:
-        """Seconds that comparing may take, of prompts and of decode steps each, for a job that asks for `load`."""
+    def _share(self, load: Load, share: float) -> float:
+        """Seconds: of a job that asks for `load`, as long as it takes by the first strategy."""
         prompts = self.more.seconds * load.prefill / self.more.tokens
-        return min(TRIAL_SECONDS, SHARE * load.rounds * (prompts + self.few.seconds * load.steps))
+        return share * load.rounds * (prompts + self.few.seconds * load.steps)
 
-    def pays(self, load: Load, others: int) -> bool:
+    def affordable(self, load: Load, share: float) -> float:
+        """Seconds that comparing may take, of prompts and of decode steps each, if it may take that share of the job."""
+        return min(TRIAL_SECONDS, self._share(load, share))
+
+    def pays(self, load: Load, others: int, share: float) -> bool:
         """Whether there is time to compare so many others: a prompt for each to decode behind, and the least turns."""
         turn = (1 + others) * (self.more.seconds + (WARM + 1) * max(self.more.seconds, self.few.seconds))
-        return turn <= 2 * self.affordable(load)
+        return turn <= 2 * self._share(load, share)
 
     @torch.inference_mode()
     def compare(self, strategies: Sequence[Strategy], most: float = TRIAL_SECONDS) -> None:

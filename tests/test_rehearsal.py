@@ -369,7 +369,7 @@ def test_what_a_job_is_tried_for_is_a_tenth_of_it_at_most(tmp_path: Path, monkey
         model.dispatcher.choice(requests, 2, model.transformers, model.context)
         (rehearsal,) = model.dispatcher._rehearsed.values()
         few, more = rehearsal.few.seconds, rehearsal.more.seconds * 6 / rehearsal.more.tokens
-        return rehearsal.affordable(model.dispatcher._load(requests, 2)), 0.1 * (-(-count // 4)) * (few * new + more)
+        return rehearsal.affordable(model.dispatcher._load(requests, 2), 0.1), 0.1 * (-(-count // 4)) * (few * new + more)
 
     for affordable, by_hand in on_ranks(2, lambda group: chosen(group, 4, 8)):
         assert affordable == pytest.approx(by_hand) and by_hand < 0.1
