@@ -98,7 +98,7 @@ def main(folder: Path, layers: int, say: Callable[[dict[str, object]], None]) ->
             bound = None if rate is None else max(whole, did["missed_per_token"] * one / rate)
             over = None if bound is None else took / bound
             say({"case": f"{share:.0%} there", "misses": misses, "seconds_per_token": took, "over_bound": over, **did})
-            model.cache.store.close()
+            model.close()
             del model
 
 

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMPLEMENTATIONS = ("eager", "coterie")
 LEFT_OUT = {"test_fsdp_mixin.py": "FSDPTesterMixin", "test_tensor_parallel_mixin.py": "TensorParallelTesterMixin"}
 LONGEST = 1200  # seconds for the tests of one family
+LOST = ("not run", 0)
 calls: list[int] = []
 
 
@@ -114,14 +116,21 @@ def outcomes(folder: Path, tests: list[str]) -> list[dict[str, tuple[str, int]]]
     """With eager, then with ours, by test: `passed`, `skipped` or the first line of what went wrong; calls of our experts."""
     for implementation in IMPLEMENTATIONS:
         (folder / f"{implementation}.xml").unlink(missing_ok=True)
-    for process in [started(folder, tests, name) for name in IMPLEMENTATIONS]:
-        process.wait(timeout=LONGEST)
+    running, until = [started(folder, tests, name) for name in IMPLEMENTATIONS], time.monotonic() + LONGEST
+    for process in running:
+        try:
+            process.wait(timeout=max(1.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:  # its report is missing then
+            process.kill()
+            process.wait()
     return [read(folder / f"{name}.xml") for name in IMPLEMENTATIONS]
 
 
 def read(report: Path) -> dict[str, tuple[str, int]]:
     """pytest's own report, by path::class::test."""
-    made = {}
+    made: dict[str, tuple[str, int]] = {}
+    if not report.is_file():
+        return made
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         said = [child for child in case if child.tag in ("failure", "error", "skipped")]
         outcome = "passed"
@@ -140,26 +149,26 @@ def judged(folder: Path, family: str) -> dict[str, Any]:
     passed = [name for name, (outcome, _) in eager.items() if outcome == "passed"]
     if not passed:
         print((folder / "eager.log").read_text(errors="replace")[-2000:], file=sys.stderr)
-    worse = [name for name in passed if ours.get(name, ("not run", 0))[0] != "passed"]
+    worse = [name for name in passed if ours.get(name, LOST)[0] != "passed"]
     unsteady = []
     if worse:
         again_eager, again_ours = outcomes(folder, worse)
-        unsteady = [n for n in worse if again_eager[n][0] != "passed" or again_ours[n][0] == "passed"]
+        unsteady = [n for n in worse if again_eager.get(n, LOST)[0] != "passed" or again_ours.get(n, LOST)[0] == "passed"]
     return {
         "passed_with_eager": len(passed),
-        "reached_our_experts": sum(ours.get(name, ("", 0))[1] > 0 for name in passed),
+        "reached_our_experts": sum(ours.get(name, LOST)[1] > 0 for name in passed),
         "reached_with_eager": sum(count > 0 for _, count in eager.values()),
-        "worse": {name: ours.get(name, ("not run", 0))[0] for name in worse if name not in unsteady},
+        "worse": {name: ours.get(name, LOST)[0] for name in worse if name not in unsteady},
         "unsteady": [name.rsplit("::", 1)[1] for name in unsteady],
         "failed_with_both": sorted(
             name.rsplit("::", 1)[1]
             for name, (outcome, _) in eager.items()
-            if outcome not in ("passed", "skipped") and ours.get(name, ("", 0))[0] not in ("passed", "skipped")
+            if outcome not in ("passed", "skipped") and ours.get(name, LOST)[0] not in ("passed", "skipped")
         ),
         "passed_with_ours_alone": sorted(
             name.rsplit("::", 1)[1]
             for name, (outcome, _) in eager.items()
-            if outcome not in ("passed", "skipped") and ours.get(name, ("", 0))[0] == "passed"
+            if outcome not in ("passed", "skipped") and ours.get(name, LOST)[0] == "passed"
         ),
     }
 

@@ -196,7 +196,7 @@ def compute_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor,
 def arriving_experts(experts: StackedExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """By a GPU's kernels, picks of each group of experts as it comes, and one sum in the end: the bits of `fused`.
 
-    Which experts are asked for is looked up on the host, so that the device is waited for once a layer. What the residency
+    Which experts are asked for is looked up on the host, so that the device is waited for. What the residency
     leaves to the host is computed there meanwhile, and rounded as there.
     """
     assert experts.residency is not None

@@ -64,7 +64,7 @@ def _placement(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("model", "scenario", "num_experts", "phase"):
         if getattr(options, name):
             raise InputError(f"--{name.replace('_', '-')}: found it with --placement, expected --like to say so")
-    check_writable(options.out, options.like)
+    check_writable(options.out, options.like, options.topology)
     like = read_routing(options.like)
     made = placement_in_use(options.files[0], options.placement, like, parse_topology(options.topology))
     save_plan(made, options.out)

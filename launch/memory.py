@@ -43,7 +43,7 @@ def check_memory_options(options: argparse.Namespace) -> None:
     if options.packed is not None and options.memory is None:
         raise InputError(f"--packed: found {str(options.packed)!r} without --memory, expected --memory SIZE beside it")
     if options.eviction is not None:
-        check_eviction(options.eviction)
+        check_eviction(options.eviction, "--eviction")
     if options.misses not in MISSES:
         raise InputError(f"--misses: found {options.misses!r}, expected {', '.join(MISSES)}")
 
@@ -80,9 +80,8 @@ def within_budget(asked: Asked, sizes: ModelSizes, options: argparse.Namespace, 
         together(group, lambda: share.host_slots(most_held(share.plan)))  # raises where a rank's is too small
     if group.rank == 0:
         whole = most_held(share.plan)
-        unused = "".join(
-            f", {given} is not used" for given in (options.packed, options.prior, options.eviction) if given is not None
-        )
+        given_too = (options.packed, options.prior, options.eviction, options.host_memory)
+        unused = "".join(f", {given} is not used" for given in given_too if given is not None)
         what = (
             f"all experts fit{unused}" if slots is None else f"room for {slots} of {whole} experts at once, the others on disk"
         )

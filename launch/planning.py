@@ -14,6 +14,7 @@ from coterie.launch.available import system_bytes, usable_cores
 from coterie.launch.commands import comparison, say
 from coterie.launch.distributed import launched_rank, launched_size, same_on_all, together
 from coterie.launch.launched import find_launch
+from coterie.placement.baselines import BASELINES
 from coterie.placement.plan import read_plan, save_plan
 from coterie.placement.topology import parse_topology
 from coterie.routing.errors import InputError, naming, require
@@ -62,7 +63,7 @@ def _read(options: argparse.Namespace) -> tuple[PlanRequest, list[RoutingTrace |
         check_writable(options.out, *options.traces, options.topology)
     routings = [read_routing(path) for path in options.traces]
     for path, routing in zip(options.traces, routings, strict=True):
-        if isinstance(routing, RoutingTrace):
+        if isinstance(routing, RoutingTrace) and options.objective != "load" and options.method not in BASELINES:
             with naming(path):
                 _check_room(routing)
     return _request(options), routings
@@ -127,10 +128,10 @@ def _predicted(made: PlacementPlan, routings: list[RoutingTrace | LoadStatistics
     return {"predicted": {"unseen_gain": prediction.unseen_gain, "notes": list(prediction.notes)}}
 
 
-def _fitting(workers: int) -> int:
+def _checked_workers(workers: int) -> int:
     """Processes that search; many more than cores only wait for each other."""
     most = max(16, 4 * usable_cores())
-    require(1 <= workers <= most, "--workers", workers, f"1 to {most}, four for each core here")
+    require(1 <= workers <= most, "--workers", workers, f"1 to {most} here: 16, or four for each core if that is more")
     return workers
 
 
@@ -144,7 +145,7 @@ def _request(options: argparse.Namespace) -> PlanRequest:
         topology=parse_topology(options.topology), strategy=options.strategy, objective=options.objective,
         method=options.method, max_load=options.max_load, slots_per_rank=options.slots_per_rank, robust=options.robust,
         time_limit=options.time_limit, iterations=options.iterations, exact=options.exact, seed=options.seed,
-        workers=_fitting(workers), homes=options.homes, max_moves=options.max_moves,
+        workers=_checked_workers(workers), homes=options.homes, max_moves=options.max_moves,
         previous=None if options.previous is None else read_plan(options.previous),
     )  # fmt: skip
 

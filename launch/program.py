@@ -20,7 +20,7 @@ def entry() -> NoReturn:
             opened = os.open(os.devnull, os.O_RDWR)
             os.dup2(opened, descriptor)
             setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
-    if launched_size() == 1:  # in a job of several the others are told of it, launch/distributed.py
+    if launched_size() == 1:  # a job of several has ways of its own (launch/distributed.py)
         signal.signal(signal.SIGTERM, _as_interrupt)
     warnings.showwarning = _told_in_a_line
     for stream in (sys.stdout, sys.stderr):

@@ -106,7 +106,7 @@ class Model:
         Where they all are there is nothing to give back.
         """
         if self.cache is not None:
-            self.cache.store.close()
+            self.cache.source.close()
 
     def generate(
         self, prompts: Sequence[Prompt | str], max_new_tokens: int = 64, sampling: Sampling | None = None, batch_size: int = 16,

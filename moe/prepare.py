@@ -193,10 +193,10 @@ def _sidecar(share: Share, folder: Path) -> Sidecar:
     return open_sidecar(folder, share.checkpoint, _indexed_experts(share), share.rounding or AS_STORED)
 
 
-def check_eviction(name: str) -> None:
-    """Raises InputError for a name that is no policy's."""
+def check_eviction(name: str, field: str = "eviction") -> None:
+    """Raises InputError for a name that is no policy's. field: how it was given."""
     if name not in MAKERS:
-        raise InputError(f"--eviction: found {name!r}, expected {', '.join(MAKERS)}")
+        raise InputError(f"{field}: found {name!r}, expected {', '.join(MAKERS)}")
 
 
 def check_slots(share: Share) -> None:

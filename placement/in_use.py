@@ -31,6 +31,8 @@ def placement_in_use(path: Path, engine: str, like: RoutingTrace | LoadStatistic
         raise InputError(f"{path}: no such file")
     with naming(path):
         slots = _of_dump(path, like) if path.suffix == ".pt" and engine == "sglang" else _of_text(path, engine, like, topology)
+        slots_of_all = f"a multiple of {topology.ranks} ranks (--topology)"
+        require(slots.shape[1] % topology.ranks == 0, "slots", slots.shape[1], slots_of_all)
         by_rank = slots.reshape(len(slots), topology.ranks, -1)
         for layer, rank in np.ndindex(by_rank.shape[:2]):
             here = by_rank[layer, rank]

@@ -227,17 +227,19 @@ class Requests:
     """Tells requests apart, which the recorder does not name, by where their tokens stand.
 
     A prefill lists its requests with their lengths. Those that begin behind position 0 have a prefix in the engine's cache,
-    unless they go on where the last request of the prefill before ended: a long prompt in pieces. A decode pass has a row for
-    each request that runs, in the order in which they came; a row is the next one in that order that stands at this position.
-    What does not go on has ended. Two requests of the same length, of which one has ended, cannot be told apart.
+    unless the first of them goes on where the last prompt of the prefill just before ended: a long prompt in pieces. Requests
+    of one token may be decoding beside others' prompts. A decode pass has a row for each request that runs, in the order in
+    which they came; a row is the next one in that order that stands at this position. What does not go on has ended. Two
+    requests of the same length, of which one has ended, cannot be told apart.
     """
 
     opened: int = 0
     running: list[tuple[int, int]] = field(default_factory=list)  # sequence and next position, in the order of the batch
+    cut: tuple[int, int] | None = None  # the last prompt of the prefill just before, which may go on
 
     def another_rank(self) -> None:
         """Nothing goes on from here."""
-        self.running = []
+        self.running, self.cut = [], None
 
     def rows(self, positions: list[int], lengths: list[int] | None) -> list[int]:
         """The sequence of every token of a pass."""
@@ -245,25 +247,27 @@ class Requests:
 
     def _prefill(self, positions: list[int], lengths: list[int]) -> list[int]:
         made: list[int] = []
-        cut = (
-            len(self.running) - 1
-        )  # of the prefill before: only the last one can be in pieces, and only the first goes on with it
+        goes_on, self.cut = self.cut, None
         for length in filter(None, lengths):
             first = positions[len(made)]
-            decoding = (i for i, (_, following) in enumerate(self.running) if length == 1 and following == first)
-            if first and cut >= 0 and self.running[cut][1] == first:
-                sequence = self.running.pop(cut)[0]
-            elif first and (at := next(decoding, None)) is not None:  # one token more, in the same pass as others' prompts
-                sequence = self.running.pop(at)[0]
+            alike = [one for one in self.running if one[1] == first and one != goes_on]
+            row = alike[0] if alike and first and length == 1 else None
+            if first and goes_on is not None and goes_on[1] == first:
+                self.running.remove(goes_on)
+                sequence, row = goes_on[0], None
+            elif row is not None:  # one token more, in the same pass as others' prompts
+                self.running.remove(row)
+                sequence = row[0]
             else:
                 sequence = self._new()
-            cut = -1
+            goes_on = None
             made += [sequence] * length
             self.running.append((sequence, first + length))
+            self.cut = self.running[-1] if row is None else self.cut
         return made
 
     def _decode(self, positions: list[int]) -> list[int]:
-        waiting = list(self.running)
+        waiting, self.cut = list(self.running), None
         going: list[tuple[int, int]] = []
         at = 0
         for position in positions:

@@ -225,7 +225,10 @@ def safetensors_header(columns: Sequence[tuple[str, str, Sequence[int], int]], m
     for name, code, shape, length in columns:
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + length]}
         offset += length
-    text = json.dumps(header).encode()
+    try:
+        text = json.dumps(header, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"model or scenario: found {metadata}, expected text that UTF-8 can write") from error
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 
 import coterie
+from coterie.launch import planning
 from coterie.launch.cli import main
 from coterie.moe.generate import Sampling
+from coterie.placement.plan import read_plan
 from coterie.placement.spread import world
 from coterie.routing.errors import CoterieError, InputError
 from coterie.routing.trace import save_trace
@@ -74,6 +76,8 @@ def test_workers_of_a_plan_end_with_it_in_silence(tmp_path: Path, number: signal
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert "Traceback" not in said, said
+    if number == signal.SIGTERM:  # as after ctrl-C: the best so far
+        assert process.returncode == 0 and read_plan(tmp_path / "p").ranks == 8
     limit = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in running):
         assert time.monotonic() < limit
@@ -150,7 +154,10 @@ def test_warnings_are_a_line(tmp_path: Path) -> None:
     assert line.startswith("coterie: warning: prompt 0") and ".py" not in said
 
 
-def test_a_plan_for_more_experts_than_memory_holds_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_for_more_experts_than_memory_holds_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "system_bytes", lambda: 10**11)
     save_trace(replace(make_trace(tokens=50, layers=40), num_experts=32767), tmp_path / "t")
     assert main(["plan", str(tmp_path / "t"), "--topology", "1x2", "--out", str(tmp_path / "p")]) == 2
     said = capsys.readouterr().err

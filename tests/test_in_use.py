@@ -104,6 +104,12 @@ def test_what_is_none_is_refused(engine: str, text: str, message: str, trace: Ro
     assert message in str(caught.value)
 
 
+def test_a_dump_for_other_ranks_is_refused(trace: RoutingTrace, tmp_path: Path) -> None:
+    torch.save({"records": [], "last_physical_to_logical_map": torch.arange(12).remainder(8).repeat(4, 1)}, tmp_path / "d.pt")
+    with pytest.raises(InputError, match=r"d.pt: slots: found 12, expected a multiple of 5 ranks"):
+        placement_in_use(tmp_path / "d.pt", "sglang", trace, Topology(1, 5))
+
+
 def test_what_does_not_go_together_is_refused(trace: RoutingTrace, tmp_path: Path, capsys) -> None:
     save_trace(trace, tmp_path / "t")
     (tmp_path / "m.json").write_text("[]")

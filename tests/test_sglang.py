@@ -12,6 +12,7 @@ import torch
 from coterie.routing.errors import InputError
 from coterie.routing.imported import ImportOptions
 from coterie.routing.imports import import_routing
+from coterie.routing.sglang import Requests
 from coterie.routing.trace import LoadStatistics, RoutingTrace
 
 LAYERS, EXPERTS, SLOTS, TOP_K = 3, 6, 8, 2  # layer 0 is dense
@@ -93,6 +94,25 @@ def test_decoding_beside_prompts_in_one_pass(tmp_path: Path) -> None:
     assert trace.sequence_ids.tolist() == [0, 0, 1, 2, 2, 0, 1, 2, 0, 1]
     only = [import_routing(saved(tmp_path / "b.pt", [r]), ImportOptions()).phase for r in (records[0], records[2])]
     assert only == ["prefill", "decode"]
+
+
+@pytest.mark.parametrize("first", [3, 30])
+def test_a_prompt_in_pieces_beside_decoding(first: int) -> None:
+    """The piece goes on with the prompt, also where the request that decodes stands at the same position."""
+    told = Requests()
+    assert told.rows(list(range(first)), [first]) == [0] * first
+    assert told.rows([first], None) == [0]
+    assert told.rows([0, 1, 2, 3, 4, first + 1], [5, 1]) == [1, 1, 1, 1, 1, 0]
+    assert told.rows([5, 6, 7, 8, first + 2], [4, 1]) == [1, 1, 1, 1, 0]
+    assert told.rows([9, first + 3], None) == [1, 0]
+
+
+def test_the_next_turn_of_a_conversation_is_a_request_of_its_own() -> None:
+    """Its prefix, the last one's prompt and text, is in the engine's cache."""
+    told = Requests()
+    assert told.rows([0, 1, 2, 3, 4], [5]) == [0] * 5
+    assert [told.rows([p], None) for p in (5, 6)] == [[0], [0]]
+    assert told.rows([7, 8, 9], [3]) == [1, 1, 1]
 
 
 def test_dumps_of_several_ranks_are_one_trace(tmp_path: Path) -> None:

@@ -54,8 +54,10 @@ def test_one_expert_that_several_ask_for_at_once_is_read_once(tmp_path: Path) ->
     for turn in range(30):
         expert = turn % EXPERTS
         outs = [torch.empty(VALUES) for _ in range(6)]
+        before, known = tier.store.counter.bytes, (turn % LAYERS, expert) in tier.slot_of
         for future in [tier.start(turn % LAYERS, expert, {"w": out}) for out in outs]:
             future.result()
+        assert tier.store.counter.bytes - before == (0 if known else 4 * VALUES)
         first = (turn % LAYERS * EXPERTS + expert) * VALUES
         assert all(torch.equal(out, torch.arange(first, first + VALUES, dtype=torch.float32)) for out in outs)
         assert len(tier.slot_of) + len(tier.free) == LEAST and len(set(tier.slot_of.values()) | set(tier.free)) == LEAST

@@ -165,6 +165,12 @@ def test_the_same_contents_are_the_same_bytes(tmp_path: Path, trace) -> None:
     assert (tmp_path / "la").read_bytes() == (tmp_path / "lb").read_bytes()
 
 
+def test_a_name_that_no_file_can_hold_is_refused(trace, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected text that UTF-8 can write"):
+        save_trace(replace(trace, model="m\udcff"), tmp_path / "t")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_no_numbers_are_refused(trace, wrong: float) -> None:
     weights = np.ones(trace.expert_ids.shape, np.float16)

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from jobs import torchrun
 from numpy.typing import NDArray
+from thread_ranks import on_ranks
 from tiny_models import make_model
 
 import coterie
 from coterie.launch.cli import main
+from coterie.moe.collectives import Group
+from coterie.routing.errors import InputError
 from coterie.routing.trace import RoutingTrace
 
 PROMPTS = [[3, 5, 7, 11], [2, 4], [9, 8, 7, 6, 5, 4, 3], [1, 2, 3], [50, 40, 30]]
@@ -75,6 +79,29 @@ def test_several_processes_stop_at_as_many_tokens_as_were_asked_for(folder: Path
     assert found.tokens == 9 and set(found.sequence_ids.tolist()) == {0, 1, 2}  # a round of two prompts, and some of the next
 
 
+def test_what_several_processes_recorded_is_what_the_trace_says(folder: Path, tmp_path: Path) -> None:
+    """--max-tokens reached within prompts: other ranks generated, but nothing of that is kept."""
+
+    def record(group: Group) -> None:
+        model = coterie.load(folder, dtype="float32", group=group)
+        asked = [coterie.Prompt(token_ids=(3, 4, 5, 6, 7, 8))] * 2
+        for tokens in (4, 40):
+            model.record(asked, tmp_path / f"t{tokens}", max_new_tokens=6, max_tokens=tokens)
+
+    on_ranks(2, record)
+    assert [coterie.read_trace(tmp_path / f"t{tokens}").phase for tokens in (4, 40)] == ["prefill", "mixed"]
+
+
+def test_a_trace_that_cannot_be_written_fails_on_all_ranks(folder: Path, tmp_path: Path) -> None:
+    def record(group: Group) -> str:
+        model = coterie.load(folder, dtype="float32", group=group)
+        with pytest.raises(InputError) as caught:
+            model.record([coterie.Prompt(token_ids=(3, 4))] * 2, tmp_path / "missing" / "t")
+        return str(caught.value)
+
+    assert all("missing does not exist; create it first" in said for said in on_ranks(2, record))
+
+
 def test_experts_on_disk_record_what_all_in_memory_do(folder: Path, alone: RoutingTrace, tmp_path: Path) -> None:
     asked = [coterie.Prompt(token_ids=tuple(ids)) for ids in PROMPTS]
     model = coterie.load(folder, dtype="float32", slots=3)
@@ -91,7 +118,11 @@ def test_experts_on_disk_record_what_all_in_memory_do(folder: Path, alone: Routi
         (("--packed", "x"), "--packed: found 'x' without --memory"),
         (("--quantise", "int3"), "quantise: found 'int3', expected"),
         (("--transport", "tcp"), "--transport: found 'tcp' on one process"),
-        (("--host-memory", "1GB"), "--host-memory: found it without a GPU"),
+        pytest.param(
+            ("--host-memory", "1GB"),
+            "--host-memory: found it without a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
