@@ -29,6 +29,7 @@ IMPLEMENTATIONS = ("eager", "coterie")
 LEFT_OUT = {"test_fsdp_mixin.py": "FSDPTesterMixin", "test_tensor_parallel_mixin.py": "TensorParallelTesterMixin"}
 LONGEST = 1200  # seconds for the tests of one family
 LOST = ("not run", 0)
+FINE = ("passed", "skipped")
 calls: list[int] = []
 
 
@@ -143,6 +144,11 @@ def read(report: Path) -> dict[str, tuple[str, int]]:
     return made
 
 
+def title(name: str) -> str:
+    """Of a test, without its file and class."""
+    return name.rsplit("::", 1)[1]
+
+
 def judged(folder: Path, family: str) -> dict[str, Any]:
     """One family: what passes with eager, with ours, through our experts; what is worse, twice."""
     eager, ours = outcomes(folder, [f"tests/models/{family}"])
@@ -154,22 +160,15 @@ def judged(folder: Path, family: str) -> dict[str, Any]:
     if worse:
         again_eager, again_ours = outcomes(folder, worse)
         unsteady = [n for n in worse if again_eager.get(n, LOST)[0] != "passed" or again_ours.get(n, LOST)[0] == "passed"]
+    failed = sorted((name for name, (outcome, _) in eager.items() if outcome not in FINE), key=title)
     return {
         "passed_with_eager": len(passed),
         "reached_our_experts": sum(ours.get(name, LOST)[1] > 0 for name in passed),
         "reached_with_eager": sum(count > 0 for _, count in eager.values()),
         "worse": {name: ours.get(name, LOST)[0] for name in worse if name not in unsteady},
-        "unsteady": [name.rsplit("::", 1)[1] for name in unsteady],
-        "failed_with_both": sorted(
-            name.rsplit("::", 1)[1]
-            for name, (outcome, _) in eager.items()
-            if outcome not in ("passed", "skipped") and ours.get(name, LOST)[0] not in ("passed", "skipped")
-        ),
-        "passed_with_ours_alone": sorted(
-            name.rsplit("::", 1)[1]
-            for name, (outcome, _) in eager.items()
-            if outcome not in ("passed", "skipped") and ours.get(name, LOST)[0] == "passed"
-        ),
+        "unsteady": [title(name) for name in unsteady],
+        "failed_with_both": [title(name) for name in failed if ours.get(name, LOST)[0] not in FINE],
+        "passed_with_ours_alone": [title(name) for name in failed if ours.get(name, LOST)[0] == "passed"],
     }
 
 

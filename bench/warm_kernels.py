@@ -10,15 +10,15 @@ from itertools import product
 
 import torch
 
-from coterie.launch.bench_kernels import FORMATS, LARGEST_BYTES, TOKENS, chosen_shapes
-from coterie.launch.kernel_cases import STORED, Layer
+from coterie.launch.bench_kernels import FORMATS, TOKENS, chosen_shapes, too_large
+from coterie.launch.kernel_cases import Layer
 
 
 def main(model: str) -> None:
     """One line."""
     calls = 0
     for shape, format in product(chosen_shapes(False, model), FORMATS):
-        if shape.experts * shape.weights * STORED[format] > LARGEST_BYTES:
+        if too_large(shape, format):
             continue
         layer = Layer(shape, format, "cuda", copies=1)
         for count in TOKENS:

@@ -108,6 +108,13 @@ def chosen_shapes(quick: bool, only: str) -> list[Any]:
     return [shapes[name] for name in named(shapes, only)]
 
 
+def too_large(shape: Any, format: str) -> bool:
+    """Whether a shape's weights are more than a device is given."""
+    from coterie.launch.kernel_cases import STORED
+
+    return bool(shape.experts * shape.weights * STORED[format] > LARGEST_BYTES)
+
+
 def shape_rows(
     shape: Any, format: str, tokens: tuple[int, ...], machine: Any, device: str, packages: dict[str, Any] | None = None
 ) -> Iterator[Row]:
@@ -115,10 +122,10 @@ def shape_rows(
 
     packages: as `found_packages`.
     """
-    from coterie.launch.kernel_cases import STORED, Layer
+    from coterie.launch.kernel_cases import Layer
 
     case = f"{shape.name}, {format}"
-    if shape.experts * shape.weights * STORED[format] > LARGEST_BYTES:
+    if too_large(shape, format):
         yield Row(case, "layer", "us", None, why="its weights do not fit")
         return
     try:

@@ -132,7 +132,7 @@ def show(options: argparse.Namespace) -> dict[str, Any]:
     if isinstance(recorded, LoadStatistics) and len(recorded.scenarios) > 1:
         say(f"{len(recorded.scenarios)} scenarios: drawing their sum")
         recorded = recorded.summed()
-    drawn = given or [path for path in options.files if recorded is not None]
+    drawn = given or (options.files if recorded is not None else [])
     with naming(*drawn, "model", "num_experts", "layer_ids", "homes") if drawn else nullcontext():
         write_report(options.out, plans[0] if plans else None, recorded)
     say(f"{options.out}: open it in a browser")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from coterie.moe.generate import Sampling
     from coterie.moe.home_ranks import HomeRanks
     from coterie.moe.journal import Journal
+    from coterie.moe.memory import ModelSizes
     from coterie.moe.model import Model, Statistics
     from coterie.moe.offline import Held, Totals
     from coterie.moe.prepare import Share
@@ -59,14 +60,28 @@ class Asked:
         return {**asdict(made), "token_ids": list(made.token_ids)}
 
 
-def generate(options: argparse.Namespace) -> dict[str, Any] | None:
-    """Continue prompts on all launched processes; only rank 0 prints."""
+@contextmanager
+def begun(
+    options: argparse.Namespace, settled: Callable[[argparse.Namespace, Group], Asked]
+) -> Iterator[tuple[Group, Asked, ModelSizes]]:
+    """The launched processes, what is asked of them, which all have found alike, and the sizes of the model.
+
+    settled: reads and checks all but the weights, without communicating.
+    """
     with job(options.timeout, options.transport) as group:
         quiet_transformers()
         if group.size > 1:
             same_on_all(group, together(group, lambda: found_here(options)))
-        asked = together(group, lambda: settle(options, group))
-        from coterie.launch.memory import check_memory, sizes_on_device, within_budget
+        asked = together(group, lambda: settled(options, group))
+        from coterie.launch.memory import sizes_on_device
+
+        yield group, asked, sizes_on_device(asked.share)
+
+
+def generate(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Continue prompts on all launched processes; only rank 0 prints."""
+    with begun(options, settle) as (group, asked, sizes):
+        from coterie.launch.memory import check_memory, within_budget
         from coterie.launch.resuming import Resuming
 
         if group.rank == 0 and group.nodes > 1 and group.ranks_per_node != asked.share.plan.topology.ranks_per_node:
@@ -76,7 +91,6 @@ def generate(options: argparse.Namespace) -> dict[str, Any] | None:
                 f"{group.nodes} of {group.ranks_per_node}: links between nodes are taken for others; plan with "
                 f"--topology {group.nodes}x{group.ranks_per_node}"
             )
-        sizes = sizes_on_device(asked.share)
         asked = within_budget(asked, sizes, options, group)
         if options.dry_run:
             told = check_memory(asked, sizes, options, group).told
@@ -174,10 +188,8 @@ def settle(options: argparse.Namespace, group: Group) -> Asked:
     if options.batch_invariant and options.replan is not None:
         raise InputError("--replan: found it with --batch-invariant, expected one of them: sums follow where experts are")
     replan, text = _new_plan(options.replan, share, to_come.size), Text(share.shape)
-    try:
+    with naming(options.prompts or "--prompt"):
         requests = text.requests(prompts, options.max_new_tokens)
-    except InputError as error:
-        raise InputError(f"{options.prompts or '--prompt'}: {error}") from error
     return Asked(share, strategy, text, prompts, requests, sampling, options.batch_invariant, replan)
 
 

@@ -6,15 +6,12 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from coterie.launch.commands import say
-from coterie.launch.distributed import job, same_on_all, together
-from coterie.launch.inputs import found_here
+from coterie.launch.generating import Asked, begun, load_model
 from coterie.launch.prompts import asked_prompts
-from coterie.launch.quiet import quiet_transformers
-from coterie.routing.errors import InputError, positive
+from coterie.routing.errors import naming, positive
 from coterie.routing.files import check_writable, files_of
 
 if TYPE_CHECKING:
-    from coterie.launch.generating import Asked
     from coterie.moe.collectives import Group
 
 
@@ -22,15 +19,9 @@ def trace(options: argparse.Namespace) -> dict[str, Any] | None:
     """Run a model and record its routing; only rank 0 prints."""
     from tqdm import tqdm
 
-    from coterie.launch.generating import load_model
-    from coterie.launch.memory import check_memory, sizes_on_device, within_budget
+    from coterie.launch.memory import check_memory, within_budget
 
-    with job(options.timeout, options.transport) as group:
-        quiet_transformers()
-        if group.size > 1:
-            same_on_all(group, together(group, lambda: found_here(options)))
-        asked = together(group, lambda: _settle(options, group))
-        sizes = sizes_on_device(asked.share)
+    with begun(options, _settle) as (group, asked, sizes):
         asked = within_budget(asked, sizes, options, group)
         check_memory(asked, sizes, options, group)
         model = load_model(asked, group)
@@ -48,7 +39,6 @@ def trace(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def _settle(options: argparse.Namespace, group: Group) -> Asked:
     """Read and check all but the weights. Does not communicate."""
-    from coterie.launch.generating import Asked
     from coterie.launch.memory import check_memory_options
     from coterie.moe.generate import Sampling
     from coterie.moe.prepare import prepare
@@ -63,8 +53,6 @@ def _settle(options: argparse.Namespace, group: Group) -> Asked:
     prompts = asked_prompts(options)
     share = prepare(options.model, None, options.dtype, group.size, group.nodes, None, options.quantise, options.packed)
     text = Text(share.shape)
-    try:
+    with naming(options.prompts):
         requests = text.requests(prompts, options.max_new_tokens)
-    except InputError as error:
-        raise InputError(f"{options.prompts}: {error}") from error
     return Asked(share, "all_to_all" if group.size > 1 else None, text, prompts, requests, Sampling(), batch_invariant=False)

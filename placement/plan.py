@@ -20,11 +20,12 @@ from coterie.placement.homes import from_json as homes_from_json
 from coterie.placement.topology import Topology, from_json
 from coterie.routing.errors import InputError, naming, require
 from coterie.routing.files import read_json, write_text
+from coterie.routing.trace import MOST_LAYERS
 
 PLAN_FORMAT = "coterie.plan.v1"
 STRATEGIES = ("all_to_all", "hierarchical", "coherent", "all_gather", "replicated")
 OBJECTIVES = ("time", "dispatch", "hops", "coherent", "load")
-MOST = 1 << 20  # of what is counted, and of numbers of layers and experts
+MOST = 1 << 20  # of what is counted, and of experts
 LARGEST = 1e18  # value of an objective
 MAX_SLOTS = 1 << 24  # layers x ranks x slots: what a file may ask for before it is called a mistake
 
@@ -252,8 +253,8 @@ def _whole(found: Any, name: str) -> int:
 
 
 def _integers(found: Any, name: str) -> list[int]:
-    ok = isinstance(found, list) and len(found) > 0 and all(type(v) is int and 0 <= v < MOST for v in found)
-    require(ok, name, str(found)[:60], f"a list of layer numbers from 0 to {MOST - 1}")
+    ok = isinstance(found, list) and len(found) > 0 and all(type(v) is int and 0 <= v < MOST_LAYERS for v in found)
+    require(ok, name, str(found)[:60], f"a list of layer numbers from 0 to {MOST_LAYERS - 1}")
     require(all(a < b for a, b in pairwise(found)), name, str(found)[:60], "increasing layer numbers")
     return list(found)
 
@@ -265,7 +266,7 @@ def _slot_map(found: Any, layers: int, width: int) -> NDArray[np.int32]:
     for i, row in enumerate(found):
         require(isinstance(row, list) and len(row) == width, f"{name}[{i}]", f"{_size(row)} slots",
                  f"{width} = ranks x slots_per_rank")  # fmt: skip
-        require(all(type(v) is int and -1 <= v < 1 << 20 for v in row), f"{name}[{i}]", str(row)[:60], "expert ids or -1")
+        require(all(type(v) is int and -1 <= v < MOST for v in row), f"{name}[{i}]", str(row)[:60], "expert ids or -1")
     return np.array(found, dtype=np.int32)
 
 

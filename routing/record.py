@@ -224,9 +224,9 @@ class Recorder:
         if self.max_tokens is not None:
             chosen = chosen[: self.max_tokens - self.writer.tokens]
         experts = torch.stack([i.reshape(rows * length, -1)[chosen] for i, _ in self._layers], 1).cpu()
-        weights = torch.stack([w.reshape(rows * length, -1)[chosen].float() for _, w in self._layers], 1).cpu()
-        if not bool(torch.isfinite(weights.half()).all()):
-            layer = int((~torch.isfinite(weights.half())).any(2).any(0).nonzero()[0, 0])
+        weights = torch.stack([w.reshape(rows * length, -1)[chosen].half() for _, w in self._layers], 1).cpu()
+        if not bool((fine := torch.isfinite(weights)).all()):
+            layer = int((~fine).any(2).any(0).nonzero()[0, 0])
             raise CoterieError(
                 f"the router of layer {layer}, of those with experts, gives weights that are no numbers within float16: the "
                 "model's weights are damaged, or its values leave the dtype; try --dtype float32"

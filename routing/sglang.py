@@ -22,8 +22,9 @@ from coterie.routing.imported import ImportOptions, as_load, as_trace, integers,
 from coterie.routing.trace import LoadStatistics, RoutingTrace
 
 Ids = NDArray[np.int64]
+TOKENS = "single tokens (mode per_token)"
 KINDS = {
-    "single tokens (mode per_token)": "topk_ids_of_layer",
+    TOKENS: "topk_ids_of_layer",
     "counts of slots (mode per_pass)": "global_physical_count",
     "counts of experts (mode stat)": "logical_count",
 }
@@ -58,7 +59,7 @@ def read_dumps(paths: Sequence[Path], options: ImportOptions) -> RoutingTrace | 
     for dump in dumps[1:]:
         if dump.kind != dumps[0].kind:
             raise InputError(f"{dump.path}: found {dump.kind}, expected {dumps[0].kind}, as {dumps[0].path} has")
-    if dumps[0].kind == "single tokens (mode per_token)":
+    if dumps[0].kind == TOKENS:
         return _tokens(dumps, options)
     with recording(paths[0]):
         return as_load(_counts(dumps), options)
