@@ -12,32 +12,34 @@ from dataclasses import replace
 
 import numpy as np
 
-from coterie.placement import bounds, copies, local, solve
+from coterie.placement import bounds, copies, local, replicas, solve
 from coterie.placement.baselines import Assignment
 from coterie.placement.cost import anchors, coherent_rows
 from coterie.placement.problem import Problem, dispatch_problem
-from coterie.placement.rows import dispatch, within_caps
-from coterie.placement.scenarios import Scenario
+from coterie.placement.rows import dispatch
+from coterie.placement.scenarios import Scenario, short
 from coterie.placement.task import Solution, Task, replaced
 from coterie.placement.topology import Topology
 from coterie.routing.affinity import patterns
 
 ROUNDS = 200  # at most; without a better placement in STALLED rounds it ends
 STALLED = 6
-FEW_PICKS = 32  # of an expert in a layer: with fewer recorded, what is best for each layer's rows is best for these tokens only
 
 
 def alternate(task: Task) -> Solution:
     """Starts from a plan for dispatch and one for hops, whichever pays fewer rows as evaluated.
 
-    Of short traces the plan for hops is kept as it is: it pays more for the tokens recorded and less for others.
+    Of short traces the plan for hops is kept as it is: what is best for each layer's rows is best for these tokens only.
     """
     scenarios, weights, topology = task.scenarios, task.weights, task.request.topology
-    few = picks_per_expert(scenarios) < FEW_PICKS
+    if task.copied:
+        mixed = sum(w * s.transitions / s.trace.tokens for w, s in zip(weights, scenarios, strict=True) if s.trace)
+        filled, iterations = replicas.with_copies(task, alternate, replicas.for_hops(np.asarray(mixed)))
+        return Solution(filled, lower_bound(task), iterations)
+    few = short(scenarios)
     solvers, shares = ((solve.hops,), (0.8,)) if few else ((solve.hops, dispatch), (0.3, 0.35))
     halves = [replaced(task, task.deadline.share(share), prove=False) for share in shares]
-    plain = task.slots if task.short_of_memory else -(-scenarios[0].load.shape[1] // task.ranks)
-    starts = [s(replace(half, slots=plain, fills=False)) for s, half in zip(solvers, halves, strict=True)]
+    starts = [solver(half) for solver, half in zip(solvers, halves, strict=True)]
     begun = [s.holds.argmax(2) for s in starts]
     searching = task.deadline.share(0.8) if task.prove else task.deadline
     made = sum(s.iterations for s in starts)
@@ -61,20 +63,10 @@ def alternate(task: Task) -> Solution:
         if value < lowest:
             best, lowest = chosen, value
         task.progress(lowest, None, made)
-    holds = copies.held(best, task.ranks)
-    if task.copied:
-        transitions = sum(w * s.transitions / s.trace.tokens for w, s in zip(weights, scenarios, strict=True) if s.trace)
-        filled = within_caps(task, holds, copies.for_hops(np.asarray(transitions), holds, task.open_slots))
-        holds = min((holds, filled), key=lambda h: mean_rows(h, scenarios, weights, topology))
     bound = lower_bound(task)
-    if task.prove and not task.copied:
+    if task.prove:
         bound = max(bound, _by_patterns(task, best))
-    return Solution(holds, bound, made)
-
-
-def picks_per_expert(scenarios: Sequence[Scenario]) -> float:
-    """How often an expert of a layer was picked in the recordings, on the mean."""
-    return float(sum(s.load.mean() for s in scenarios))
+    return Solution(copies.held(best, task.ranks), bound, made)
 
 
 def _by_patterns(task: Task, found: Assignment) -> float:

@@ -29,11 +29,12 @@ TILT = 8.0  # how strongly the scenario that is worst over all layers is weighed
 
 def search(
     loads: Array, ranks: int, slots: int, seed: int, iterations: int | None, deadline: Deadline, worst: bool,
-    report: Report | None = None, room: Slots | None = None,
+    report: Report | None = None, room: Slots | None = None, weights: Array | None = None,
 ) -> tuple[Slots, int]:  # fmt: skip
     """Slots of every rank, int64 `[L, ranks, slots]` of expert ids with -1 for empty ones, and the iterations made.
 
     loads: `[scenarios, L, E]`, token counts. worst: minimise the worst scenario's mean imbalance, else the scenarios' mean.
+    weights: `[scenarios]`, sum 1, what each counts in the mean, None: the same; the worst is sought from there.
     Copies of an expert take equal shares. An iteration is a descent of every layer. room: `[L, ranks]`, the slots of each
     rank that may be used, where memory leaves fewer.
     """
@@ -43,7 +44,7 @@ def search(
         _Layer(relative[:, layer], open_slots[layer], slots, np.random.default_rng([seed, layer]))
         for layer in range(loads.shape[1])
     ]
-    weights = np.full(len(loads), 1 / len(loads))
+    weights = np.full(len(loads), 1 / len(loads)) if weights is None else weights
     made, found_at, best, best_value = 0, 0, [layer.slots.copy() for layer in layers], np.inf
     for made in itertools.count():
         if made == iterations or deadline.passed() or best_value <= 1 + 1e-12 or made - found_at > PATIENCE:
@@ -60,8 +61,6 @@ def search(
         if worst:
             tilted = weights * np.exp(TILT * (by_scenario - by_scenario.max()) / max(by_scenario.max() - 1, 1e-9))
             weights = 0.5 * weights + 0.5 * tilted / tilted.sum()
-            for layer in layers:
-                layer.reweigh(weights)
     found = np.stack(best)
     return np.where(found == loads.shape[2], -1, found), made
 
@@ -107,13 +106,8 @@ class _Layer:
         self.closed = np.arange(slots)[None] >= room[:, None]
         self.copies = np.append(replicated(load, len(room), int(room.sum())), 1)
         self.slots = self._packed(slots)
-        self.weights = np.full(len(load), 1 / len(load))
         self._restart(self.slots)
         self.best, self.best_peaks = self.slots.copy(), self.held.max(1)
-
-    def reweigh(self, weights: Array) -> None:
-        """Scenarios count by `weights` from now on."""
-        self.weights = weights
 
     def improve(self, weights: Array, deadline: Deadline, kick: bool) -> None:
         """Descend from the best known, shaken if `kick`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,26 +69,40 @@ def destinations(holds: NDArray[np.bool_], topology: Topology) -> NDArray[np.int
     """Which copy of an expert a token uses: int16 `[ranks, E]`, by the rank that the token is on.
 
     holds: bool `[E, ranks]`. The rank's own copy, else one on the same node, else any; among several equal ones that of the
-    fewest source ranks so far. The dispatcher uses this very table.
+    fewest source ranks so far. Experts on the same ranks are dealt out alike, so that those that keep company on every rank
+    also do on the way there. The dispatcher uses this very table.
     """
     table = np.tile(holds.argmax(1).astype(np.int16), (topology.ranks, 1))
     for expert in np.flatnonzero(holds.sum(1) > 1):
-        table[:, expert] = _dealt(np.flatnonzero(holds[expert]), int(expert), topology)
+        table[:, expert] = dealt(tuple(np.flatnonzero(holds[expert]).tolist()), topology.nodes, topology.ranks_per_node)
     return table
 
 
-def _dealt(copies: NDArray[np.int64], expert: int, topology: Topology) -> NDArray[np.int64]:
-    """The copy for every source rank `[ranks]`; copies: the ranks that hold the expert, ascending."""
+def carried(holds: NDArray[np.bool_], weights: NDArray[np.float64], topology: Topology) -> NDArray[np.float64]:
+    """What the tokens of equally many at every rank bring to each rank, float64 `[ranks]`, as `destinations` sends them.
+
+    holds: bool `[E, ranks]`; weights `[E]`: of an expert, all its copies together.
+    """
+    table = destinations(holds, topology)
+    each = np.broadcast_to(weights / topology.ranks, table.shape)
+    return np.asarray(np.bincount(table.ravel(), each.ravel(), minlength=topology.ranks), dtype=np.float64)
+
+
+@lru_cache(maxsize=1 << 16)
+def dealt(holders: tuple[int, ...], nodes: int, ranks_per_node: int) -> NDArray[np.int64]:
+    """The copy for every source rank `[nodes * ranks_per_node]`, not to be written to; holders: its ranks, ascending."""
+    topology, copies = Topology(nodes, ranks_per_node), np.array(holders)
     ranks = np.arange(topology.ranks)
     used = np.full(topology.ranks, -1)
     used[copies] = copies
     sources = np.ones(len(copies), dtype=np.int64)
-    for rank in np.roll(ranks, -expert):  # another rank first for every expert
+    for rank in np.roll(ranks, -holders[0]):  # another rank first for other holders
         if used[rank] < 0:
             near = copies // topology.ranks_per_node == rank // topology.ranks_per_node
             chosen = int(np.where(near | ~near.any(), sources, topology.ranks + 1).argmin())
             sources[chosen] += 1
             used[rank] = copies[chosen]
+    used.flags.writeable = False
     return used
 
 

@@ -247,7 +247,7 @@ def _moved(task: Task, here: _State, seed: int, deadline: Deadline) -> tuple[Ass
 def _homed(task: Task, at: Sequence[NDArray[np.int64]]) -> Problem:
     """The dispatch problem in which tokens have these homes."""
     homed = [s.patterns_by_home(task.ranks, homes) for s, homes in zip(task.scenarios, at, strict=True)]
-    return dispatch_problem(homed, task.weights, task.ranks, task.slots, task.limits, True, task.prices)
+    return dispatch_problem(homed, task.row_weights, task.ranks, task.slots, task.limits, True, task.prices)
 
 
 def homes_bound(task: Task, holds: NDArray[np.bool_], deadline: Deadline) -> float:

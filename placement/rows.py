@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from coterie.placement import bounds, copies, ilp, limits, local, nodes
+from coterie.placement import bounds, copies, ilp, limits, local, nodes, replicas
 from coterie.placement.baselines import Assignment
-from coterie.placement.cost import destinations
 from coterie.placement.deadline import Deadline
 from coterie.placement.prices import Prices
 from coterie.placement.problem import Limit, Problem, dispatch_problem, held_by, on_nodes
@@ -27,25 +26,26 @@ def dispatch(task: Task) -> Solution:
 
     Where links differ, what is searched for is rows at their prices (`prices.Prices`); bounds are on the evaluated number.
     """
-    known = _dispatch(task, True) if _homes_matter(task) else None
+    known = _dispatch(task, True) if _homes_fit(task) else None
+    if task.copied:
+        holds, made = replicas.with_copies(task, dispatch, _fill_dispatch, thins=True)
+        target = _dispatch(task, False) if known is None else known
+        return Solution(holds, whole(target, bounds.rows_with_copies(target)) * target.scale, made)
     problem = known if task.request.exact and known is not None else _dispatch(task, False)
-    small = ilp.fits(problem) and not task.copied and task.prove
+    small = ilp.fits(problem) and task.prove
     searching = task.deadline.share(SEARCH_SHARE if small else 0.8 if task.prove else 1.0)
     best, made = _on_nodes(task, searching) if task.prices.tiered else _local(task, problem, searching)
     if small and known is not None:
         best, bound = _proven(task, problem, known, best)
         return Solution(copies.held(best, task.ranks), whole(known, bound) * known.scale, made)
     target = problem if known is None else known
-    if task.copied or known is None:  # what a copy saves, or a home that is not the expected one, only this bound knows of
+    if known is None:  # of a home that is not the expected one only this bound knows
         bound = bounds.rows_with_copies(target)
     else:
         bound = bounds.patterns_bound(target, best, task.deadline) if task.prove else bounds.lower_bound(target)
     if known is not None:
         best = _named(task, known, best)
-    holds = copies.held(best, task.ranks)
-    if task.copied:
-        holds = within_caps(task, holds, _with_copies(task, holds))
-    return Solution(holds, whole(target, bound) * target.scale, made)
+    return Solution(copies.held(best, task.ranks), whole(target, bound) * target.scale, made)
 
 
 def _proven(task: Task, problem: Problem, known: Problem, best: Assignment) -> tuple[Assignment, float]:
@@ -76,47 +76,29 @@ def _on_nodes(task: Task, deadline: Deadline) -> tuple[Assignment, int]:
     return best, first + second + third + fourth
 
 
-def _with_copies(task: Task, holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    allowed, prices = _allowed_share(task), task.prices
+def _fill_dispatch(task: Task, holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """`replicas.Fill`."""
+    prices = task.prices
 
     def paid(layer: int, sent: Array, entered: Array, pairs: Array, touched: Array) -> float:
-        rows = float((sent * prices.by_rank).sum() + (entered * prices.by_node).sum())
-        return _rows_within(rows, pairs, float(allowed[layer]))
+        return float((sent * prices.by_rank).sum() + (entered * prices.by_node).sum())
 
-    return copies.for_rows(task.patterns(), task.weights, holds, task.open_slots, task.request.topology, paid)
+    return _filled(task, holds, paid)
+
+
+def _filled(task: Task, holds: NDArray[np.bool_], cost: copies.Cost) -> NDArray[np.bool_]:
+    patterns = task.patterns(task.request.exact and _homes_fit(task))
+    topology, allowed = task.request.topology, replicas.within_limits(task)
+    return copies.for_rows(
+        patterns, task.row_weights, task.weights, holds, task.open_slots, topology, cost, allowed, task.deadline
+    )
 
 
 def _named(task: Task, known: Problem, found: Assignment) -> Assignment:
     return at_home(_dispatch(task, True, task.prices) if task.prices.matter else known, found)
 
 
-def _allowed_share(task: Task) -> Array:
-    """The largest share of a layer's load that one rank may carry, `[L]`: the tightest load cap; memory is `open_slots`."""
-    caps = [limit for limit in task.limits if not limit.memory]
-    shares = [limit.caps.max(1) / np.maximum(limit.weights.sum(1), 1e-300) for limit in caps]
-    shares.append(np.full(len(task.scenarios[0].load), 1.0))
-    return np.asarray(np.min(shares, axis=0))
-
-
-def within_caps(task: Task, plain: NDArray[np.bool_], filled: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """`filled`, but `plain` in every layer in which the copies, as the dispatcher uses them, break a load cap."""
-    kept = filled.copy()
-    for layer, holds in enumerate(filled):
-        table = destinations(holds, task.request.topology)  # [home, E]
-        for limit in task.limits:
-            weights = np.broadcast_to(limit.weights[layer] / task.ranks, table.shape)
-            held = np.bincount(table.ravel(), weights.ravel(), minlength=task.ranks)
-            if not limit.memory and (held > limit.caps[layer] * (1 + 1e-9)).any():
-                kept[layer] = plain[layer]
-    return kept
-
-
-def _rows_within(rows: float, pairs: Array, allowed: float) -> float:
-    """`rows`; infinite if a rank carries more than it may."""
-    return rows if pairs.max() <= allowed * pairs.sum() * (1 + 1e-9) else float("inf")
-
-
-def _homes_matter(task: Task) -> bool:
+def _homes_fit(task: Task) -> bool:
     """Whether patterns by home fit in memory: `[patterns, ranks]` in float64, for every layer."""
     size = sum(len(p.weight) * task.ranks * 8 for patterns in task.patterns() for p in patterns)
     return size < 2e9
@@ -124,7 +106,7 @@ def _homes_matter(task: Task) -> bool:
 
 def _dispatch(task: Task, known_homes: bool, prices: Prices | None = None) -> Problem:
     patterns = task.patterns(known_homes)
-    return dispatch_problem(patterns, task.weights, task.ranks, task.slots, task.limits, known_homes, prices)
+    return dispatch_problem(patterns, task.row_weights, task.ranks, task.slots, task.limits, known_homes, prices)
 
 
 def _local(
@@ -195,20 +177,18 @@ def timed(task: Task, base: Problem) -> tuple[Problem, TimeScore]:
 
 def time(task: Task) -> Solution:
     """The minimax of links and experts: dispatch first, then tabu search on the predicted time itself."""
+    bound = bounds.time_bound(task.request.topology, task.scenarios, task.slots)
+    if task.copied:
+        holds, made = replicas.with_copies(task, time, _fill_time, thins=True)
+        return Solution(holds, bound, made)
     base = _dispatch(task, False)
     problem, score = timed(task, base)
     begin, first = _local(task, base, task.deadline.share(0.4))
     best, second = _local(task, problem, task.deadline.share(0.9), score, begin)
-    holds = copies.held(best, task.ranks)
-    if task.copied:
-        holds = copies.for_rows(
-            task.patterns(),
-            task.weights,
-            holds,
-            task.open_slots,
-            task.request.topology,
-            lambda layer, sent, entered, pairs, touched: score.time.of_copies(layer, sent, pairs, touched),
-        )
-        plain = copies.held(best, task.ranks)
-        holds = min(plain, within_caps(task, plain, holds), key=task.evaluated)
-    return Solution(holds, bounds.time_bound(task.request.topology, task.scenarios, task.slots), first + second)
+    return Solution(copies.held(best, task.ranks), bound, first + second)
+
+
+def _fill_time(task: Task, holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """`replicas.Fill`."""
+    model = LayerTime(task.request.topology, task.scenarios, task.weights)
+    return _filled(task, holds, lambda layer, sent, entered, pairs, touched: model.of_copies(layer, sent, pairs, touched))

@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 
 from coterie.placement.cost import CostReport, evaluate, evaluate_load, homes_of
 from coterie.placement.plan import PlacementPlan
-from coterie.routing.affinity import Patterns, expert_load, pattern_counts, transition_counts
+from coterie.routing.affinity import Patterns, expert_load, pattern_counts, shared, transition_counts
 from coterie.routing.errors import InputError
 from coterie.routing.trace import LoadStatistics, RoutingTrace
 
 ROBUST: dict[str, Callable[[Sequence[float]], float]] = {"worst": max, "mean": lambda values: float(np.mean(values))}
 
 PARTS, LONG_TRACE = (4, 8), 1000  # parts of a shorter and of a longer trace; tokens of the latter
+FEW_PICKS = 32  # of an expert in a layer: recordings with fewer are short ones
+SHARED = 0.1  # of a short recording's transitions, what companions share
 
 DEFINITIONS = {
     "hops": ("hops", "pairs of consecutive-layer experts on different ranks; what context-coherent execution pays at top-1"
@@ -48,6 +50,11 @@ class Scenario:
         """See `Affinity`, `[L-1, E, E]`; counted when first asked for, as `patterns` are: few objectives need both."""
         assert self.trace is not None
         return transition_counts(self.trace)
+
+    @cached_property
+    def shared_transitions(self) -> NDArray[np.float64]:
+        """The same of a short recording, which has seen few of the pairs that will follow: see `affinity.shared`."""
+        return shared(self.transitions, self.patterns, SHARED)
 
     @cached_property
     def patterns(self) -> tuple[Patterns, ...]:
@@ -102,6 +109,11 @@ def _check_same(first: RoutingTrace | LoadStatistics, other: RoutingTrace | Load
         ours, theirs = getattr(first, field), getattr(other, field)
         if ours != theirs and not (field == "model" and "" in (ours, theirs)):
             raise InputError(f"{name}: {field}: found {theirs!r}, expected {ours!r} as in another: scenarios are of one model")
+
+
+def short(scenarios: Sequence[Scenario]) -> bool:
+    """Whether so little was recorded that what is best for these tokens is not so for others."""
+    return float(sum(s.load.mean() for s in scenarios)) < FEW_PICKS
 
 
 def summarised(plan: PlacementPlan, scenarios: Sequence[Scenario], objective: str, robust: str) -> float:

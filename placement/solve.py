@@ -9,15 +9,16 @@ import warnings
 
 import numpy as np
 
-from coterie.placement import balance, bounds, chain, copies, exact, ilp
+from coterie.placement import balance, bounds, chain, copies, exact, ilp, replicas
 from coterie.placement.baselines import Assignment
 from coterie.placement.deadline import Deadline
 from coterie.placement.plan import holders
 from coterie.placement.problem import Problem, hops_problem
 from coterie.placement.recombine import recombined
-from coterie.placement.rows import dispatch, time, within_caps
+from coterie.placement.rows import dispatch, time
 from coterie.placement.spread import Child, ended
 from coterie.placement.task import (
+    Array,
     Solution,
     Solver,
     Spread,
@@ -37,28 +38,33 @@ PLAIN = 20  # descents of a placement without copies that one with copies is com
 
 def hops(task: Task) -> Solution:
     """ExFlow's objective: dynamic programming where it fits, else annealed chains, an ILP where it fits, and a certificate."""
-    problem = hops_problem(task.transitions(), task.weights, task.ranks, task.slots, task.limits)
+    problem = _hops_problem(task, task.transitions())
+    if task.copied:
+        holds, made = replicas.with_copies(task, hops, replicas.for_hops(np.asarray(problem.transitions)))
+        return Solution(holds, bounds.hops_with_copies(problem) * problem.scale, made)
     if exact.fits(problem):
         solved = task.world.gather(exact.solve(problem, task.deadline.share(EXACT_SHARE)))
         if (optimum := next((s for s in solved if s is not None), None)) is not None:
             return Solution(copies.held(optimum, task.ranks), problem.cost(optimum) * problem.scale, 1)
     proof = _Proof(task, problem)
-    searching = task.deadline if proof.child else task.deadline.share(SEARCH_SHARE)
-    arguments = {"problem": problem, "iterations": iterations_for(task, problem)}
-    own = {"target": proof.cheap, "report": lambda cost, made: task.progress(cost * problem.scale, proof.bound, made)}
+    searching = task.deadline if proof.child or not proof.wanted else task.deadline.share(SEARCH_SHARE)
+    likely = problem if ilp.fits(problem) else _hops_problem(task, task.likely_transitions())
+    arguments = {"problem": likely, "iterations": iterations_for(task, problem)}
+    report = lambda cost, made: task.progress(cost * problem.scale, proof.bound, made)  # noqa: E731
+    own = {"target": 0.0 if likely is not problem and task.shares_out else proof.cheap, "report": report}
     spread = Spread(task, "coterie.placement.chain:search", arguments)
     with ended([proof.child]):
         found = spread.run(chain.search, searching, max(0, task.request.workers - 1 - (proof.child is not None)), **own)
-        best, made = min((a for a, _ in found), key=by_cost(problem)), sum(n for _, n in found)
+        best, made = min((a for a, _ in found), key=by_cost(likely)), sum(n for _, n in found)
         if len(found) > 1 and problem.interchangeable:
-            best = min(best, recombined(problem, [a for a, _ in found]), key=by_cost(problem))
+            best = min(best, recombined(likely, [a for a, _ in found]), key=by_cost(likely))
         check_feasible(problem, best, task)
         best, bound = proof.finish(best)
-    holds = copies.held(best, task.ranks)
-    if task.copied:
-        holds = within_caps(task, holds, copies.for_hops(np.asarray(problem.transitions), holds, task.open_slots))
-        bound = bounds.hops_with_copies(problem)
-    return Solution(holds, bound * problem.scale, made)
+    return Solution(copies.held(best, task.ranks), bound * problem.scale, made)
+
+
+def _hops_problem(task: Task, transitions: list[Array]) -> Problem:
+    return hops_problem(transitions, task.weights, task.ranks, task.slots, task.limits)
 
 
 class _Proof:
@@ -68,10 +74,10 @@ class _Proof:
         self.task, self.problem = task, problem
         self.bound: float | None = None
         self.child: Child | None = None
-        self.wanted = task.prove and not task.copied and problem.layers > 1 and task.world.rank == 0
+        self.wanted = task.prove and problem.layers > 1 and task.world.rank == 0
         apart = self.wanted and task.request.workers > 1
         late = apart and chain.is_large(problem)  # then the search need not wait for the cheap bound either
-        self.cheap = 0.0 if task.copied or late else bounds.lower_bound(problem, task.deadline.share(0.2))
+        self.cheap = 0.0 if late else bounds.lower_bound(problem, task.deadline.share(0.2))
         if apart:
             function = f"coterie.placement.bounds:{'both_bounds' if late else 'chain_bound'}"
             self.child = Child(function, {"problem": problem}, task.deadline, self._hear).start()
@@ -119,9 +125,11 @@ def load(task: Task) -> Solution:
     """
     loads = np.stack([s.load for s in task.scenarios])
     worst = task.request.robust == "worst"
-    parts = [] if worst or task.request.exact else [part for s in task.scenarios for part in s.parts()]
+    parts = [[] if worst or task.request.exact else s.parts() for s in task.scenarios]
+    each = [w / (1 + len(p)) for w, p in zip(task.weights, parts, strict=True)]  # a scenario and its parts share its weight
     arguments = {
-        "loads": np.stack([*loads, *parts]),
+        "loads": np.stack([*loads, *(part for p in parts for part in p)]),
+        "weights": np.array([*each, *(w for w, p in zip(each, parts, strict=True) for _ in p)]),
         "ranks": task.ranks,
         "slots": task.slots,
         "iterations": task.request.iterations,

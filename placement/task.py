@@ -18,7 +18,7 @@ from coterie.placement.homes import Homes
 from coterie.placement.plan import PlacementPlan, slots_from_holders
 from coterie.placement.prices import Prices, minimised, prices_of
 from coterie.placement.problem import Limit, Problem
-from coterie.placement.scenarios import Scenario, summarised
+from coterie.placement.scenarios import Scenario, short, summarised
 from coterie.placement.spread import Child, World, ended
 from coterie.routing.affinity import Patterns
 from coterie.routing.errors import CoterieError, InputError
@@ -51,6 +51,14 @@ class Task:
     progress: Progress = lambda value, bound, iterations: None
     prove: bool = True
     fills: bool = True
+
+    @property
+    def row_weights(self) -> tuple[float, ...]:
+        """Of the scenarios in a mixture of tokens; for `time` a batch is all of a recording: a longer one sends more."""
+        if self.request.objective_name != "time":
+            return self.weights
+        tokens = [w * s.trace.tokens for w, s in zip(self.weights, self.scenarios, strict=True) if s.trace is not None]
+        return tuple(t / max(sum(tokens), 1e-300) for t in tokens)
 
     @property
     def ranks(self) -> int:
@@ -98,6 +106,15 @@ class Task:
     def transitions(self) -> list[Array]:
         """Of every scenario, `[L-1, E, E]`."""
         return [s.transitions for s in self.scenarios]
+
+    @property
+    def shares_out(self) -> bool:
+        """Whether `likely_transitions` are not those that were recorded."""
+        return short(self.scenarios) and not self.request.exact
+
+    def likely_transitions(self) -> list[Array]:
+        """What to search a chain by, `[L-1, E, E]` of every scenario: as recorded, or of short recordings shared out."""
+        return [s.shared_transitions for s in self.scenarios] if self.shares_out else self.transitions()
 
     def patterns(self, by_home: bool = False) -> list[tuple[Patterns, ...]]:
         """Of every scenario, by layer; `by_home`: also split by the homes of the traces."""

@@ -247,7 +247,7 @@ def _rows(s: Search, problem: Problem, load: Array | None = None, score: TimeSco
 
 def _priced(s: Search) -> Problem:
     t, exact = s.task, s.task.request.exact
-    return dispatch_problem(t.patterns(exact), t.weights, t.ranks, t.slots, (), exact)
+    return dispatch_problem(t.patterns(exact), t.row_weights, t.ranks, t.slots, (), exact)
 
 
 def _dispatch(s: Search) -> NDArray[np.bool_]:

@@ -6,7 +6,7 @@ Mixture-of-Experts Model Inference", 2024), generalised from top-1 to all k x k 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -196,6 +196,25 @@ def _equal_rows(rows: NDArray[np.int16], low: int, bits: int) -> tuple[NDArray[n
 def _first_of_equal(ordered: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Where each distinct value begins."""
     return np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(ordered) else np.zeros(0, np.int64)
+
+
+def shared(transitions: NDArray[np.float64], sets: Sequence[Patterns], share: float) -> NDArray[np.float64]:
+    """`transitions` with a share of every count dealt out to experts that are picked together with the two of the pair.
+
+    Kernel smoothing of a sparse table: an expert's weight for another is how often the two are picked together, over all
+    its company, itself included. transitions `[layers-1, E, E]`, sets: of every layer. Totals stay; at top-1 nothing changes.
+    """
+    near = [_company(p) for p in sets]
+    dealt = [one.T @ counts @ two for one, counts, two in zip(near, transitions, near[1:], strict=False)]
+    return (1 - share) * transitions + share * np.reshape(dealt, transitions.shape)
+
+
+def _company(sets: Patterns) -> NDArray[np.float64]:
+    """How often two experts are picked together, in shares of the first one's, `[E, E]`; an expert never picked is alone."""
+    members = sets.experts.astype(np.float64)
+    together = (members * sets.weight[:, None]).T @ members
+    total = together.sum(1, keepdims=True)
+    return np.where(total > 0, together / np.maximum(total, 1), np.eye(sets.num_experts))
 
 
 def mean_affinity(trace: RoutingTrace) -> float:

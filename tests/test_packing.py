@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 
 from coterie.placement import balance, copies, limits
 from coterie.placement.capacity import memory_limit, whole_experts
-from coterie.placement.cost import evaluate, evaluate_load, hops
+from coterie.placement.cost import carried, destinations, evaluate, evaluate_load, hops
 from coterie.placement.deadline import Deadline
 from coterie.placement.plan import holders, slots_from_holders
+from coterie.placement.planner import PlanRequest, plan
 from coterie.placement.problem import Limit, Problem, one_hot
 from coterie.placement.topology import Topology
-from coterie.routing.affinity import measure
+from coterie.routing.affinity import expert_load, measure
 from coterie.routing.errors import InputError
-from coterie.routing.trace import LoadStatistics
+from coterie.routing.trace import LoadStatistics, RoutingTrace
 
 SEEDS = st.integers(0, 10_000)
 LATER = 60.0
@@ -203,6 +204,15 @@ def base_of(seed: int, layers: int, experts: int, ranks: int) -> np.ndarray:
     return ways[np.random.default_rng(seed).integers(len(ways), size=layers)]
 
 
+def anything(layer: int, holds: np.ndarray) -> bool:
+    return True
+
+
+def rows_filled(patterns, before: np.ndarray, slots, topology: Topology, cost, allowed=anything) -> np.ndarray:
+    """`copies.for_rows` of one scenario, with time."""
+    return copies.for_rows([patterns], [1.0], [1.0], before, slots, topology, cost, allowed, Deadline(LATER))
+
+
 def check_copies(before: np.ndarray, after: np.ndarray, slots: int) -> None:
     assert (after >= before).all() and after.sum(1).max() <= slots
 
@@ -213,7 +223,7 @@ def test_copies_never_add_hops_and_their_gains_are_as_predicted(seed, shape, lay
     ranks, experts, slots = shape
     trace = make_trace(tokens=60, layers=layers, experts=experts, top_k=top_k, seed=seed)
     pairs, before = measure(trace).transitions, copies.held(base_of(seed, layers, experts, ranks), ranks)
-    filled = copies.for_hops(pairs, before, slots)
+    filled = copies.for_hops(pairs, before, slots, anything, Deadline(LATER))
     check_copies(before, filled, slots)
     assert hops(trace, filled) <= hops(trace, before)
     for layer in range(layers):
@@ -232,7 +242,7 @@ def test_copies_never_add_rows_where_homes_are_equally_likely(seed, topology, to
     trace = every_home(make_trace(tokens=40, layers=2, experts=6, top_k=top_k, seed=seed), ranks)
     before = copies.held(base_of(seed, 2, 6, ranks), ranks)
     cost = lambda layer, sent, entered, pairs, touched: float(sent.sum())  # noqa: E731
-    filled = copies.for_rows([measure(trace).patterns], [1.0], before, slots, topology, cost)
+    filled = rows_filled(measure(trace).patterns, before, slots, topology, cost)
     check_copies(before, filled, slots)
     now, then = (evaluate(plan_of(h, trace, topology, slots), trace) for h in (filled, before))
     assert now.dispatch <= then.dispatch + 1e-9
@@ -243,8 +253,7 @@ def predicted_rows(trace, holds: np.ndarray, topology: Topology) -> float:
     """What `for_rows` believes the rows to be."""
     found, total = measure(trace), 0.0
     for layer, patterns in enumerate(found.patterns):
-        members = patterns.experts.astype(np.float32)
-        traffic = copies._Traffic(members, patterns.weight / found.tokens, topology)
+        traffic = copies._Traffic.mixed([patterns], [1.0], [1.0], topology)
         total += traffic.of(holds[layer])[0].sum()
     return total / len(found.patterns)
 
@@ -255,14 +264,14 @@ def test_the_rows_that_a_copy_saves_at_home_are_as_predicted(seed, ranks, top_k)
     topology = Topology(1, ranks)
     trace = every_home(make_trace(tokens=40, layers=1, experts=6, top_k=top_k, seed=seed), ranks)
     patterns, before = measure(trace).patterns[0], one_hot(base_of(seed, 1, 6, ranks)[0], ranks).astype(bool)
-    traffic = copies._Traffic(patterns.experts.astype(np.float32), patterns.weight / trace.tokens, topology)
+    traffic = copies._Traffic.mixed([patterns], [1.0], [1.0], topology)
     sent, *_ = traffic.of(before)
     for rank in range(ranks):
         gain = copies._row_gains(traffic, before, rank)
         for expert in np.flatnonzero(~before[:, rank]):
             one = before.copy()
             one[expert, rank] = True
-            assert gain[expert] / ranks == pytest.approx((sent - traffic.of(one)[0])[rank].sum(), abs=1e-9)
+            assert gain[expert] == pytest.approx((sent - traffic.of(one)[0])[rank].sum(), abs=1e-9)
 
 
 def test_copies_keep_to_the_room_of_every_rank() -> None:
@@ -271,8 +280,8 @@ def test_copies_keep_to_the_room_of_every_rank() -> None:
     before, found = copies.held(base_of(0, 2, 6, 2), 2), measure(trace)
     rows = lambda layer, sent, entered, pairs, touched: float(sent.sum())  # noqa: E731
     for filled in (
-        copies.for_hops(found.transitions, before, room),
-        copies.for_rows([found.patterns], [1.0], before, room, Topology(1, 2), rows),
+        copies.for_hops(found.transitions, before, room, anything, Deadline(LATER)),
+        rows_filled(found.patterns, before, room, Topology(1, 2), rows),
     ):
         assert (filled.sum(1) <= room).all() and filled.sum() > before.sum()
 
@@ -283,5 +292,108 @@ def test_the_hottest_expert_is_copied_first() -> None:
     trace = every_home(replace(trace, expert_ids=ids, router_weights=None), 2)
     before = copies.held(np.array([[0, 0, 1, 1]]), 2)
     rows = lambda layer, sent, entered, pairs, touched: float(sent.sum())  # noqa: E731
-    filled = copies.for_rows([measure(trace).patterns], [1.0], before, 3, Topology(1, 2), rows)
+    filled = rows_filled(measure(trace).patterns, before, 3, Topology(1, 2), rows)
     assert np.argwhere(filled & ~before).tolist()[0][1:] == [0, 1]
+
+
+def groups_of_eight(tokens: int = 400, groups: int = 8) -> RoutingTrace:
+    """Two layers of 16 experts in couples that are always picked together; every rank is some sequence's home."""
+    rng = np.random.default_rng(0)
+    ids = np.stack([np.stack([2 * g, 2 * g + 1], 1) for g in rng.integers(0, groups, (2, tokens))], axis=1).astype(np.int16)
+    return every_home(replace(make_trace(tokens=tokens, layers=2, experts=16), expert_ids=ids, router_weights=None), 4)
+
+
+def test_experts_on_the_same_ranks_are_sent_to_the_same_copy_from_every_rank() -> None:
+    holds = np.random.default_rng(0).random((12, 8)) < 0.4
+    holds[:, 0] |= ~holds.any(1)
+    holds[6:] = holds[:6]
+    table = destinations(holds, Topology(2, 4))
+    assert (table[:, :6] == table[:, 6:]).all()
+    assert holds[np.arange(12)[None], table].all()
+    served = np.array([np.bincount(column, minlength=8) for column in destinations(holds[:6], Topology(1, 8)).T])
+    assert all(np.ptp(served[expert][holds[expert]]) <= 1 for expert in range(6))
+
+
+def test_what_a_rank_carries_is_what_the_dispatcher_sends_it() -> None:
+    trace = every_home(make_trace(tokens=60, layers=1, experts=6, seed=3), 4)
+    holds = copies.held(base_of(1, 1, 6, 4), 4) | (np.random.default_rng(1).random((1, 6, 4)) < 0.4)
+    rank_load = evaluate(plan_of(holds, trace, Topology(2, 2), 6), trace).rank_load
+    np.testing.assert_allclose(carried(holds[0], expert_load(trace)[0], Topology(2, 2)), rank_load[0])
+
+
+@pytest.mark.parametrize(("topology", "strategy"), [(Topology(1, 4), "all_to_all"), (Topology(2, 2), "hierarchical")])
+def test_room_for_all_experts_twice_is_used_as_two_plans_side_by_side(topology, strategy) -> None:
+    """A token's couple is then on its rank or on one of the other half, so that it pays at most one row, half of the time."""
+    trace = groups_of_eight()
+    asked = dict(objective="dispatch", max_load=1.3, time_limit=6, iterations=3)
+    half = plan(trace, PlanRequest(Topology(1, 2), **asked))
+    made = plan(trace, PlanRequest(topology, strategy, slots_per_rank=8, **asked))
+    assert half.objective.value == pytest.approx(0.5, abs=0.05)
+    assert made.objective.value <= half.objective.value + 0.02
+    if topology.nodes == 2:
+        assert evaluate(made, trace).node_rows == 0
+
+
+def test_room_for_a_part_of_the_experts_twice_takes_away_the_least_loaded_copies() -> None:
+    trace = groups_of_eight()
+    patterns = measure(trace).patterns
+    doubled = np.tile(copies.held(np.tile(np.arange(16) // 8, (2, 1)), 2), 2)
+    rows = lambda layer, sent, entered, pairs, touched: float(sent.sum())  # noqa: E731
+    thinned = rows_filled(patterns, doubled, 6, Topology(1, 4), rows)
+    assert (thinned.sum(1) == 6).all() and (thinned <= doubled).all() and thinned.any(2).all()
+    for layer, load in enumerate(expert_load(trace)):
+        once = thinned[layer].sum(1) == 1
+        assert load[once].mean() < load[~once].mean()
+
+
+@pytest.mark.parametrize("kind", ["hops", "rows"])
+def test_copies_are_made_one_by_one_as_far_as_the_limits_let_them(kind) -> None:
+    """Not given up for a whole layer because one of them breaks a limit."""
+    trace = every_home(make_trace(tokens=60, layers=3, experts=6), 2)
+    before, found = copies.held(base_of(0, 3, 6, 2), 2), measure(trace)
+    asked = []
+
+    def at_most_one(layer: int, holds: np.ndarray) -> bool:
+        asked.append(layer)
+        return bool(holds.sum() <= 7)
+
+    rows = lambda layer, sent, entered, pairs, touched: float(sent.sum())  # noqa: E731
+    if kind == "hops":
+        filled = copies.for_hops(found.transitions, before, 6, at_most_one, Deadline(LATER))
+    else:
+        filled = rows_filled(found.patterns, before, 6, Topology(1, 2), rows, at_most_one)
+    assert filled.sum((1, 2)).tolist() == [7, 7, 7] and set(asked) == {0, 1, 2}
+
+
+def test_copies_end_with_the_time() -> None:
+    trace = make_trace(tokens=60, layers=3, experts=6)
+    before, found = copies.held(base_of(0, 3, 6, 2), 2), measure(trace)
+    rows = lambda layer, sent, entered, pairs, touched: float(sent.sum())  # noqa: E731
+    late = Deadline(0.0)
+    assert (copies.for_hops(found.transitions, before, 6, anything, late) == before).all()
+    one = [1.0]
+    assert (copies.for_rows([found.patterns], one, one, before, 6, Topology(1, 2), rows, anything, late) == before).all()
+
+
+def test_a_mean_over_recordings_counts_each_the_same_whatever_its_length(monkeypatch) -> None:
+    """Parts of a long trace, which stand for other text of its kind, do not outvote load statistics."""
+    long = make_trace(tokens=1200, layers=2, experts=8, seed=0)
+    other = LoadStatistics(np.arange(16).reshape(1, 2, 8) + 1, long.model, long.layer_ids, ("other",))
+    counted, search = [], balance.search
+
+    def watched(loads, *args, weights, **named):
+        counted.append(([float(w) for w in weights], [bool((load == other.expert_load[0]).all()) for load in loads]))
+        return search(loads, *args, weights=weights, **named)
+
+    monkeypatch.setattr(balance, "search", watched)
+    plan([long, other], PlanRequest(Topology(1, 4), objective="load", time_limit=5, iterations=2))
+    (weights, is_other), *_ = counted
+    assert len(weights) == 10 and sum(weights) == pytest.approx(1)
+    assert sum(w for w, theirs in zip(weights, is_other, strict=True) if theirs) == pytest.approx(0.5)
+
+
+def test_the_evenest_mean_goes_by_the_weights() -> None:
+    loads = np.array([[[8.0, 1, 1, 8]], [[8.0, 8, 1, 1]]])
+    for weights, best in (([0.9, 0.1], 0), ([0.1, 0.9], 1)):
+        found, _ = balance.search(loads, 2, 2, 0, 4, Deadline(LATER), False, weights=np.array(weights))
+        assert balance.value(found, loads[best : best + 1], False) == pytest.approx(1)

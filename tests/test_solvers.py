@@ -352,7 +352,7 @@ def test_the_time_of_copies_is_the_evaluated_one_where_homes_are_equally_likely(
     model, (scenario,) = LayerTime(topology, gathered([trace]), [1.0]), gathered([trace])
     seconds = []
     for layer, patterns in enumerate(scenario.patterns):
-        traffic = copies._Traffic(patterns.experts.astype(np.float32), patterns.weight / patterns.tokens, topology)
+        traffic = copies._Traffic.mixed([patterns], [1.0], [1.0], topology)
         sent, _, pairs, touched = traffic.of(holds[layer])
         seconds.append(model.of_copies(layer, sent, pairs, touched))
     assert np.mean(seconds) == pytest.approx(evaluate(plan_of(holds, trace, topology, 8), trace).seconds)
@@ -360,7 +360,7 @@ def test_the_time_of_copies_is_the_evaluated_one_where_homes_are_equally_likely(
 
 def test_copies_that_cost_more_to_read_than_they_save_are_not_made() -> None:
     trace = replace(make_trace(tokens=64, layers=2, experts=8), phase="decode")
-    topology = Topology(1, 4, Link(1e9, 0), expert_bytes=1e8, memory_bytes_per_second=1e12)
+    topology = Topology(1, 4, Link(1e9, 0), expert_bytes=1e9, memory_bytes_per_second=1e12)
     plain = plan(trace, PlanRequest(topology, objective="time", time_limit=4, iterations=2))
     room = plan(trace, PlanRequest(topology, objective="time", time_limit=4, iterations=2, slots_per_rank=4))
     assert room.objective.value <= plain.objective.value * (1 + 1e-9)

@@ -1,0 +1,120 @@
+"""Plans with copies: what they begin with, before free slots are filled one by one.
+
+A placement of every expert once leaves company apart that copies, added one at a time, hardly bring together again. So a plan
+is also made for a part of the ranks and placed several times, as many as there are slots for: on two nodes with room for all
+experts on each, no row need leave its node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.placement import copies
+from coterie.placement.copies import Allowed
+from coterie.placement.cost import carried
+from coterie.placement.problem import Limit
+from coterie.placement.task import Solver, Task, replaced
+from coterie.placement.topology import Topology
+from coterie.routing.errors import InputError
+
+THINNED = 0.4  # of a further placement, what there must be slots for if it is to be placed and thinned
+TIGHTER = 0.25
+SEARCH_SHARE = 0.6  # of the time of one beginning; the rest is for its copies
+
+Fill = Callable[[Task, NDArray[np.bool_]], NDArray[np.bool_]]
+"""Who holds what, `[L, E, ranks]`, with free slots filled by the task's deadline."""
+
+
+def with_copies(task: Task, solver: Solver, fill: Fill, thins: bool = False) -> tuple[NDArray[np.bool_], int]:
+    """The best by what is minimised, as evaluated, of all beginnings, filled or as they are; and the iterations made.
+
+    thins: `fill` also takes copies away where there are more than slots.
+    Raises InputError if no beginning is within the limits.
+    """
+    begun, made = _beginnings(task, thins), 0
+    found: list[NDArray[np.bool_]] = []
+    refused: InputError | None = None
+    for number, (part, times) in enumerate(begun):
+        deadline = task.deadline.share(1 / (len(begun) - number))
+        try:
+            solution = solver(replace(part, deadline=deadline.share(SEARCH_SHARE), fills=False, prove=False))
+        except InputError as error:
+            refused = refused or error
+            continue
+        made += solution.iterations
+        placed = np.tile(solution.holds, times)
+        found += [holds for holds in (placed, fill(replaced(task, deadline), placed)) if times == 1 or fits(task, holds)]
+    if not found:
+        raise refused or AssertionError("a plan without copies is within no limit and was not refused")
+    return min(found, key=task.minimised), made
+
+
+def for_hops(transitions: NDArray[np.float64]) -> Fill:
+    """Fills by `copies.for_hops`; transitions `[L-1, E, E]`."""
+    return lambda task, holds: copies.for_hops(transitions, holds, task.open_slots, within_limits(task), task.deadline)
+
+
+def fits(task: Task, holds: NDArray[np.bool_]) -> bool:
+    """Whether every layer is within its slots and limits."""
+    allowed = within_limits(task)
+    full = bool((holds.sum(1) <= task.open_slots).all())
+    return full and all(allowed(layer, placed) for layer, placed in enumerate(holds))
+
+
+def within_limits(task: Task) -> Allowed:
+    """Whether copies, as the dispatcher uses them, leave a layer within its load caps; memory is `Task.open_slots`."""
+    caps = [limit for limit in task.limits if not limit.memory]
+
+    def allowed(layer: int, holds: NDArray[np.bool_]) -> bool:
+        return all(
+            (carried(holds, limit.weights[layer], task.request.topology) <= limit.caps[layer] * (1 + 1e-9)).all()
+            for limit in caps
+        )
+
+    return allowed
+
+
+def _beginnings(task: Task, thins: bool) -> list[tuple[Task, int]]:
+    """Tasks without copies, and how often their placements are to be beside each other on the ranks."""
+    experts, ranks = task.scenarios[0].load.shape[1], task.ranks
+    least = -(-experts // ranks)
+    found = [(task, 1)]
+    if task.slots > least and not task.short_of_memory:
+        found.insert(0, (replace(task, slots=least), 1))
+    divisors = [n for n in range(2, ranks + 1) if ranks % n == 0]
+    times = [n for n in divisors if ranks // n * task.slots >= experts]
+    nodes = task.request.topology.nodes
+    found += [(_part(task, n, task.slots), n) for n in sorted({*times[-1:], *({nodes} & set(times))})]
+    for n in divisors[len(times) :][:1]:
+        if thins and ranks * task.slots >= experts * (n - 1 + THINNED) and not task.short_of_memory:
+            found.append((_part(task, n, -(-experts * n // ranks)), n))
+    return found
+
+
+def _part(task: Task, times: int, slots: int) -> Task:
+    """The task on a part of the ranks, each of which stands for `times` of them and has the least that any of them has.
+
+    With more slots than there are, copies will be taken away, which makes ranks less even: load caps are tighter then.
+    """
+    topology = task.request.topology
+    ranks = topology.ranks // times
+    nodes = topology.nodes // times if topology.nodes % times == 0 else 1
+    memory = topology.memory_bytes
+    if isinstance(memory, tuple):
+        memory = tuple(np.reshape(memory, (times, ranks)).min(0).tolist())
+    part: Topology = replace(topology, nodes=nodes, ranks_per_node=ranks // nodes, memory_bytes=memory)
+    limits = tuple(_least(limit, times, 1.0 if slots <= task.slots else TIGHTER) for limit in task.limits)
+    return replace(task, request=replace(task.request, topology=part), slots=slots, limits=limits)
+
+
+def _least(limit: Limit, times: int, kept: float) -> Limit:
+    """Copies share load, but not memory. kept: of what a load cap is above the mean."""
+    caps = limit.caps.reshape(len(limit.caps), times, -1).min(1)
+    if limit.memory:
+        return replace(limit, caps=caps)
+    mean = limit.weights.sum(1, keepdims=True) / caps.shape[1]
+    return replace(limit, caps=mean + kept * (caps * times - mean))
