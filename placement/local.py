@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from coterie.placement import limits
 from coterie.placement.baselines import Assignment
@@ -24,7 +25,6 @@ BURST = 150  # tabu steps of one layer in one iteration
 TENURE = (4, 10)  # steps that an expert may not return to a rank
 PATIENCE = 40  # bursts without a better placement in any layer after which it ends
 KICK = 4  # random swaps that start a burst from the best known, if the last burst found nothing
-MAX_ENTRIES = 400_000_000  # patterns x experts of all layers held at once, 4 bytes each
 
 Score = Callable[[int, NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
 """(layer, rows received `[n, ranks]`, load `[n, ranks]`) -> what to minimise `[n]`."""
@@ -39,19 +39,25 @@ class Layer:
 
     def __init__(self, members: NDArray[np.bool_], prices: NDArray[np.float64], here: NDArray[np.int64]) -> None:
         used = members.any(1)
-        self.members = members[used].astype(np.float32)
-        self.prices = prices[used].astype(np.float32)
-        self.with_expert = [np.flatnonzero(m) for m in members[used].T]
+        self.members = members if used.all() else members[used]
+        alike = prices.strides[1] == 0  # one price for all ranks takes the memory of one
+        narrow = (prices[:, :1] if alike else prices)[used].astype(np.float32)
+        self.prices = np.broadcast_to(narrow, (len(narrow), prices.shape[1])) if alike else narrow
+        self.picks = csr_array(self.members.astype(np.float32))
+        self.with_expert = [np.flatnonzero(m) for m in self.members.T]
         self.ranks = prices.shape[1]
         self.place(here)
 
     def place(self, here: NDArray[np.int64]) -> None:
         """Start from another placement `[E]`."""
         self.here = here.copy()
-        self.count = self.members @ one_hot(here, self.ranks).astype(np.float32)
-        self.joining = (self.members.T @ np.where(self.count == 0, self.prices, 0)).astype(np.float64)
+        self.count = self.picks @ one_hot(here, self.ranks).astype(np.float32)
+        self.joining = (self.picks.T @ np.where(self.count == 0, self.prices, 0)).astype(np.float64)
         alone = np.where(self.count == 1, self.prices, 0)
-        self.freed = ((self.members * alone[:, here]).T @ self.members).astype(np.float64)
+        pattern = np.repeat(np.arange(len(self.members)), np.diff(self.picks.indptr))
+        paid = alone[pattern, here[self.picks.indices]]
+        only = csr_array((paid, self.picks.indices, self.picks.indptr), shape=self.picks.shape)
+        self.freed = (only.T @ self.picks).toarray().astype(np.float64)
         self.rows = np.where(self.count > 0, self.prices, 0).sum(0, dtype=np.float64)
 
     def changes(self) -> NDArray[np.float64]:
@@ -69,10 +75,10 @@ class Layer:
         self.rows[a] += self.freed[e, f] - self.freed[e, e] + self.joining[f, a]
         self.rows[b] += self.freed[f, e] - self.freed[f, f] + self.joining[e, b]
         one, two = self.with_expert[e], self.with_expert[f]
-        touched = np.concatenate([one[self.members[one, f] == 0], two[self.members[two, e] == 0]])
-        sign = np.where(self.members[touched, e] > 0, 1, -1).astype(np.float32)
+        touched = np.concatenate([one[~self.members[one, f]], two[~self.members[two, e]]])
+        sign = np.where(self.members[touched, e], 1, -1).astype(np.float32)
         neighbours = np.flatnonzero((self.here == a) | (self.here == b))
-        members, prices = self.members[touched], self.prices[touched][:, [a, b]]
+        members, prices = self.members[touched].astype(np.float32), self.prices[touched[:, None], [a, b]]
         before = self.count[touched][:, [a, b]]
         after = before + np.stack([-sign, sign], 1)
         column = (self.here[neighbours] == b).astype(np.int64)
@@ -84,7 +90,7 @@ class Layer:
         self.here[e], self.here[f] = b, a
         for expert, patterns, rank in ((e, one, b), (f, two, a)):
             lone = np.where(self.count[patterns, rank] == 1, self.prices[patterns, rank], 0)
-            self.freed[expert] = lone @ self.members[patterns]
+            self.freed[expert] = lone @ self.members[patterns].astype(np.float32)
 
 
 class TieredLayer(Layer):
@@ -148,8 +154,8 @@ def search(
             break
         for number, layer in enumerate(layers):
             layer.burst(deadline.share(1 / (len(layers) - number)) if made == 0 else deadline)
-        if report is not None:
-            report(sum(layer.best_cost for layer in layers), made + 1)
+        if report is not None and np.isfinite(cost := sum(layer.best_cost for layer in layers)):
+            report(cost, made + 1)
     found = np.stack([layer.best for layer in layers])
     return found[:, : problem.experts], made
 
@@ -159,61 +165,65 @@ class _Tabu:
         self, problem: Problem, layer: int, here: NDArray[np.int64], rng: np.random.Generator, score: Score | None
     ) -> None:
         self.problem, self.layer, self.rng, self.score = problem, layer, rng, score
-        self.state = layer_of(problem, layer, here)
+        self.state: Layer | None = None
         self.load = problem.limits[0].weights[layer] if problem.limits else np.zeros(problem.experts)
         self.until = np.zeros((problem.experts, problem.ranks), dtype=np.int64)
         self.step, self.quiet = 0, 0
-        self.best, self.best_cost = here.copy(), self._cost()
+        self.best, self.best_cost = here.copy(), np.inf
 
-    def _cost(self) -> float:
+    def _cost(self, state: Layer) -> float:
         if self.score is None:
-            return self.state.cost()
-        held = held_by(self.state.here, self.load, self.problem.ranks)
-        return float(self.score(self.layer, self.state.rows[None], held[None])[0])
+            return state.cost()
+        held = held_by(state.here, self.load, self.problem.ranks)
+        return float(self.score(self.layer, state.rows[None], held[None])[0])
 
     def burst(self, deadline: Deadline) -> None:
         """BURST tabu steps; from the best known, shaken, if the last burst found nothing better."""
-        before = self.best_cost
+        if self.state is None:
+            if deadline.passed():
+                return  # large tables, for nothing
+            self.state = layer_of(self.problem, self.layer, self.best)
+            self.best_cost = self._cost(self.state)
+        before, state = self.best_cost, self.state
         if self.quiet:
-            self.state.place(self.best)
-            self._kick(KICK + self.quiet % 4)
+            state.place(self.best)
+            self._kick(state, KICK + self.quiet % 4)
         for _ in range(BURST):
-            if deadline.passed() or not self._step():
+            if deadline.passed() or not self._step(state):
                 break
         self.quiet = 0 if self.best_cost < before * (1 - 1e-9) else self.quiet + 1
 
-    def _step(self) -> bool:
-        state = self.state
+    def _step(self, state: Layer) -> bool:
         change = state.changes()
         value = change + change.T if self.score is None else scored(state, change, self.load, self.score, self.layer)
         possible = allowed_swaps(self.problem, state.here, self.layer)
         forbidden = self.until[:, state.here] > self.step
         forbidden |= forbidden.T
-        now = self._cost()
+        now = self._cost(state)
         better = value < (self.best_cost - now - 1e-6 if self.score is None else self.best_cost * (1 - 1e-9))
         value = np.where(possible & (~forbidden | better), value, np.inf)
         e, f = np.unravel_index(value.argmin(), value.shape)
         if not np.isfinite(value[e, f]):
             return False
-        self._take(int(e), int(f))
-        if (cost := self._cost()) < self.best_cost * (1 - 1e-9):
+        self._take(state, int(e), int(f))
+        if (cost := self._cost(state)) < self.best_cost * (1 - 1e-9):
             self.best, self.best_cost = state.here.copy(), cost
         return True
 
-    def _take(self, e: int, f: int) -> None:
-        a, b = self.state.here[e], self.state.here[f]
-        self.state.swap(e, f)
+    def _take(self, state: Layer, e: int, f: int) -> None:
+        a, b = state.here[e], state.here[f]
+        state.swap(e, f)
         self.step += 1
         tenure = self.rng.integers(*TENURE, size=2)
         self.until[e, a], self.until[f, b] = self.step + tenure
 
-    def _kick(self, swaps: int) -> None:
+    def _kick(self, state: Layer, swaps: int) -> None:
         for _ in range(swaps):
-            possible = np.flatnonzero(allowed_swaps(self.problem, self.state.here, self.layer))
+            possible = np.flatnonzero(allowed_swaps(self.problem, state.here, self.layer))
             if not len(possible):
                 return
             e, f = divmod(int(self.rng.choice(possible)), self.problem.experts)
-            self._take(e, f)
+            self._take(state, e, f)
 
 
 def scored(
@@ -247,8 +257,8 @@ def _begun(problem: Problem) -> Assignment:
     """
     start = limits.start(problem)
     for layer, row in enumerate(start):
-        members = problem.members[layer].astype(np.float64)
-        together = (members * problem.prices[layer].sum(1, keepdims=True)).T @ members
+        picks = csr_array(problem.members[layer].astype(np.float64))
+        together = (picks.multiply(problem.prices[layer].sum(1, keepdims=True)).T @ picks).toarray()
         grouped = np.empty_like(row)
         grouped[node_order(together, problem.slots)] = np.arange(problem.experts) // problem.slots
         limits.mend_layer(problem, layer, grouped)

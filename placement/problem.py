@@ -189,7 +189,7 @@ def priced(patterns: Patterns, ranks: int, known_homes: bool, tolls: Prices | No
     if known_homes:
         assert patterns.by_home is not None
         return np.asarray(patterns.weight[:, None] - patterns.by_home)
-    return np.tile(patterns.weight[:, None] * (1 - 1 / ranks), (1, ranks))
+    return np.broadcast_to(patterns.weight[:, None] * (1 - 1 / ranks), (len(patterns.weight), ranks))
 
 
 def _expected(patterns: Patterns, known_homes: bool, prices: NDArray[np.float64]) -> NDArray[np.float64]:
