@@ -67,20 +67,25 @@ class Board:
         return sum(layer.moves for layer in self.layers)
 
     def mend(self) -> float:
-        """Bring every layer within its limits as far as changes help and the budget allows; what excess is left, in shares."""
-        left, used = 0.0, self.moves
-        for number in np.argsort([-layer.excess() for layer in self.layers], kind="stable"):
-            layer = self.layers[number]
-            while layer.excess() > EPS:
-                helps = [c for c in layer.mending() if c.cost < -EPS and c.moves <= self.budget - used]
-                if not helps:
-                    break
-                choice = min(helps, key=_per_move)
-                used += choice.moves
-                layer.take(choice)
-            left += layer.excess()
+        """Bring every layer within its limits as far as changes help and the budget allows, those that are required first.
+
+        What these are still exceeded by, in shares.
+        """
+        used = self.moves
+        for required in (True, False):
+            for number in np.argsort([-layer.excess(required) for layer in self.layers], kind="stable"):
+                layer = self.layers[number]
+                while layer.excess(required) > EPS:
+                    known = [c for c in layer.mending(required) if c.moves <= self.budget - used]
+                    helps = [c for c in known if c.cost < -EPS]
+                    room = [c for c in known if not c.swap and c.cost <= EPS]  # a copy less may let another expert in
+                    if not helps and not room:
+                        break
+                    choice = min(helps or room, key=_per_move)
+                    used += choice.moves
+                    layer.take(choice)
         self.begin()
-        return left
+        return sum(layer.excess(True) for layer in self.layers)
 
     def improve(self, deadline: Deadline, rounds: int | None) -> None:
         """Search until the deadline, for so many rounds, or until nothing is gained any more; `best` is then the placement."""
@@ -170,7 +175,7 @@ class Board:
             slack = self.budget - used
             found = [
                 (c.cost + price * c.moves, n, c)
-                for n in group for c in self.layers[n].changes(best - merit - EPS) if c.moves <= slack
+                for n in group for c in self.layers[n].changes(best - merit - EPS, price) if c.moves <= slack
             ]  # fmt: skip
             if not found:
                 break

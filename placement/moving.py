@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.placement.chain import allowed_swaps
+from coterie.placement.cost import dealt
 from coterie.placement.problem import Limit, Problem
+from coterie.placement.topology import Topology
 
 Array = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -66,7 +68,8 @@ class Given:
     """What every layer is told, whatever its objective.
 
     old: bool `[E, ranks]`; slots: of a rank. weights: float64 `[limits, E]`, caps `[limits, ranks]`; shared: bool `[limits]`,
-    copies of an expert share its weight (load), else each has all of it (bytes).
+    copies of an expert share its weight (load) as the dispatcher deals them out, else each has all of it (bytes).
+    required: bool `[limits]`, what must be kept, not only as far as moves go.
     """
 
     old: Holds
@@ -74,6 +77,8 @@ class Given:
     weights: Array
     caps: Array
     shared: NDArray[np.bool_]
+    required: NDArray[np.bool_]
+    topology: Topology
 
 
 class Layer:
@@ -84,6 +89,7 @@ class Layer:
         self.slots = given.slots
         self.new = np.pad((~given.old).astype(np.int64), ((0, 1), (0, 0)))
         self.weights, self.caps, self.shared = np.pad(given.weights, ((0, 0), (0, 1))), given.caps, given.shared
+        self.required, self.topology = given.required, given.topology
         self.rng = np.random.default_rng(0)
         self.place(state_of(given.old, given.slots))
 
@@ -100,7 +106,16 @@ class Layer:
         self.on = np.zeros((self.experts + 1, self.ranks), dtype=bool)
         self.on[self.expert, self.here] = True
         self.on[self.experts] = False
-        self.weight = self.weights[:, self.expert] / np.where(self.shared[:, None], self.copies[self.expert], 1)
+        self.weight = self.weights[:, self.expert] * np.where(self.shared[:, None], self._shares(), 1.0)
+
+    def _shares(self) -> Array:
+        """Of its expert's tokens, what each column gets, `[n]`; those of equally many tokens at every rank."""
+        share, t = np.ones(len(self.here)), self.topology
+        for expert in np.flatnonzero(self.copies[: self.experts] > 1):
+            served = np.bincount(dealt(tuple(np.flatnonzero(self.on[expert]).tolist()), t.nodes, t.ranks_per_node))
+            columns = self.expert == expert
+            share[columns] = served[self.here[columns]] / self.ranks
+        return share
 
     @property
     def state(self) -> State:
@@ -129,15 +144,17 @@ class Layer:
         """What it changes if a spare column takes an expert, `[n, E]`, infinite for the other columns; None: not done."""
         return None
 
-    def changes(self, better: float = -np.inf) -> list[Change]:
-        """The best allowed change for each number of moves; what is forbidden must be below `better`."""
-        swaps = self._barred(self.swaps(), self.until[:, self.here] > self.step, better)
-        found = _best_by_moves(np.where(self._possible(), swaps, np.inf), self._moves_of_swaps(), True)
+    def changes(self, better: float = -np.inf, price: float = 0.0) -> list[Change]:
+        """The best allowed change for each number of moves; what is forbidden must be below `better`, moves at `price` each."""
+        added, swaps = self._moves_of_swaps(), self.swaps()
+        barred = self.until[:, self.here] > self.step
+        barred = (barred | barred.T) & (swaps + price * added >= better)
+        found = _best_by_moves(np.where(self._possible() & ~barred, swaps, np.inf), added, True)
         retakes = self.retakes()
         if retakes is not None:
             busy = np.repeat(self.until[np.arange(len(self.here)), self.here][:, None] > self.step, self.experts, axis=1)
             added = self.new[:-1, self.here].T - self.new[self.expert, self.here][:, None]
-            value = np.where(busy & (retakes >= better) | ~self._retakable(), np.inf, retakes)
+            value = np.where(busy & (retakes + price * added >= better) | ~self._retakable(), np.inf, retakes)
             found += _best_by_moves(value, added, False)
         return found
 
@@ -148,20 +165,35 @@ class Layer:
         order = np.argsort(self.swaps()[fits], kind="stable")[:count]
         return [(int(i), int(j)) for i, j in pairs[order]]
 
-    def mending(self) -> list[Change]:
-        """As `changes`, going by how far the limits are exceeded."""
-        held = self.held()
-        floor = np.maximum(self.caps, 1e-300)
-        change = self.weight[:, None, :] - self.weight[:, :, None]  # the rank of i, j instead: [limits, i, j]
+    def mending(self, required: bool) -> list[Change]:
+        """As `changes`, going by `excess`; copies may go, too."""
+        kept = self.required | (not required)
+        held, floor, weight = self.held()[kept], np.maximum(self.caps, 1e-300)[kept], self.weight[kept]
+        change = weight[:, None, :] - weight[:, :, None]  # the rank of i, j instead: [limits, i, j]
         after = over((held[:, self.here, None] + change) / floor[:, self.here, None])
-        before = over(held / floor)[self.here]
-        value = after + after.T - before[:, None] - before[None, :]
-        distinct = self._distinct()
-        return _best_by_moves(np.where(distinct, value, np.inf), self._moves_of_swaps(), True)
+        before = over(held / floor)
+        at = before[self.here]
+        value = np.where(self._distinct(), after + after.T - at[:, None] - at[None, :], np.inf)
+        drops = [self._drop(int(i), required) for i in np.flatnonzero(self.copies[self.expert] > 1)]
+        return _best_by_moves(value, self._moves_of_swaps(), True) + drops
 
-    def excess(self) -> float:
-        """How far the limits are exceeded, in shares of the caps, summed."""
-        return float(over(self.held() / np.maximum(self.caps, 1e-300)).sum())
+    def _drop(self, i: int, required: bool) -> Change:
+        """What it does to `excess` if column i is emptied."""
+        before, expert = self.excess(required), int(self.expert[i])
+        self.expert[i] = self.experts
+        Layer._count(self)
+        change = Change(self.excess(required) - before, -int(self.new[expert, self.here[i]]), i, self.experts, False)
+        self.expert[i] = expert
+        Layer._count(self)
+        return change
+
+    def excess(self, required: bool = False) -> float:
+        """How far the limits, or only those that are required, are exceeded, in shares of the caps, summed."""
+        return self.excess_of(self.required | (not required))
+
+    def excess_of(self, limits: NDArray[np.bool_]) -> float:
+        """The same of some limits, bool `[limits]`."""
+        return float(over(self.held()[limits] / np.maximum(self.caps, 1e-300)[limits]).sum())
 
     def held(self) -> Array:
         """What each rank carries of what is limited, `[limits, ranks]`."""
@@ -178,15 +210,15 @@ class Layer:
             self.until[change.j, self.here[change.j]] = tenure[1]
             self._swap(i, change.j)
         else:
-            self.expert[i] = change.j
+            self._retake(i, change.j)
         self._count()
         return self.cost() - before
 
     def _swap(self, i: int, j: int) -> None:
         self.here[i], self.here[j] = self.here[j], self.here[i]
 
-    def _barred(self, value: Array, forbidden: NDArray[np.bool_], better: float) -> Array:
-        return np.where((forbidden | forbidden.T) & (value >= better), np.inf, value)
+    def _retake(self, i: int, expert: int) -> None:
+        self.expert[i] = expert
 
     def _moves_of_swaps(self) -> Ids:
         added = self.new[self.expert][:, self.here]

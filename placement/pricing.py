@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.placement import local
+from coterie.placement import balance, local
 from coterie.placement.moving import Array, Given, Holds, Ids, Layer, State
 from coterie.placement.starts import transport
 
@@ -119,6 +119,11 @@ class Rows(Layer):
         self.table.swap(i, j)
         self.here = self.table.here.copy()
 
+    def _retake(self, i: int, expert: int) -> None:
+        state = self.state
+        state.expert[i] = expert
+        self.place(state)
+
 
 class Even(Layer):
     """`load`: goes by a smooth maximum of the ranks' loads, which has a slope where the busiest rank alone has none.
@@ -141,12 +146,17 @@ class Even(Layer):
 
     def swaps(self) -> Array:
         """See `Layer`."""
-        heat = np.exp(self.sharpness * (self.carried - 1))
+        heat = self._heat(self.carried)
         change = self.share[:, None, :] - self.share[:, :, None]
-        after = np.exp(self.sharpness * (self.carried[:, self.here, None] + change - 1))
+        after = self._heat(self.carried[:, self.here, None] + change)
         at = heat[:, self.here]
         total = heat.sum(1)[:, None, None] + after + after.transpose(0, 2, 1) - at[:, :, None] - at[:, None, :]
         return self._smooth(total) - self._smooth(heat.sum(1))
+
+    def _heat(self, carried: Array) -> Array:
+        """Of loads `[scenarios, ...]`, in that of the busiest rank now."""
+        top = self.carried.max(1).reshape(-1, *[1] * (carried.ndim - 1))
+        return np.asarray(np.exp(np.minimum(self.sharpness * (carried - top), balance.HIGHEST)))
 
     def _smooth(self, heat: Array) -> Array:
         return np.asarray(np.tensordot(self.mix, np.log(np.maximum(heat, 1e-300)), 1) / self.sharpness)
@@ -156,11 +166,11 @@ class Even(Layer):
         value = np.full((len(self.here), self.experts), np.inf)
         spare = np.flatnonzero((self.expert == self.experts) | (self.copies[self.expert] > 1))
         hot = np.isin(self.here, self.carried.argmax(1)) | (self.new[self.expert, self.here] > 0)
-        now = self._smooth(np.exp(self.sharpness * (self.carried - 1)).sum(1))
+        now = self._smooth(self._heat(self.carried).sum(1))
         for expert in np.unique(self.expert[hot]):
             if expert < self.experts and len(spare):
                 after = self._carried_after(int(expert), spare)
-                value[spare, expert] = self._smooth(np.exp(self.sharpness * (after - 1)).sum(2)) - now
+                value[spare, expert] = self._smooth(self._heat(after).sum(2)) - now
         return value
 
     def _carried_after(self, expert: int, spare: Ids) -> Array:

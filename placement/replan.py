@@ -72,6 +72,10 @@ def replan(task: Task, previous: NDArray[np.bool_], max_moves: int) -> Solution:
     given = _given(task, previous)
     search = Search(task, previous, max_moves, given, _renamed(task, previous, fresh), refused)
     found = FINDERS[name](search)
+    if search.mended is not None and not search.kept(found, required=True):
+        found = search.mended  # changes of experts with copies are priced as if the others' shares stayed
+    if name == "load":
+        solve.check_even(task, found)
     bound = None if fresh is None or not search.kept(found) else fresh.lower_bound
     return Solution(found, bound, 0 if fresh is None else fresh.iterations)
 
@@ -82,7 +86,10 @@ def _given(task: Task, old: NDArray[np.bool_]) -> list[Given]:
     shared = np.array([not limit.memory for limit in task.limits], dtype=bool)
     weights = np.array([limit.weights for limit in task.limits]).reshape(-1, layers, experts)
     caps = np.array([limit.caps for limit in task.limits]).reshape(-1, layers, task.ranks)
-    return [Given(old[n], task.slots, weights[:, n], caps[:, n], shared) for n in range(layers)]
+    required = ~shared | (task.request.max_load is not None)
+    return [
+        Given(old[n], task.slots, weights[:, n], caps[:, n], shared, required, task.request.topology) for n in range(layers)
+    ]
 
 
 def _renamed(task: Task, old: NDArray[np.bool_], fresh: Solution | None) -> list[NDArray[np.bool_]]:

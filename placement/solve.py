@@ -148,12 +148,12 @@ def load(task: Task) -> Solution:
         slots, _ = balance.search(**plain, seed=task.request.seed, deadline=Deadline(0.1 * task.request.time_limit))
         candidates.append(holders(slots, loads.shape[2], task.ranks))
     holds = min(candidates, key=task.evaluated)
-    _check_even(task, holds)
+    check_even(task, holds)
     bound = bounds.load_bound(loads, task.ranks, task.slots, worst)
     return Solution(holds, bound, sum(n for _, n in found))
 
 
-def _check_even(task: Task, holds: np.ndarray) -> None:
+def check_even(task: Task, holds: np.ndarray) -> None:
     """A load cap is what this objective minimises: it is met, or cannot be as far as the search knows."""
     most = task.request.max_load
     if most is None:

@@ -14,7 +14,6 @@ from coterie.placement import anchors, balance
 from coterie.placement.budget import EPS, Board, Option, combined
 from coterie.placement.cost import destinations, homes_of, layer_seconds, needed_ranks
 from coterie.placement.moving import Array, Given, Holds, Layer, State, holds_of, state_of
-from coterie.placement.plan import slots_from_holders
 from coterie.placement.pricing import Chain, Even, Rows
 from coterie.placement.problem import Problem, dispatch_problem, hops_problem, one_hot
 from coterie.placement.rows import TimeScore
@@ -36,7 +35,10 @@ TILTS = (0.0, 4.0, 16.0)  # how strongly the worst scenario is weighed up
 
 @dataclass
 class Search:
-    """One re-planning. fresh: plans from scratch under several names of the ranks; refused: why there is none."""
+    """One re-planning. fresh: plans from scratch under several names of the ranks; refused: why there is none.
+
+    mended: the old placement within what is required, once a board was made.
+    """
 
     task: Task
     old: NDArray[np.bool_]
@@ -44,6 +46,7 @@ class Search:
     given: list[Given]
     fresh: list[NDArray[np.bool_]]
     refused: InputError | None
+    mended: NDArray[np.bool_] | None = None
 
     def board(self, layers: Sequence[Layer], linked: bool = False, begin: NDArray[np.bool_] | None = None) -> Board:
         """The layers within their limits, as far as may be demanded; or at `begin`, which is."""
@@ -51,22 +54,17 @@ class Search:
         if begin is not None:
             board.begin([self.state(holds) for holds in begin])
             return board
-        board.mend()
-        if self.demanded and any(layer.excess() > EPS for layer in layers):
+        if board.mend() > EPS:
             raise self._too_few(board)
+        self.mended = self.holds(board.best)
         return board
 
-    @property
-    def demanded(self) -> bool:
-        """Whether limits must be kept: those that were asked for, and memory, not the default load cap."""
-        return self.task.request.max_load is not None or any(not g.shared.all() for g in self.given)
-
-    def kept(self, holds: NDArray[np.bool_]) -> bool:
-        """Whether a placement is within every limit."""
+    def kept(self, holds: NDArray[np.bool_], required: bool = False) -> bool:
+        """Whether a placement is within every limit, or only those that are required."""
         layers = [Layer(given) for given in self.given]
         for layer, placed in zip(layers, holds, strict=True):
             layer.place(self.state(placed))
-        return all(layer.excess() <= EPS for layer in layers)
+        return all(layer.excess(required) <= EPS for layer in layers)
 
     def state(self, holds: Holds) -> State:
         """A layer's columns."""
@@ -91,14 +89,15 @@ class Search:
 
     def _too_few(self, board: Board) -> InputError:
         """What is to be said when the budget does not mend the old plan."""
-        what = "--max-load" if self.task.request.max_load is not None else "memory_bytes of --topology"
+        memory = any(layer.excess_of(~layer.shared) > EPS for layer in board.layers)
+        what = "memory_bytes of --topology" if memory else "--max-load"
         board.budget = self.old.size
         for layer in board.layers:
             layer.place(self.state(~layer.new[:-1].astype(bool)))
         if board.mend() > EPS and not self.fresh:
             return self.refused or InputError(f"--from: {what} is exceeded and was not mended; plan anew without --from")
         needed = sum(
-            layer.moves if layer.excess() <= EPS else int((self.fresh[-1][n] & ~self.old[n]).sum())
+            layer.moves if layer.excess(True) <= EPS else int((self.fresh[-1][n] & ~self.old[n]).sum())
             for n, layer in enumerate(board.layers)
         )
         return InputError(
@@ -293,9 +292,6 @@ def _load(s: Search) -> NDArray[np.bool_]:
     worst = task.request.robust == "worst" and len(loads) > 1
     relative = balance.relative_loads(loads, task.ranks)
 
-    def value(holds: NDArray[np.bool_]) -> float:
-        return balance.value(_slots(holds, task.slots), loads, worst)
-
     mix = np.full(len(loads), 1 / len(loads))
     layers = [Even(relative[:, n], mix, g) for n, g in enumerate(s.given)]
     found = [*s.whole(), s.holds(s.board(layers).best)]
@@ -304,7 +300,7 @@ def _load(s: Search) -> NDArray[np.bool_]:
         peaks = _peaks(relative, found[-1])
         mix = mix * np.exp(tilt * (peaks / max(peaks.max(), 1e-300) - 1))
         found.append(_evened(s, relative, mix / mix.sum(), 1 / (len(tilts) - turn)))
-    return min(found, key=value)
+    return min(found, key=task.evaluated)
 
 
 def _evened(s: Search, relative: Array, mix: Array, share: float) -> NDArray[np.bool_]:
@@ -318,11 +314,6 @@ def _peaks(relative: Array, holds: NDArray[np.bool_]) -> Array:
     """Busiest over mean of each scenario, averaged over layers, `[scenarios]`; relative `[scenarios, L, E]`."""
     share = holds / holds.sum(2, keepdims=True)
     return np.asarray(np.einsum("sle,ler->slr", relative, share, optimize=True).max(2).mean(1))
-
-
-def _slots(holds: NDArray[np.bool_], slots: int) -> NDArray[np.int64]:
-    layers, _, ranks = holds.shape
-    return slots_from_holders(holds, slots).reshape(layers, ranks, slots).astype(np.int64)
 
 
 def _coherent(s: Search) -> NDArray[np.bool_]:
