@@ -67,12 +67,16 @@ def search(
 
 def value(slots: Slots, loads: Array, worst: bool) -> float:
     """Busiest over mean, averaged over layers, then the worst or the mean of the scenarios; arguments as in `search`."""
-    relative = relative_loads(loads, slots.shape[1])
-    holds = holders(slots, loads.shape[2], slots.shape[1]).astype(np.float64)
-    share = holds / np.maximum(holds.sum(2, keepdims=True), 1)
-    peaks = [np.einsum("le,ler->lr", load, share).max(1) for load in relative]
-    by_scenario = [float(np.maximum(peak, 1).mean()) for peak in peaks]  # 1 where nothing is loaded
+    by_scenario = [float(peaks(slots, load).mean()) for load in loads]
     return max(by_scenario) if worst else float(np.mean(by_scenario))
+
+
+def peaks(slots: Slots, load: Array) -> Array:
+    """Busiest over mean in every layer, `[L]`; 1 where nothing is loaded. slots: as of `search`; load `[L, E]`."""
+    holds = holders(slots, load.shape[1], slots.shape[1]).astype(np.float64)
+    share = holds / np.maximum(holds.sum(2, keepdims=True), 1)
+    relative = relative_loads(load[None], slots.shape[1])[0]
+    return np.asarray(np.maximum(np.einsum("le,ler->lr", relative, share).max(1), 1.0))
 
 
 def relative_loads(loads: Array, ranks: int) -> Array:

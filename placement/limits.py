@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +15,19 @@ DEFAULT_MAX_LOAD = 1.1
 MARGIN = 1 / 3  # of what contiguous placement is above even: other text is loaded a little differently
 
 
+Evenest = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""Load `[L, E]` -> the busiest rank's load in every layer `[L]` of a placement that is as even as can be."""
+
+
 def load_limits(
-    loads: Sequence[NDArray[np.float64]], ranks: int, slots: int, max_load: float | None, memory: Limit | None = None
-) -> tuple[Limit, ...]:
+    loads: Sequence[NDArray[np.float64]], ranks: int, slots: int, max_load: float | None, memory: Limit | None = None,
+    with_copies: Evenest | None = None,
+) -> tuple[Limit, ...]:  # fmt: skip
     """One limit for each scenario's load `[L, E]`, the same for every rank (`load_caps`).
 
     Without `max_load` caps give way where `start` cannot keep all of them, and the ranks' memory, at once.
     """
-    caps = np.stack([load_caps(load, ranks, slots, max_load) for load in loads])
+    caps = np.stack([load_caps(load, ranks, slots, max_load, with_copies) for load in loads])
     if max_load is not None:
         return _evenly(loads, caps, ranks)
     while np.isfinite(caps).all():
@@ -56,12 +61,14 @@ def _within_memory(
     return np.full_like(caps, np.inf) if (wider <= caps * (1 + 1e-9)).all() else wider
 
 
-def load_caps(load: NDArray[np.float64], ranks: int, slots: int, max_load: float | None) -> NDArray[np.float64]:
+def load_caps(
+    load: NDArray[np.float64], ranks: int, slots: int, max_load: float | None, with_copies: Evenest | None = None
+) -> NDArray[np.float64]:
     """The most load a rank may carry, float64 `[L]`, for a cap relative to the mean.
 
     Without `max_load`: 1.1, or a third as far above even as contiguous placement if that is less, or in a layer with an
     expert too hot for that, what balanced packing reaches.
-    Raises InputError if `max_load` is below what packing with swaps reaches, saying what it does.
+    Raises InputError if `max_load` is below what packing with swaps reaches, or packing `with_copies`, saying what it does.
     """
     mean = load.sum(1) / ranks
     reached = np.array([balanced_peak(row, ranks, slots) for row in load])
@@ -69,10 +76,13 @@ def load_caps(load: NDArray[np.float64], ranks: int, slots: int, max_load: float
         unplanned = carried(Limit(load, np.empty(0)), contiguous(load, ranks), ranks).max(1)
         return np.asarray(np.maximum(np.minimum(DEFAULT_MAX_LOAD * mean, mean + MARGIN * (unplanned - mean)), reached))
     caps = max_load * mean
+    if with_copies is not None and (reached > caps * (1 + 1e-9)).any():
+        reached = np.minimum(reached, with_copies(load))
     if (reached > caps * (1 + 1e-9)).any():
         worst = float((reached / np.where(mean > 0, mean, 1)).max())
+        how = "without copies" if with_copies is None else "with copies"
         raise InputError(
-            f"--max-load: found {max_load:g}, but the evenest packing found of one layer, without copies, has {worst:.4f}; "
+            f"--max-load: found {max_load:g}, but the evenest packing found of one layer, {how}, has {worst:.4f}; "
             "give that or more"
         )
     return np.asarray(caps)

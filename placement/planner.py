@@ -286,7 +286,12 @@ def _limits(scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int) -
     ranks, objective = request.topology.ranks, request.objective_name
     if objective != "load" and (request.max_load is not None or _capped_by_default(scenarios, request)):
         loads = [_mixed_load(scenarios)] if request.robust == "mean" else [s.load for s in scenarios]
-        limits = load_limits(loads, ranks, slots, request.max_load, memory)
+
+        def with_copies(load: NDArray[np.float64]) -> NDArray[np.float64]:
+            found, _ = balance.search(load[None], ranks, slots, request.seed, 1, Deadline(request.time_limit), worst=False)
+            return np.asarray(balance.peaks(found, load) * load.sum(1) / ranks)
+
+        limits = load_limits(loads, ranks, slots, request.max_load, memory, with_copies if ranks * slots > experts else None)
     return limits if memory is None else (*limits, memory)
 
 

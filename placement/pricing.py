@@ -138,7 +138,8 @@ class Even(Layer):
     def _count(self) -> None:
         super()._count()
         self.share = self.loads[:, self.expert] / self.copies[self.expert]
-        self.carried = np.stack([np.bincount(self.here, weights=s, minlength=self.ranks) for s in self.share])
+        carried = [np.bincount(self.here, weights=s, minlength=self.ranks) for s in self.share]
+        self.carried: Array = np.array(carried, dtype=np.float64)
 
     def cost(self) -> float:
         """Busiest over mean."""

@@ -80,6 +80,13 @@ def replan(task: Task, previous: NDArray[np.bool_], max_moves: int) -> Solution:
     return Solution(found, bound, 0 if fresh is None else fresh.iterations)
 
 
+def improved(task: Task, holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """What the same search makes of a placement with copies, whatever moves it takes; holds: bool `[L, E, ranks]`."""
+    search = Search(task, holds, holds.size, _given(task, holds), [], None)
+    found = FINDERS[task.request.objective_name](search)
+    return found if search.mended is None or search.kept(found, required=True) else search.mended
+
+
 def _given(task: Task, old: NDArray[np.bool_]) -> list[Given]:
     """What the layers are told; limits other than memory are load, which copies share."""
     layers, experts = task.scenarios[0].load.shape

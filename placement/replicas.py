@@ -13,16 +13,18 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.placement import copies
+from coterie.placement import balance, copies, limits
 from coterie.placement.copies import Allowed
 from coterie.placement.cost import carried
-from coterie.placement.problem import Limit
+from coterie.placement.plan import holders
+from coterie.placement.problem import Limit, Problem
 from coterie.placement.task import Solver, Task, replaced
 from coterie.placement.topology import Topology
 from coterie.routing.errors import InputError
 
 THINNED = 0.4  # of a further placement, what there must be slots for if it is to be placed and thinned
 TIGHTER = 0.25
+EVENING = 8  # descents of an even placement
 SEARCH_SHARE = 0.6  # of the time of one beginning; the rest is for its copies
 
 Fill = Callable[[Task, NDArray[np.bool_]], NDArray[np.bool_]]
@@ -33,13 +35,17 @@ def with_copies(task: Task, solver: Solver, fill: Fill, thins: bool = False) -> 
     """The best by what is minimised, as evaluated, of all beginnings, filled or as they are; and the iterations made.
 
     thins: `fill` also takes copies away where there are more than slots.
-    Raises InputError if no beginning is within the limits.
+    Raises InputError if none is found within the limits.
     """
     begun, made = _beginnings(task, thins), 0
     found: list[NDArray[np.bool_]] = []
     refused: InputError | None = None
+    if not _may_begin(task):
+        found.append(_evened(replaced(task, task.deadline.share(1 / (1 + len(begun))))))
     for number, (part, times) in enumerate(begun):
         deadline = task.deadline.share(1 / (len(begun) - number))
+        if not _may_begin(part):
+            continue
         try:
             solution = solver(replace(part, deadline=deadline.share(SEARCH_SHARE), fills=False, prove=False))
         except InputError as error:
@@ -47,10 +53,30 @@ def with_copies(task: Task, solver: Solver, fill: Fill, thins: bool = False) -> 
             continue
         made += solution.iterations
         placed = np.tile(solution.holds, times)
-        found += [holds for holds in (placed, fill(replaced(task, deadline), placed)) if times == 1 or fits(task, holds)]
-    if not found:
-        raise refused or AssertionError("a plan without copies is within no limit and was not refused")
-    return min(found, key=task.minimised), made
+        found += [placed, fill(replaced(task, deadline), placed)]
+    within = [holds for holds in found if fits(task, holds)]
+    if not within:
+        raise refused or InputError("--max-load: no placement with copies within it was found; give a larger one or more slots")
+    return min(within, key=task.minimised), made
+
+
+def _may_begin(task: Task) -> bool:
+    """Whether a placement without copies is found within the limits."""
+    layers, experts = task.scenarios[0].load.shape
+    problem = Problem(layers, experts, task.ranks, task.slots, 1.0, task.limits).padded()
+    return problem.feasible(limits.start(problem))
+
+
+def _evened(task: Task) -> NDArray[np.bool_]:
+    """Where only copies make ranks as even as they must be: from an even placement, by what is minimised."""
+    from coterie.placement.replan import improved
+
+    caps = np.stack([limit.weights for limit in task.limits if not limit.memory])
+    room = task.open_slots if task.short_of_memory else None
+    slots, _ = balance.search(
+        caps, task.ranks, task.slots, task.request.seed, EVENING, task.deadline.share(0.4), worst=True, room=room
+    )
+    return improved(task, holders(slots, caps.shape[2], task.ranks))
 
 
 def for_hops(transitions: NDArray[np.float64]) -> Fill:
