@@ -38,8 +38,7 @@ def alternate(task: Task) -> Solution:
         return Solution(filled, lower_bound(task), iterations)
     few = short(scenarios)
     solvers, shares = ((solve.hops,), (0.8,)) if few else ((solve.hops, dispatch), (0.3, 0.35))
-    halves = [replaced(task, task.deadline.share(share), prove=False) for share in shares]
-    starts = [solver(half) for solver, half in zip(solvers, halves, strict=True)]
+    starts = [solver(replaced(task, task.deadline.share(s), prove=False)) for solver, s in zip(solvers, shares, strict=True)]
     begun = [s.holds.argmax(2) for s in starts]
     searching = task.deadline.share(0.8) if task.prove else task.deadline
     made = sum(s.iterations for s in starts)
@@ -49,7 +48,8 @@ def alternate(task: Task) -> Solution:
 
     best = min(begun, key=rows)
     lowest, quiet = rows(best), 0
-    for number in range(0 if few else ROUNDS):
+    rounds = ROUNDS if task.request.iterations is None else task.request.iterations
+    for number in range(0 if few else rounds):
         if searching.passed() or quiet == STALLED:
             break
         problem = anchored(task, copies.held(best, task.ranks))
@@ -89,7 +89,7 @@ def mean_rows(holds: np.ndarray, scenarios: Sequence[Scenario], weights: Sequenc
 
 
 def anchored(task: Task, holds: np.ndarray) -> Problem:
-    """The dispatch problem whose homes are the anchors under `holds`; the first layer, which pays nothing, is free.
+    """The dispatch problem whose homes are the anchors under `holds`; the first layer, which pays nothing, has no prices.
 
     holds: bool `[L, E, ranks]`.
     """
@@ -100,8 +100,9 @@ def anchored(task: Task, holds: np.ndarray) -> Problem:
         for layer, (_, anchor, _) in enumerate(anchors(scenario.trace, holds, task.request.topology)):
             found = patterns(scenario.trace, layer, anchor, task.ranks)
             assert found.by_home is not None
+            share = weight / scenario.trace.tokens if layer > 0 else 0.0
             members[layer].append(found.experts)
-            prices[layer].append((2 * found.weight[:, None] - found.by_home) * (weight / scenario.trace.tokens))
+            prices[layer].append((2 * found.weight[:, None] - found.by_home) * share)
     layers, experts = task.scenarios[0].load.shape
     return Problem(
         layers, experts, task.ranks, task.slots, 1 / max(layers - 1, 1), task.limits,

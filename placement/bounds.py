@@ -21,7 +21,7 @@ from coterie.placement.baselines import Assignment
 from coterie.placement.cost import expert_seconds, latency
 from coterie.placement.deadline import Deadline
 from coterie.placement.problem import Problem
-from coterie.placement.scenarios import Scenario
+from coterie.placement.scenarios import ROBUST, Scenario
 from coterie.placement.topology import Topology
 
 Array = NDArray[np.float64]
@@ -99,8 +99,10 @@ def rows_with_copies(problem: Problem) -> float:
     return total
 
 
-def chain_bound(problem: Problem, deadline: Deadline, report: Callable[[float], None] | None = None) -> float:
-    """The semidefinite bound of a `hops` problem, in counts; report: called with each better bound."""
+def chain_bound(
+    problem: Problem, deadline: Deadline, report: Callable[[float], None] | None = None, cost: float = np.inf
+) -> float:
+    """The semidefinite bound of a `hops` problem, in counts; report: called with each better bound; it stops at `cost`."""
     padded = problem.padded()
     assert padded.transitions is not None
     pairs, size = padded.transitions, padded.experts
@@ -111,7 +113,8 @@ def chain_bound(problem: Problem, deadline: Deadline, report: Callable[[float], 
     total = float(pairs.sum())
     hear = None if report is None else (lambda together: report(max(0.0, total - together)))
     empty = np.zeros((0, len(pairs), 2 * size))
-    together = semidefinite.most_together(gain, 2, padded.ranks, empty if loads is None else loads, deadline, report=hear)
+    loads, target = empty if loads is None else loads, total - cost
+    together = semidefinite.most_together(gain, 2, padded.ranks, loads, deadline, target, hear)
     return max(0.0, total - together)
 
 
@@ -156,7 +159,7 @@ def patterns_bound(problem: Problem, found: Assignment, deadline: Deadline) -> f
         np.fill_diagonal(both, 0.0)
         gain[layer] = both
     loads = np.stack(_capped(padded)) if padded.limits else np.zeros((0, padded.layers, padded.experts))
-    saved = semidefinite.most_together(gain, 1, padded.ranks, loads, deadline)
+    saved = semidefinite.most_together(gain, 1, padded.ranks, loads, deadline, most - problem.cost(found))
     return max(most - saved, lower_bound(problem))
 
 
@@ -244,10 +247,10 @@ def _level(load: Array, ranks: int, slots: int) -> float:
     return low
 
 
-def time_bound(topology: Topology, scenarios: Sequence[Scenario], slots: int) -> float:
+def time_bound(topology: Topology, scenarios: Sequence[Scenario], slots: int, robust: str) -> float:
     """Seconds per layer that no placement beats: the fewest rows over all links at once, the experts' work over all ranks.
 
-    The least of the scenarios', which is below their mean and below the worst.
+    robust: the mean over the scenarios, or the worst of them.
     """
     t = topology
     speed = t.ranks * t.within.bytes_per_second + (t.nodes * t.between.bytes_per_second if t.nodes > 1 else 0.0)
@@ -259,4 +262,4 @@ def time_bound(topology: Topology, scenarios: Sequence[Scenario], slots: int) ->
         needed = -(-(scenario.trace.expert_ids >= 0).sum(2) // slots)
         rows = np.maximum(0, needed - 1).sum(0)  # one of the ranks may be home
         least.append(float(np.mean(2 * (latency(t) + rows * t.row_bytes / speed) + work)))
-    return min(least)
+    return ROBUST[robust](least)

@@ -35,6 +35,7 @@ LARGE_WARM = 0.25  # in place of WARM at first; few sweeps have to be as hot as 
 WORSE, STEP = 0.002, 1.04  # it then falls by STEP after an anneal that ended more than WORSE above the best, else it rises
 ROUNDS, LARGE_ROUNDS = 8, 16  # swap rounds per refresh of the gains; more where there are few refreshes
 SWEEPS = (40, 1500)
+EPS, SLIGHT = 1e-12, 1e-9  # of all traffic, what rounding makes of a sum, and of a swap's price in single precision
 WORK = 1.3e9  # multiply-adds of all gain refreshes of one anneal
 
 Report = Callable[[float, int], None]  # cost of the best placement so far, iterations made
@@ -58,7 +59,7 @@ def search(
     steps = sweeps(padded.layers, padded.experts, padded.ranks)
     warm = LARGE_WARM if large else WARM
     for made in itertools.count():
-        done = kept and (best_cost <= target + 1e-9 or made - found_at > PATIENCE)
+        done = kept and (best_cost <= target + EPS * traffic.total or made - found_at > PATIENCE)
         if done or made == iterations or deadline.passed():
             break
         fresh = made > 0 and made % FAR == 0 if large else made < STARTS or made % STARTS == 0
@@ -81,7 +82,7 @@ def _started(traffic: Traffic, pool: Pool, target: float, deadline: Deadline) ->
     """Where a search without limits starts: the best chain of one that is grown and of couples of layers, polished."""
     problem = traffic.problem
     start = polish(traffic, grown(problem), deadline)
-    if problem.layers < 3 or traffic.cost(start) <= target + 1e-9 or deadline.passed():
+    if problem.layers < 3 or traffic.cost(start) <= target + EPS * traffic.total or deadline.passed():
         return start
     couples = polish(traffic, pool.best([coupled(problem, first) for first in (0, 1)]), deadline)
     return polish(traffic, pool.best([start, couples]), deadline)
@@ -175,7 +176,7 @@ def polish(traffic: Traffic, assignment: Assignment, deadline: Deadline) -> Assi
     current, settled = assignment.copy(), np.zeros(problem.layers, dtype=bool)  # settled: best given its present neighbours
     before = np.inf
     order = [*range(0, problem.layers, 2), *range(1, problem.layers, 2)]
-    while (cost := traffic.cost(current)) < before - 1e-9 and not deadline.passed():
+    while (cost := traffic.cost(current)) < before - EPS * traffic.total and not deadline.passed():
         before = cost
         for layer in order:
             if not settled[layer]:
@@ -189,7 +190,7 @@ def _settle(traffic: Traffic, current: Assignment, settled: NDArray[np.bool_], l
     kept = traffic.gains(current, np.array([layer]))[0].astype(np.float64)
     was = current[layer].copy()
     if problem.limits:
-        _descend(problem, current, layer, kept)
+        _descend(problem, current, layer, kept, SLIGHT * traffic.total)
     else:
         current[layer] = transport(kept, problem.slots)
     if not np.array_equal(was, current[layer]):
@@ -197,8 +198,8 @@ def _settle(traffic: Traffic, current: Assignment, settled: NDArray[np.bool_], l
     settled[layer] = True
 
 
-def _descend(problem: Problem, current: Assignment, layer: int, kept: NDArray[np.float64]) -> None:
-    """Best allowed swap of the layer until none helps; kept `[E, ranks]` does not depend on the layer itself."""
+def _descend(problem: Problem, current: Assignment, layer: int, kept: NDArray[np.float64], least: float) -> None:
+    """Best allowed swap of the layer until none helps by `least`; kept `[E, ranks]` does not depend on the layer itself."""
     while True:
         here = current[layer]
         at_other = kept[:, here]
@@ -206,7 +207,7 @@ def _descend(problem: Problem, current: Assignment, layer: int, kept: NDArray[np
         delta = own[:, None] + own[None, :] - at_other - at_other.T
         delta[~allowed_swaps(problem, here, layer)] = np.inf
         e, f = np.unravel_index(delta.argmin(), delta.shape)
-        if not delta[e, f] < -1e-6:
+        if not delta[e, f] < -least:
             return
         here[e], here[f] = here[f], here[e]
 

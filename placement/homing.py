@@ -85,7 +85,8 @@ def alternate(task: Task, start: Solution, tokens: int | None = TOKENS) -> Solut
 def _turns(task: Task, here: _State, best: _State, teller: Teller, made: int, deadline: Deadline) -> tuple[_State, int]:
     """Homes and placement in turns from `here` until the deadline or until nothing is gained: the best, and iterations made."""
     quiet, least = 0, np.inf
-    while not (deadline.passed() or quiet == STALLED):
+    most = task.request.iterations
+    while not (deadline.passed() or quiet == STALLED or (most is not None and made >= most)):
         moved, more = _moved(task, here, task.request.seed + made, deadline)
         here = _told(task, copies.held(moved, task.ranks), teller)
         made, quiet = made + more, 0 if here.paid < least * (1 - 1e-6) else quiet + 1

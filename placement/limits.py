@@ -95,9 +95,16 @@ def mean_excess(load: NDArray[np.float64], ranks: int) -> float:
 
 
 def balanced_peak(load: NDArray[np.float64], ranks: int, slots: int) -> float:
-    """The busiest rank's load after balanced packing into `slots` and improving swaps; load `[E]`. Not always the least."""
+    """The busiest rank's load under `balanced`; load `[E]`. Not always the least."""
+    return float(np.bincount(balanced(load, ranks, slots)[: len(load)], weights=load, minlength=ranks).max())
+
+
+def balanced(load: NDArray[np.float64], ranks: int, slots: int) -> NDArray[np.int64]:
+    """Balanced packing into `slots`, improved by swaps: the rank of every expert, and of every empty slot behind them."""
     padded = np.pad(load, (0, ranks * slots - len(load)))
-    return balance(packed(padded[None], ranks)[0], padded, ranks, 0.0)
+    here = packed(padded[None], ranks)[0]
+    balance(here, padded, ranks, 0.0)
+    return np.asarray(here)
 
 
 def balance(here: NDArray[np.int64], load: NDArray[np.float64], ranks: int, cap: float) -> float:

@@ -8,6 +8,7 @@ experts on each, no row need leave its node.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from coterie.placement.copies import Allowed
 from coterie.placement.cost import carried
 from coterie.placement.plan import holders
 from coterie.placement.problem import Limit, Problem
-from coterie.placement.task import Solver, Task, replaced
+from coterie.placement.task import Solver, Task, none_found, replaced
 from coterie.placement.topology import Topology
 from coterie.routing.errors import InputError
 
@@ -39,24 +40,19 @@ def with_copies(task: Task, solver: Solver, fill: Fill, thins: bool = False) -> 
     """
     begun, made = _beginnings(task, thins), 0
     found: list[NDArray[np.bool_]] = []
-    refused: InputError | None = None
     if not _may_begin(task):
-        found.append(_evened(replaced(task, task.deadline.share(1 / (1 + len(begun))))))
+        with suppress(InputError):  # as even as that it is not
+            found.append(_evened(replaced(task, task.deadline.share(1 / (1 + len(begun))))))
     for number, (part, times) in enumerate(begun):
         deadline = task.deadline.share(1 / (len(begun) - number))
-        if not _may_begin(part):
-            continue
-        try:
+        if _may_begin(part):
             solution = solver(replace(part, deadline=deadline.share(SEARCH_SHARE), fills=False, prove=False))
-        except InputError as error:
-            refused = refused or error
-            continue
-        made += solution.iterations
-        placed = np.tile(solution.holds, times)
-        found += [placed, fill(replaced(task, deadline), placed)]
+            made += solution.iterations
+            placed = np.tile(solution.holds, times)
+            found += [placed, fill(replaced(task, deadline), placed)]
     within = [holds for holds in found if fits(task, holds)]
     if not within:
-        raise refused or InputError("--max-load: no placement with copies within it was found; give a larger one or more slots")
+        raise none_found(task)
     return min(within, key=task.minimised), made
 
 

@@ -34,7 +34,7 @@ def dispatch(task: Task) -> Solution:
     problem = known if task.request.exact and known is not None else _dispatch(task, False)
     small = ilp.fits(problem) and task.prove
     searching = task.deadline.share(SEARCH_SHARE if small else 0.8 if task.prove else 1.0)
-    best, made = _on_nodes(task, searching) if task.prices.tiered else _local(task, problem, searching)
+    best, made = _on_nodes(task, searching) if task.prices.tiered else _local(task, problem, searching, goes_on=small)
     if small and known is not None:
         best, bound = _proven(task, problem, known, best)
         return Solution(copies.held(best, task.ranks), whole(known, bound) * known.scale, made)
@@ -110,10 +110,12 @@ def _dispatch(task: Task, known_homes: bool, prices: Prices | None = None) -> Pr
 
 
 def _local(
-    task: Task, problem: Problem, deadline: Deadline, score: Any = None, begin: Assignment | None = None
+    task: Task, problem: Problem, deadline: Deadline, score: Any = None, begin: Assignment | None = None, goes_on: bool = False
 ) -> tuple[Assignment, int]:
-    arguments: dict[str, Any] = {"problem": problem, "iterations": iterations_for(task, problem), "begin": begin}
-    report = lambda cost, made: task.progress(None if score or problem.node_prices else cost * problem.scale, None, made)  # noqa: E731
+    arguments: dict[str, Any] = {"problem": problem, "iterations": iterations_for(task, problem, goes_on), "begin": begin}
+    cheap = None if score else whole(problem, bounds.rows_with_copies(problem)) * problem.scale
+    scale = None if problem.node_prices else problem.scale if score is None else 1 / problem.layers
+    report = lambda cost, made: task.progress(None if scale is None else cost * scale, cheap, made)  # noqa: E731
     if score is not None:
         arguments["score"] = score
     spread = Spread(task, "coterie.placement.local:search", arguments)
@@ -177,7 +179,7 @@ def timed(task: Task, base: Problem) -> tuple[Problem, TimeScore]:
 
 def time(task: Task) -> Solution:
     """The minimax of links and experts: dispatch first, then tabu search on the predicted time itself."""
-    bound = bounds.time_bound(task.request.topology, task.scenarios, task.slots)
+    bound = bounds.time_bound(task.request.topology, task.scenarios, task.slots, task.request.robust)
     if task.copied:
         holds, made = replicas.with_copies(task, time, _fill_time, thins=True)
         return Solution(holds, bound, made)
@@ -185,7 +187,8 @@ def time(task: Task) -> Solution:
     problem, score = timed(task, base)
     begin, first = _local(task, base, task.deadline.share(0.4))
     best, second = _local(task, problem, task.deadline.share(0.9), score, begin)
-    return Solution(copies.held(best, task.ranks), bound, first + second)
+    found = [best, at_home(_dispatch(task, True), best)] if _homes_fit(task) else [best]
+    return Solution(min((copies.held(a, task.ranks) for a in found), key=task.evaluated), bound, first + second)
 
 
 def _fill_time(task: Task, holds: NDArray[np.bool_]) -> NDArray[np.bool_]:

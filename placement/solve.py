@@ -9,14 +9,13 @@ import warnings
 
 import numpy as np
 
-from coterie.placement import balance, bounds, chain, copies, exact, ilp, replicas
+from coterie.placement import balance, bounds, chain, copies, exact, ilp, limits, replicas
 from coterie.placement.baselines import Assignment
-from coterie.placement.deadline import Deadline
 from coterie.placement.plan import holders
 from coterie.placement.problem import Problem, hops_problem
 from coterie.placement.recombine import recombined
 from coterie.placement.rows import dispatch, time
-from coterie.placement.spread import Child, ended
+from coterie.placement.spread import Child, LostWorker, ended
 from coterie.placement.task import (
     Array,
     Solution,
@@ -29,7 +28,7 @@ from coterie.placement.task import (
     iterations_for,
     whole,
 )
-from coterie.routing.errors import CoterieError, InputError
+from coterie.routing.errors import InputError
 
 SEARCH_SHARE, EXACT_SHARE = 0.45, 0.6  # of the time that is left; the rest is for the proof, if it has no core of its own
 PROVING = 0.4  # of what is left after the search, for the bound of a problem that an integer program then takes
@@ -49,7 +48,7 @@ def hops(task: Task) -> Solution:
     proof = _Proof(task, problem)
     searching = task.deadline if proof.child or not proof.wanted else task.deadline.share(SEARCH_SHARE)
     likely = problem if ilp.fits(problem) else _hops_problem(task, task.likely_transitions())
-    arguments = {"problem": likely, "iterations": iterations_for(task, problem)}
+    arguments = {"problem": likely, "iterations": iterations_for(task, problem, task.prove)}
     report = lambda cost, made: task.progress(cost * problem.scale, proof.bound, made)  # noqa: E731
     own = {"target": 0.0 if likely is not problem and task.shares_out else proof.cheap, "report": report}
     spread = Spread(task, "coterie.placement.chain:search", arguments)
@@ -90,7 +89,8 @@ class _Proof:
         problem, task, bound = self.problem, self.task, self.cheap
         program = self.wanted and ilp.fits(problem)
         if self.child is not None:
-            if problem.cost(best) <= bound + 1e-9:
+            heard = bound if self.bound is None else max(bound, self.bound / problem.scale)
+            if problem.cost(best) <= whole(problem, heard) + 1e-9:
                 self.child.stop()
             elif program:  # which wants the rest of the time
                 self.child.wait(task.deadline.share(PROVING))
@@ -98,7 +98,9 @@ class _Proof:
             bound = max(bound, self._of_child(self.child))
         elif problem.cost(best) > bound + 1e-9 and self.wanted:
             hear = lambda b: task.progress(problem.cost(best) * problem.scale, b * problem.scale, 0)  # noqa: E731
-            bound = max(bound, bounds.chain_bound(problem, task.deadline.share(PROVING if program else 1.0), hear))
+            bound = max(
+                bound, bounds.chain_bound(problem, task.deadline.share(PROVING if program else 1.0), hear, problem.cost(best))
+            )
         if program and problem.cost(best) > whole(problem, bound) + 1e-9:
             best, proven = by_program(problem, best, task)
             bound = max(bound, proven)
@@ -113,7 +115,7 @@ class _Proof:
         """Its bound, in counts; of a proof that is lost the last one heard."""
         try:
             return float(child.result())
-        except CoterieError as error:
+        except LostWorker as error:
             warnings.warn(f"the proof was lost ({error}): the plan is kept, with a weaker bound", RuntimeWarning, stacklevel=2)
             return 0.0 if self.bound is None else self.bound / self.problem.scale
 
@@ -137,19 +139,22 @@ def load(task: Task) -> Solution:
     }
     if task.short_of_memory:
         arguments["room"] = task.open_slots
+    bound = bounds.load_bound(loads, task.ranks, task.slots, worst)
     spread = Spread(task, "coterie.placement.balance:search", arguments)
-    report = lambda value, made: task.progress(value, None, made)  # noqa: E731
-    found = spread.run(balance.search, task.deadline, max(0, task.request.workers - 1), report=report)
+    report = lambda value, made: task.progress(value, bound, made)  # noqa: E731
+    apart = task.copied and not task.short_of_memory and task.scenarios[0].trace is not None
+    searching = task.deadline.share(0.9) if apart else task.deadline
+    found = spread.run(balance.search, searching, max(0, task.request.workers - 1), report=report)
     candidates = [holders(slots, loads.shape[2], task.ranks) for slots, _ in found]
-    if (
-        task.copied and "room" not in arguments and task.scenarios[0].trace is not None
-    ):  # the dispatcher's copies do not take quite equal shares
-        plain = {**arguments, "slots": -(-loads.shape[2] // task.ranks), "iterations": PLAIN}
-        slots, _ = balance.search(**plain, seed=task.request.seed, deadline=Deadline(0.1 * task.request.time_limit))
-        candidates.append(holders(slots, loads.shape[2], task.ranks))
+    if apart:  # the dispatcher's copies do not take quite equal shares
+        least = -(-loads.shape[2] // task.ranks)
+        plain = {**arguments, "slots": least, "iterations": PLAIN}
+        slots, _ = balance.search(**plain, seed=task.request.seed, deadline=task.deadline)
+        mixed = np.tensordot(task.weights, balance.relative_loads(loads, task.ranks), 1)
+        single = np.stack([limits.balanced(load, task.ranks, least)[: len(load)] for load in mixed])
+        candidates += [holders(slots, loads.shape[2], task.ranks), copies.held(single, task.ranks)]
     holds = min(candidates, key=task.evaluated)
     check_even(task, holds)
-    bound = bounds.load_bound(loads, task.ranks, task.slots, worst)
     return Solution(holds, bound, sum(n for _, n in found))
 
 

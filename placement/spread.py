@@ -25,6 +25,10 @@ from coterie.routing.errors import CoterieError, InputError, first_line, wanted
 GRACE = 20.0  # seconds that a child may take beyond its deadline: one step of its search
 
 
+class LostWorker(CoterieError):
+    """A child that ended without an answer: killed, or out of memory."""
+
+
 @dataclass
 class Child:
     """One call in another process. function: `module:name`; its keyword `report`, if `reported`, sends values back."""
@@ -92,7 +96,10 @@ class Child:
         self._process.wait()
 
     def result(self) -> Any:
-        """What the call returned, waited for until its deadline and a little longer. Raises CoterieError if it failed."""
+        """What the call returned, waited for until its deadline and a little longer.
+
+        Raises LostWorker if there is no answer, CoterieError if the call raised.
+        """
         self.wait(self.deadline)
         if self._reader.is_alive() and self.deadline.stop.is_set():
             self.stop()
@@ -104,7 +111,7 @@ class Child:
         with suppress(OSError):
             self._process.stdin.close()
         if not self._answer:
-            raise CoterieError(f"{self.function}: a worker ended without an answer (exit code {self._process.returncode})")
+            raise LostWorker(f"{self.function}: a worker ended without an answer (exit code {self._process.returncode})")
         kind, value = self._answer[0]
         if kind == "error":
             raise CoterieError(f"{self.function}: a worker failed: {value}")

@@ -19,9 +19,9 @@ from coterie.placement.plan import PlacementPlan, slots_from_holders
 from coterie.placement.prices import Prices, minimised, prices_of
 from coterie.placement.problem import Limit, Problem
 from coterie.placement.scenarios import Scenario, short, summarised
-from coterie.placement.spread import Child, World, ended
+from coterie.placement.spread import Child, LostWorker, World, ended
 from coterie.routing.affinity import Patterns
-from coterie.routing.errors import CoterieError, InputError
+from coterie.routing.errors import InputError
 
 if TYPE_CHECKING:
     from coterie.placement.planner import PlanRequest
@@ -165,14 +165,14 @@ def _answer(child: Child) -> Any:
     """What a worker found; a worker that is lost costs its share of the search only, and is warned about."""
     try:
         return child.result()
-    except CoterieError as error:
+    except LostWorker as error:
         warnings.warn(f"{error}; the other processes' best is kept", RuntimeWarning, stacklevel=2)
         return None
 
 
-def iterations_for(task: Task, problem: Problem) -> int | None:
-    """How many the search may make; few where an integer program goes on. None: as many as fit into the time."""
-    if task.request.iterations is None and ilp.fits(problem):
+def iterations_for(task: Task, problem: Problem, goes_on: bool) -> int | None:
+    """How many the search may make; few where an integer program `goes_on`. None: as many as fit into the time."""
+    if task.request.iterations is None and goes_on and ilp.fits(problem):
         return SMALL
     return task.request.iterations
 
@@ -185,9 +185,14 @@ def by_cost(problem: Problem) -> Callable[[Assignment], tuple[bool, float]]:
 def check_feasible(problem: Problem, found: Assignment, task: Task) -> None:
     """Raises InputError if a limit is broken."""
     if not problem.feasible(found):
-        given = task.request.max_load
-        what = "the experts' memory" if given is None else f"--max-load {given:g}"
-        raise InputError(f"{what}: no placement within it was found; give more slots, more memory or a larger --max-load")
+        raise none_found(task)
+
+
+def none_found(task: Task) -> InputError:
+    """What is said where no placement is found within the limits."""
+    given = task.request.max_load
+    what = "the experts' memory" if given is None else f"--max-load {given:g}"
+    return InputError(f"{what}: no placement within it was found; give more slots, more memory or a larger --max-load")
 
 
 def by_program(problem: Problem, found: Assignment, task: Task) -> tuple[Assignment, float]:

@@ -61,6 +61,9 @@ class Topology:
             value = getattr(self, name)
             for number in value if isinstance(value, tuple) else (value,):
                 _require_positive(name, number, zero)
+        if isinstance(self.expert_bytes, tuple) and 0 in self.expert_bytes and any(self.expert_bytes):
+            layer = self.expert_bytes.index(0)
+            raise InputError(f"topology: expert_bytes: found 0 for layer {layer} of the list; give every layer's, or none: 0")
         if isinstance(self.memory_bytes, tuple) and len(self.memory_bytes) != self.ranks:
             found = f"{len(self.memory_bytes)} entries"
             raise InputError(f"topology: memory_bytes: found {found}, expected {self.ranks}, one per rank, or one number")

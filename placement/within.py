@@ -329,7 +329,7 @@ def _coherent(s: Search) -> NDArray[np.bool_]:
     early = replace(s, task=replaced(task, task.deadline.share(0.2)))
     best = min([start, _hops(early), *s.whole()], key=rows)
     least, quiet = rows(best), 0
-    for number in range(ROUNDS):
+    for number in range(ROUNDS if s.rounds() is None else s.rounds() or 0):
         if task.deadline.left() < REST * task.request.time_limit or quiet == STALLED:
             break
         trial = _anchored_trial(s, best, number, quiet)

@@ -17,7 +17,7 @@ from coterie.placement.cost import coherent_rows, evaluate, evaluate_load
 from coterie.placement.deadline import Deadline
 from coterie.placement.planner import PlanRequest, plan
 from coterie.placement.problem import Limit, Problem, one_hot
-from coterie.placement.scenarios import gathered
+from coterie.placement.scenarios import gathered, summarised
 from coterie.placement.task import Task
 from coterie.placement.topology import Link, Topology
 from coterie.routing.errors import InputError
@@ -166,16 +166,26 @@ def test_the_load_bound_holds_with_copies(seed, shape, worst) -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=SEEDS, phase=st.sampled_from(["prefill", "decode", "mixed"]), nodes=st.sampled_from([1, 2]), slow=st.booleans(),
-       shape=st.sampled_from([(4, 2, False), (4, 3, True), (3, 3, True)]))  # fmt: skip
-def test_the_time_bound_holds_on_every_machine(seed, phase, nodes, slow, shape) -> None:
+@given(
+    seed=SEEDS,
+    phase=st.sampled_from(["prefill", "decode", "mixed"]),
+    nodes=st.sampled_from([1, 2]),
+    slow=st.booleans(),
+    robust=st.sampled_from(["mean", "worst"]),
+    shape=st.sampled_from([(4, 2, False), (4, 3, True), (3, 3, True)]),
+)
+def test_the_time_bound_holds_on_every_machine(seed, phase, nodes, slow, shape, robust) -> None:
+    """Of a long and a short recording together, too."""
     experts, slots, copied = shape
     link = Link(1e6, 1e-3) if slow else Link(1e12, 0.0)
     topology = Topology(nodes, 2 // nodes, link, Link(2e6, 1e-4), expert_bytes=1e6, memory_bytes_per_second=1e9, row_bytes=1e3)
-    trace = one_layer(make_trace(tokens=40, layers=1, experts=experts, top_k=2, seed=seed, sequences=5))
-    trace = replace(trace, phase=phase)
-    best = min(evaluate(p, trace).seconds for p in plans(trace, topology, slots, copied))
-    assert 0 < bounds.time_bound(topology, gathered([trace]), slots) <= best * (1 + 1e-9)
+    sizes = {seed: 40, seed + 1: 200}
+    traces = [
+        one_layer(make_trace(tokens=n, layers=1, experts=experts, top_k=2, seed=s, sequences=5)) for s, n in sizes.items()
+    ]
+    scenarios = gathered([replace(trace, phase=phase) for trace in traces])
+    best = min(summarised(p, scenarios, "time", robust) for p in plans(traces[0], topology, slots, copied))
+    assert 0 < bounds.time_bound(topology, scenarios, slots, robust) <= best * (1 + 1e-9)
 
 
 @settings(max_examples=10, deadline=None)
@@ -203,7 +213,9 @@ def test_bounds_say_what_can_be_worked_out_by_hand() -> None:
     assert anchors.lower_bound(task) == pytest.approx(4)  # two rows there, two back
     alone = Topology(1, 1, Link(1e6, 1e-3), expert_bytes=1e6, memory_bytes_per_second=1e9, row_bytes=1e3)
     decode = replace(one_layer(make_trace(tokens=40, layers=1, experts=4, top_k=2)), phase="decode")
-    assert bounds.time_bound(alone, gathered([decode]), 4) == pytest.approx(4 * 1e6 / 1e9)  # reads its experts, sends nothing
+    assert bounds.time_bound(alone, gathered([decode]), 4, "mean") == pytest.approx(
+        4 * 1e6 / 1e9
+    )  # reads its experts, sends nothing
 
 
 FIELDS = {"hops": "hops", "dispatch": "dispatch", "coherent": "coherent", "load": "load", "time": "seconds"}

@@ -6,17 +6,19 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from itertools import permutations, product
 
 import numpy as np
 import pytest
-from brute_force import every_home
+from brute_force import every_home, plans
 from conftest import make_trace
 
 from coterie.placement.cost import evaluate, evaluate_load
 from coterie.placement.deadline import Deadline
-from coterie.placement.plan import OBJECTIVES, PlacementPlan
+from coterie.placement.plan import OBJECTIVES, PlacementPlan, slots_from_holders
 from coterie.placement.planner import PlanRequest, baseline_plan, plan
-from coterie.placement.spread import Child
+from coterie.placement.scenarios import gathered, short, summarised
+from coterie.placement.spread import Child, LostWorker
 from coterie.placement.topology import Link, Topology
 from coterie.routing.errors import CoterieError, InputError
 from coterie.routing.trace import LoadStatistics
@@ -245,7 +247,7 @@ def test_time_is_planned_anew_on_one_rank() -> None:
 @pytest.mark.processes
 def test_a_second_worker_proves_and_its_lost_proof_costs_the_bound_and_not_the_plan(monkeypatch) -> None:
     def lost(self: Child) -> float:
-        raise CoterieError("a worker ended without an answer (exit code -9)")
+        raise LostWorker("a worker ended without an answer (exit code -9)")
 
     trace = make_trace(tokens=400, layers=3, experts=24, top_k=4)
     request = PlanRequest(Topology(1, 4), objective="hops", time_limit=4, iterations=1, workers=2)
@@ -418,3 +420,92 @@ def test_recordings_that_cannot_be_planned_are_refused(trace) -> None:
         plan(statistics(), request)
     with pytest.raises(InputError, match=r"scenario 0:s0: .* but --method exflow needs single tokens"):
         plan(statistics(), replace(request, method="exflow", objective="load"))
+
+
+# --- what a review found ---
+
+
+def test_of_a_long_and_a_short_recording_the_long_one_sends_more() -> None:
+    """A batch is a whole recording: rows count as work does, by tokens."""
+    topology = Topology(1, 2, Link(1e6, 0), pairs_per_second=1e12, row_bytes=1e3)
+    traces = [every_home(make_trace(tokens=n, layers=1, experts=6, seed=n), 2) for n in (40, 1500)]
+    scenarios = gathered(traces)
+    best = min(summarised(p, scenarios, "time", "mean") for p in plans(traces[0], topology, 3))
+    made = plan(traces, PlanRequest(topology, objective="time", max_load=2.0, time_limit=3, iterations=20))
+    assert made.objective.value <= best * 1.005
+
+
+@pytest.mark.parametrize("objective", ["dispatch", "hops"])
+def test_a_cap_that_only_copies_can_keep_is_kept(objective: str) -> None:
+    """An expert with a third of the load, on four ranks; without room for a copy the cap is refused."""
+    trace = every_home(make_trace(tokens=400, layers=2, experts=8, top_k=1), 4)
+    ids = np.where(np.random.default_rng(0).random(trace.expert_ids.shape) < 0.35, 0, trace.expert_ids).astype(np.int16)
+    trace = replace(trace, expert_ids=ids, router_weights=None)
+    asked = PlanRequest(Topology(1, 4), objective=objective, max_load=1.15, time_limit=4, iterations=4)
+    with pytest.raises(InputError, match=r"--max-load: found 1.15, but the evenest packing found of one layer, without copies"):
+        plan(trace, asked)
+    made = plan(trace, replace(asked, slots_per_rank=3))
+    load = evaluate(made, trace).rank_load
+    assert (load.max(1) / load.mean(1)).max() <= 1.16
+    with pytest.raises(
+        InputError, match=r"--max-load: found 1, but the evenest packing found of one layer, with copies, has 1\."
+    ):
+        plan(trace, replace(asked, slots_per_rank=3, max_load=1.0))
+
+
+def test_where_ranks_do_not_divide_the_experts_load_is_no_worse_than_packing() -> None:
+    """Two sequences: copies would be used by two ranks only."""
+    trace = make_trace(tokens=400, layers=4, experts=8, sequences=2)
+    made = plan(trace, PlanRequest(Topology(1, 3), objective="load", time_limit=3, iterations=10))
+    packed = baseline_plan("packed", trace, Topology(1, 3), "all_to_all")
+    assert made.objective.value <= evaluate(packed, trace).load + 1e-9
+
+
+@pytest.mark.parametrize(("objective", "homes"), [("coherent", False), ("dispatch", True)])
+def test_iterations_and_not_the_clock_end_a_search(objective: str, homes: bool) -> None:
+    trace = make_trace(tokens=2000, layers=3, experts=16, top_k=3)
+    asked = PlanRequest(Topology(1, 4), strategy_of(objective), objective, homes=homes, iterations=1, time_limit=60.0)
+    started = time.monotonic()
+    one, two = plan(trace, asked, prove=False), plan(trace, asked, prove=False)
+    assert same(one, two) and time.monotonic() - started < QUICK
+
+
+def test_a_plan_for_time_keeps_rows_at_home() -> None:
+    """Of placements that differ in the names of ranks, it takes the one that these recordings pay least for."""
+    rng = np.random.default_rng(0)
+    trace = make_trace(tokens=400, layers=2, experts=8, top_k=1, sequences=4)
+    ids = ((3 - trace.sequence_ids % 4)[:, None] * 2 + rng.integers(0, 2, (400, 2)))[:, :, None].astype(np.int16)
+    trace = replace(trace, expert_ids=ids, router_weights=None)
+    made = plan(trace, PlanRequest(Topology(1, 4, Link(1e6, 0)), objective="time", time_limit=3, iterations=3))
+    rows = evaluate(made, trace).dispatch
+    for layer, names in product(range(2), permutations(range(4))):
+        holds = made.holds()
+        holds[layer] = holds[layer][:, names]
+        assert rows <= evaluate(replace(made, physical_to_logical=slots_from_holders(holds, 2)), trace).dispatch + 1e-12
+
+
+def test_short_recordings_are_searched_by_what_companions_share_and_judged_as_they_are() -> None:
+    trace = make_trace(tokens=30, layers=3, experts=24, top_k=3)
+    (scenario,) = gathered([trace])
+    assert short([scenario]) and not short(gathered([make_trace(tokens=600, layers=3, experts=24, top_k=3)]))
+    shared = scenario.shared_transitions
+    np.testing.assert_allclose(shared.sum((1, 2)), scenario.transitions.sum((1, 2)))
+    assert (shared >= 0.9 * scenario.transitions - 1e-12).all() and (shared > 0).sum() > (scenario.transitions > 0).sum()
+    ones = gathered([make_trace(tokens=30, layers=3, experts=24, top_k=1)])[0]
+    np.testing.assert_allclose(ones.shared_transitions, ones.transitions)
+    made = plan(trace, PlanRequest(Topology(1, 4), "coherent", "hops", time_limit=3, iterations=3))
+    assert made.objective.value == evaluate(made, trace).hops and made.objective.lower_bound <= made.objective.value
+
+
+def test_a_worker_that_raises_is_no_lost_worker(monkeypatch) -> None:
+    def failed(self: Child) -> float:
+        raise CoterieError("a worker failed: TypeError: no such thing")
+
+    monkeypatch.setattr(Child, "result", failed)
+    with pytest.raises(CoterieError, match="a worker failed: TypeError"):
+        plan(make_trace(tokens=60), PlanRequest(Topology(1, 4), objective="load", workers=2, iterations=1, time_limit=4))
+
+
+def test_an_expert_size_of_zero_among_others_is_refused() -> None:
+    with pytest.raises(InputError, match="expert_bytes: found 0 for layer 1 of the list; give every layer's, or none: 0"):
+        Topology(1, 4, expert_bytes=(10.0, 0.0, 10.0))
