@@ -8,6 +8,7 @@ even spread of the least work.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -97,6 +98,28 @@ def rows_with_copies(problem: Problem) -> float:
         needed = -(-members.sum(1) // problem.slots)
         total += float((prices.sum(1) / max(problem.ranks - 1, 1) * np.maximum(0, needed - 1)).sum())
     return total
+
+
+def rows_with_few_copies(problem: Problem, spare: NDArray[np.int64], found: Assignment, deadline: Deadline) -> float:
+    """A bound in counts on dispatch rows where each layer has slots for `spare` `[L]` copies, for homes that are known.
+
+    Without its copies, an expert that has some adds at most one row to each of its tokens: so no placement with copies is
+    further below the bound for those without than the rows of the most used experts. found: as of `patterns_bound`.
+    """
+    plain, relief = replace(problem, limits=()), 0.0
+    for members, prices, count in zip(problem.members, problem.prices, spare, strict=True):
+        relief += float(np.sort(prices.max(1) @ members)[::-1][:count].sum())
+    return max(rows_with_copies(problem), patterns_bound(plain, found, deadline) - relief)
+
+
+def hops_with_few_copies(problem: Problem, spare: NDArray[np.int64], deadline: Deadline) -> float:
+    """The same of a `hops` problem, in counts: only pairs with an expert that has copies are brought together by them."""
+    assert problem.transitions is not None
+    traffic = np.zeros((problem.layers, problem.experts))
+    traffic[:-1] += problem.transitions.sum(2)
+    traffic[1:] += problem.transitions.sum(1)
+    relief = sum(float(np.sort(layer)[::-1][:count].sum()) for layer, count in zip(traffic, spare, strict=True))
+    return max(hops_with_copies(problem), both_bounds(replace(problem, limits=()), deadline) - relief)
 
 
 def chain_bound(

@@ -25,6 +25,7 @@ from coterie.routing.errors import InputError
 
 THINNED = 0.4  # of a further placement, what there must be slots for if it is to be placed and thinned
 TIGHTER = 0.25
+SEARCHED = 0.8  # of the time; the rest is for the bound
 EVENING = 8  # descents of an even placement
 SEARCH_SHARE = 0.6  # of the time of one beginning; the rest is for its copies
 

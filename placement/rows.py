@@ -28,9 +28,14 @@ def dispatch(task: Task) -> Solution:
     """
     known = _dispatch(task, True) if _homes_fit(task) else None
     if task.copied:
-        holds, made = replicas.with_copies(task, dispatch, _fill_dispatch, thins=True)
+        proves = task.prove and known is not None
+        searching = replaced(task, task.deadline.share(replicas.SEARCHED if proves else 1.0))
+        holds, made = replicas.with_copies(searching, dispatch, _fill_dispatch, thins=True)
         target = _dispatch(task, False) if known is None else known
-        return Solution(holds, whole(target, bounds.rows_with_copies(target)) * target.scale, made)
+        bound = bounds.rows_with_copies(target)
+        if proves:
+            bound = bounds.rows_with_few_copies(target, task.spare, holds.argmax(2), task.deadline)
+        return Solution(holds, whole(target, bound) * target.scale, made)
     problem = known if task.request.exact and known is not None else _dispatch(task, False)
     small = ilp.fits(problem) and task.prove
     searching = task.deadline.share(SEARCH_SHARE if small else 0.8 if task.prove else 1.0)

@@ -26,6 +26,7 @@ from coterie.placement.task import (
     by_program,
     check_feasible,
     iterations_for,
+    replaced,
     whole,
 )
 from coterie.routing.errors import InputError
@@ -39,8 +40,12 @@ def hops(task: Task) -> Solution:
     """ExFlow's objective: dynamic programming where it fits, else annealed chains, an ILP where it fits, and a certificate."""
     problem = _hops_problem(task, task.transitions())
     if task.copied:
-        holds, made = replicas.with_copies(task, hops, replicas.for_hops(np.asarray(problem.transitions)))
-        return Solution(holds, bounds.hops_with_copies(problem) * problem.scale, made)
+        searching = replaced(task, task.deadline.share(replicas.SEARCHED if task.prove else 1.0))
+        holds, made = replicas.with_copies(searching, hops, replicas.for_hops(np.asarray(problem.transitions)))
+        bound = bounds.hops_with_copies(problem)
+        if task.prove:
+            bound = bounds.hops_with_few_copies(problem, task.spare, task.deadline)
+        return Solution(holds, whole(problem, bound) * problem.scale, made)
     if exact.fits(problem):
         solved = task.world.gather(exact.solve(problem, task.deadline.share(EXACT_SHARE)))
         if (optimum := next((s for s in solved if s is not None), None)) is not None:

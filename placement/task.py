@@ -76,6 +76,11 @@ class Task:
         return self.fills and bool(self.ranks * self.slots > self.scenarios[0].load.shape[1])
 
     @property
+    def spare(self) -> NDArray[np.int64]:
+        """Slots of each layer beyond its experts, `[L]`."""
+        return np.asarray(self.open_slots.sum(1) - self.scenarios[0].load.shape[1])
+
+    @property
     def short_of_memory(self) -> bool:
         """Whether memory limits what ranks hold."""
         return any(limit.memory for limit in self.limits)

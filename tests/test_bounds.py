@@ -384,3 +384,28 @@ def test_the_semidefinite_program_is_above_every_choice_of_pairs(seed, blocks) -
         parts = [np.concatenate(rows[m : m + blocks]) for m in range(2)]
         best = max(best, sum(float((gain[m] * (p[:, None] == p[None])).sum()) for m, p in enumerate(parts)))
     assert stated >= best - 1e-6
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=SEEDS, shape=st.sampled_from([(2, 3, 2), (2, 4, 3)]), top_k=st.integers(1, 3))
+def test_no_placement_with_a_few_copies_beats_the_bound_for_those(seed, shape, top_k) -> None:
+    """And it says more than the one for any number of copies where slots are few."""
+    ranks, experts, slots = shape
+    trace = make_trace(tokens=40, layers=2, experts=experts, top_k=top_k, seed=seed, sequences=5)
+    known, chain = (problems(seed, ranks, experts, slots, 2, top_k, tokens=40)[name] for name in ("homes known", "hops"))
+    spare = np.full(2, ranks * slots - experts)
+    every = [(evaluate(p, trace), p.holds()) for p in plans(trace, Topology(1, ranks), slots, True)]
+    least, best = min(every, key=lambda e: e[0].dispatch)
+    rows = bounds.rows_with_few_copies(known, spare, best.argmax(2), soon())
+    assert bounds.rows_with_copies(known) <= rows and rows * known.scale <= least.dispatch + 1e-9
+    hops = bounds.hops_with_few_copies(chain, spare, soon())
+    assert bounds.hops_with_copies(chain) <= hops and hops * chain.scale <= min(e.hops for e, _ in every) + 1e-9
+
+
+def test_one_slot_to_spare_leaves_most_of_a_bound() -> None:
+    trace = make_trace(tokens=400, layers=4, experts=8, top_k=3)
+    for objective in ("hops", "dispatch"):
+        asked = PlanRequest(
+            Topology(1, 3), "coherent" if objective == "hops" else "all_to_all", objective, time_limit=5, iterations=3
+        )
+        assert plan(trace, asked).objective.gap < 0.6
