@@ -79,7 +79,10 @@ def _check_room(trace: RoutingTrace) -> None:
 
 
 def _beforehand(request: PlanRequest, routings: list[RoutingTrace | LoadStatistics]) -> Iterator[str]:
-    """What other methods than our own do not know, and what homes will be told by."""
+    """What has no effect, what other methods than our own do not know, and what homes will be told by."""
+    scenarios = sum(len(r.scenarios) if isinstance(r, LoadStatistics) else 1 for r in routings)
+    if request.robust == "worst" and scenarios == 1:
+        yield "--robust worst has no effect: there is one recording, with one scenario"
     if request.homes and any(isinstance(r, RoutingTrace) and r.token_ids is None for r in routings):
         yield (
             "homes will be told by the first tokens of every prompt, which are run for it; from traces with token ids "
@@ -122,7 +125,9 @@ def _predicted(made: PlacementPlan, routings: list[RoutingTrace | LoadStatistics
     prediction = predict(made, routings, request, PREDICTING / 2 * request.time_limit)
     if prediction.unseen_gain is not None:
         name = minimised_name(request)
-        say(f"predicted on text it did not see: {name} {prediction.unseen_gain:.1%} below contiguous placement")
+        gain = prediction.unseen_gain
+        where = "above" if gain < 0 else "below"
+        say(f"predicted on text it did not see: {name} {abs(gain):.1%} {where} contiguous placement")
     for note in prediction.notes:
         say(f"note: {note}")
     return {"predicted": {"unseen_gain": prediction.unseen_gain, "notes": list(prediction.notes)}}

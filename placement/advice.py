@@ -20,6 +20,7 @@ from coterie.routing.trace import LoadStatistics, RoutingTrace
 
 WORTH = 0.02  # a smaller gain on unseen text is not worth a rearranged model
 SMALL_SAMPLE = 2000  # tokens under which the prediction itself is said to be rough
+UNEVEN = 1.2  # how much more uneven contiguous placement is if that explains why it pays less
 CROWDED = 1.3  # busiest over mean beyond which what is saved on the links is likely lost to waiting
 
 
@@ -46,7 +47,7 @@ def predict(
 
 
 def halves(trace: RoutingTrace) -> tuple[RoutingTrace, RoutingTrace] | None:
-    """Every other sequence, or every other run of tokens if there is one sequence only; None if there are too few tokens."""
+    """Every other sequence, or the first and the second half of the only one; None if there are too few tokens."""
     sequences = np.unique(trace.sequence_ids)
     if len(sequences) > 1:
         odd = np.isin(trace.sequence_ids, sequences[1::2])
@@ -102,17 +103,26 @@ def _by_gain(
     if made.ranks == 1:
         return ["on one rank nothing travels: a plan has nothing to save"]
     if request.method != "contiguous" and (seen if gain is None else gain) < WORTH:
-        unseen = "" if gain is None else f", {gain:.1%} on text it did not see"
-        why = _why(made, judged, request.method)
-        notes.append(f"this plan will not pay: it lowers {name} by {seen:.1%} here{unseen}; {why}")
+        unseen = "" if gain is None else f", {_changed(gain)} on text it did not see"
+        why = _why(made, base, judged, request.method)
+        notes.append(f"this plan will not pay: {name} is {_changed(seen)} here{unseen}; {why}")
     tokens = sum(s.trace.tokens for s in judged if s.trace is not None)
     if gain is not None and tokens < SMALL_SAMPLE:
         notes.append(f"{tokens} tokens are few to plan from: expect less than predicted, and record more")
     return notes
 
 
-def _why(made: PlacementPlan, judged: Sequence[Scenario], method: str) -> str:
+def _changed(gain: float) -> str:
+    return f"{abs(gain):.1%} {'higher' if gain < 0 else 'lower'}"
+
+
+def _why(made: PlacementPlan, base: PlacementPlan, judged: Sequence[Scenario], method: str) -> str:
     experts, ranks = made.num_experts, made.ranks
+    load, contiguous = (summarised(p, judged, "load", "worst") for p in (made, base))
+    if method == "auto" and made.objective.name != "load" and contiguous > UNEVEN * load:
+        return (
+            f"it is more even (busiest rank {load:.2f} times the mean, contiguous {contiguous:.2f}), which takes company apart"
+        )
     if experts / ranks < 3:
         return (
             f"{experts} experts on {ranks} ranks leave an expert next to no company: fewer ranks would give a plan more to do"
@@ -128,4 +138,7 @@ def _by_load(made: PlacementPlan, judged: Sequence[Scenario], request: PlanReque
     if request.objective_name == "load" or (load := summarised(made, judged, "load", "worst")) <= CROWDED:
         return []
     field = DEFINITIONS[request.objective_name][0]
+    if request.max_load is not None and load > request.max_load * (1 + 1e-6):
+        kept = f"copies keep to --max-load {request.max_load:g} where as many tokens come from every rank"
+        return [f"the busiest rank carries {load:.2f} times the mean: {kept}; on these recordings few ranks are home to many"]
     return [f"the busiest rank carries {load:.2f} times the mean: --max-load 1.1 trades some {field} for balance"]

@@ -29,8 +29,8 @@ def dispatch(task: Task) -> Solution:
     known = _dispatch(task, True) if _homes_fit(task) else None
     if task.copied:
         proves = task.prove and known is not None
-        searching = replaced(task, task.deadline.share(replicas.SEARCHED if proves else 1.0))
-        holds, made = replicas.with_copies(searching, dispatch, _fill_dispatch, thins=True)
+        part = replaced(task, task.deadline.share(replicas.SEARCHED if proves else 1.0))
+        holds, made = replicas.with_copies(part, dispatch, _fill_dispatch, thins=True)
         target = _dispatch(task, False) if known is None else known
         bound = bounds.rows_with_copies(target)
         if proves:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +19,7 @@ ROBUST: dict[str, Callable[[Sequence[float]], float]] = {"worst": max, "mean": l
 
 PARTS, LONG_TRACE = (4, 8), 1000  # parts of a shorter and of a longer trace; tokens of the latter
 FEW_PICKS = 32  # of an expert in a layer: recordings with fewer are short ones
+REPORTS = 4  # that a scenario remembers
 SHARED = 0.1  # of a short recording's transitions, what companions share
 
 DEFINITIONS = {
@@ -44,6 +45,7 @@ class Scenario:
     trace: RoutingTrace | None
     statistics: LoadStatistics | None = None
     index: int = 0
+    _reports: list[tuple[PlacementPlan, CostReport]] = field(default_factory=list, repr=False, compare=False)
 
     @cached_property
     def transitions(self) -> NDArray[np.float64]:
@@ -80,11 +82,16 @@ class Scenario:
         return [expert_load(self.trace.select(part == number)) for number in range(count)]
 
     def report(self, plan: PlacementPlan) -> CostReport:
-        """What the plan does to it."""
+        """What the plan does to it; known of the last few plans that were asked about."""
+        if (known := next((report for p, report in self._reports if p is plan), None)) is not None:
+            return known
         if self.trace is not None:
-            return evaluate(plan, self.trace)
-        assert self.statistics is not None
-        return evaluate_load(plan, self.statistics, self.index)
+            report = evaluate(plan, self.trace)
+        else:
+            assert self.statistics is not None
+            report = evaluate_load(plan, self.statistics, self.index)
+        self._reports[:] = [*self._reports[-REPORTS + 1 :], (plan, report)]
+        return report
 
 
 def gathered(routings: Sequence[RoutingTrace | LoadStatistics], names: Sequence[str] = ()) -> tuple[Scenario, ...]:
@@ -105,10 +112,12 @@ def gathered(routings: Sequence[RoutingTrace | LoadStatistics], names: Sequence[
 
 
 def _check_same(first: RoutingTrace | LoadStatistics, other: RoutingTrace | LoadStatistics, name: str) -> None:
-    for field in ("model", "num_experts", "layer_ids"):
-        ours, theirs = getattr(first, field), getattr(other, field)
-        if ours != theirs and not (field == "model" and "" in (ours, theirs)):
-            raise InputError(f"{name}: {field}: found {theirs!r}, expected {ours!r} as in another: scenarios are of one model")
+    for attribute in ("model", "num_experts", "layer_ids"):
+        ours, theirs = getattr(first, attribute), getattr(other, attribute)
+        if ours != theirs and not (attribute == "model" and "" in (ours, theirs)):
+            raise InputError(
+                f"{name}: {attribute}: found {theirs!r}, expected {ours!r} as in another: scenarios are of one model"
+            )
 
 
 def short(scenarios: Sequence[Scenario]) -> bool:
@@ -118,8 +127,8 @@ def short(scenarios: Sequence[Scenario]) -> bool:
 
 def summarised(plan: PlacementPlan, scenarios: Sequence[Scenario], objective: str, robust: str) -> float:
     """The number that `evaluate` prints for the objective: the worst or the mean over scenarios."""
-    field = DEFINITIONS[objective][0]
-    values = [getattr(s.report(plan), field) for s in scenarios]
+    number = DEFINITIONS[objective][0]
+    values = [getattr(s.report(plan), number) for s in scenarios]
     if any(v is None for v in values):
         raise InputError(f"--objective: found {objective!r}, which {plan.strategy!r} has no model of, or no single tokens of")
     combine: Callable[[Sequence[float]], float] = ROBUST[robust]

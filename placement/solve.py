@@ -40,8 +40,8 @@ def hops(task: Task) -> Solution:
     """ExFlow's objective: dynamic programming where it fits, else annealed chains, an ILP where it fits, and a certificate."""
     problem = _hops_problem(task, task.transitions())
     if task.copied:
-        searching = replaced(task, task.deadline.share(replicas.SEARCHED if task.prove else 1.0))
-        holds, made = replicas.with_copies(searching, hops, replicas.for_hops(np.asarray(problem.transitions)))
+        part = replaced(task, task.deadline.share(replicas.SEARCHED if task.prove else 1.0))
+        holds, made = replicas.with_copies(part, hops, replicas.for_hops(np.asarray(problem.transitions)))
         bound = bounds.hops_with_copies(problem)
         if task.prove:
             bound = bounds.hops_with_few_copies(problem, task.spare, task.deadline)
