@@ -115,13 +115,7 @@ def evaluate(plan: PlacementPlan, trace: RoutingTrace) -> CostReport:
     pairs, touched = np.zeros((trace.layers, plan.ranks)), np.zeros((trace.layers, plan.ranks))
     at_home = (homes[:, None] == np.arange(plan.ranks)).astype(np.float32)  # sums below 2**24 are exact
     for layer in range(trace.layers):
-        ids = trace.expert_ids[:, layer]
-        used = destinations(holds[layer], topology)[homes[:, None], ids]
-        used[ids < 0] = -1
-        by_rank = np.bincount((used.astype(np.int64) * trace.num_experts + ids)[used >= 0], minlength=holds[layer].size)
-        pairs[layer] = by_rank.reshape(plan.ranks, -1).sum(1)
-        touched[layer] = (by_rank.reshape(plan.ranks, -1) > 0).sum(1)
-        needed = needed_ranks(used, plan.ranks)
+        needed, pairs[layer], touched[layer] = layer_use(trace.expert_ids[:, layer], holds[layer], homes, topology)
         rows[layer] = at_home.T @ needed
         node_pairs[layer] = distinct_remote_nodes(needed, homes, topology)
     rows /= trace.tokens
@@ -153,6 +147,21 @@ def evaluate_load(plan: PlacementPlan, statistics: LoadStatistics, scenario: int
     share = holds / holds.sum(2, keepdims=True)
     rank_load = np.einsum("le,ler->lr", statistics.expert_load[scenario].astype(np.float64), share)
     return CostReport(load=mean_imbalance(rank_load), rank_load=rank_load)
+
+
+def layer_use(
+    ids: NDArray[np.int16], holds: NDArray[np.bool_], homes: NDArray[np.int64], topology: Topology
+) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
+    """What tokens at `homes` `[tokens]` use in a layer: the ranks that each needs, bool `[tokens, ranks]`; the (token, expert)
+    pairs of every rank and the experts that are touched there, float64 `[ranks]`.
+
+    ids: `[tokens, top_k]`; holds: bool `[E, ranks]`.
+    """
+    used = destinations(holds, topology)[homes[:, None], ids]
+    used[ids < 0] = -1
+    at = (used.astype(np.int64) * len(holds) + ids)[used >= 0]
+    pairs = np.bincount(at, minlength=holds.size).reshape(topology.ranks, -1)
+    return needed_ranks(used, topology.ranks), pairs.sum(1).astype(np.float64), (pairs > 0).sum(1).astype(np.float64)
 
 
 def needed_ranks(used: NDArray[np.integer], ranks: int) -> NDArray[np.bool_]:

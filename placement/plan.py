@@ -116,13 +116,7 @@ def holders(physical_to_logical: NDArray[np.integer], num_experts: int, ranks: i
 
 def slots_from_assignment(assignment: NDArray[np.integer], ranks: int, slots_per_rank: int) -> NDArray[np.int32]:
     """A slot map from the rank of every expert, `[layers, E]`; experts ascend within a rank."""
-    layers = len(assignment)
-    slots = np.full((layers, ranks, slots_per_rank), -1, dtype=np.int32)
-    for layer in range(layers):
-        for rank in range(ranks):
-            own = np.flatnonzero(assignment[layer] == rank)
-            slots[layer, rank, : len(own)] = own
-    return slots.reshape(layers, ranks * slots_per_rank)
+    return slots_from_holders(assignment[:, :, None] == np.arange(ranks), slots_per_rank)
 
 
 def slots_from_holders(holds: NDArray[np.bool_], slots_per_rank: int) -> NDArray[np.int32]:

@@ -7,7 +7,7 @@ nearest to the old one, is mixed in layer by layer as far as the budget allows. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,9 +19,12 @@ from coterie.placement.moving import Given
 from coterie.placement.plan import PlacementPlan
 from coterie.placement.scenarios import Scenario
 from coterie.placement.task import Solution, Task
-from coterie.placement.within import FINDERS, Search
+from coterie.placement.within import Search, dispatch, load, time
+from coterie.placement.within_chain import coherent, hops
 from coterie.routing.errors import InputError
 
+Finder = Callable[[Search], NDArray[np.bool_]]
+FINDERS: dict[str, Finder] = {"hops": hops, "coherent": coherent, "dispatch": dispatch, "load": load, "time": time}
 FRESH_SHARE = 0.4  # of the time, for a plan from scratch and its bound
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ def dispatch(task: Task) -> Solution:
     if task.copied:
         proves = task.prove and known is not None
         part = replaced(task, task.deadline.share(replicas.SEARCHED if proves else 1.0))
-        holds, made = replicas.with_copies(part, dispatch, _fill_dispatch, thins=True)
+        holds, made = replicas.with_copies(part, dispatch, fill_dispatch, thins=True)
         target = _dispatch(task, False) if known is None else known
         bound = bounds.rows_with_copies(target)
         if proves:
@@ -81,22 +81,36 @@ def _on_nodes(task: Task, deadline: Deadline) -> tuple[Assignment, int]:
     return best, first + second + third + fourth
 
 
-def _fill_dispatch(task: Task, holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """`replicas.Fill`."""
+class Filling(Protocol):
+    """Fills free slots with copies of what is on the ranks, `[L, E, ranks]`; allowed: None for what is within the limits."""
+
+    def __call__(self, task: Task, holds: NDArray[np.bool_], allowed: copies.Allowed | None = None) -> NDArray[np.bool_]:
+        """Until the task's deadline."""
+        ...
+
+
+def fill_dispatch(task: Task, holds: NDArray[np.bool_], allowed: copies.Allowed | None = None) -> NDArray[np.bool_]:
+    """`Filling` by rows at their prices."""
     prices = task.prices
 
     def paid(layer: int, sent: Array, entered: Array, pairs: Array, touched: Array) -> float:
         return float((sent * prices.by_rank).sum() + (entered * prices.by_node).sum())
 
-    return _filled(task, holds, paid)
+    return _filled(task, holds, paid, allowed)
 
 
-def _filled(task: Task, holds: NDArray[np.bool_], cost: copies.Cost) -> NDArray[np.bool_]:
+def fill_time(task: Task, holds: NDArray[np.bool_], allowed: copies.Allowed | None = None) -> NDArray[np.bool_]:
+    """`Filling` by predicted seconds."""
+    model = LayerTime(task.request.topology, task.scenarios, task.weights)
+    cost: copies.Cost = lambda layer, sent, entered, pairs, touched: model.of_copies(layer, sent, pairs, touched)  # noqa: E731
+    return _filled(task, holds, cost, allowed)
+
+
+def _filled(task: Task, holds: NDArray[np.bool_], cost: copies.Cost, allowed: copies.Allowed | None) -> NDArray[np.bool_]:
     patterns = task.patterns(task.request.exact and _homes_fit(task))
-    topology, allowed = task.request.topology, replicas.within_limits(task)
-    return copies.for_rows(
-        patterns, task.row_weights, task.weights, holds, task.open_slots, topology, cost, allowed, task.deadline
-    )
+    within = allowed or replicas.within_limits(task)
+    weights = task.row_weights, task.weights
+    return copies.for_rows(patterns, *weights, holds, task.open_slots, task.request.topology, cost, within, task.deadline)
 
 
 def _named(task: Task, known: Problem, found: Assignment) -> Assignment:
@@ -186,7 +200,7 @@ def time(task: Task) -> Solution:
     """The minimax of links and experts: dispatch first, then tabu search on the predicted time itself."""
     bound = bounds.time_bound(task.request.topology, task.scenarios, task.slots, task.request.robust)
     if task.copied:
-        holds, made = replicas.with_copies(task, time, _fill_time, thins=True)
+        holds, made = replicas.with_copies(task, time, fill_time, thins=True)
         return Solution(holds, bound, made)
     base = _dispatch(task, False)
     problem, score = timed(task, base)
@@ -194,9 +208,3 @@ def time(task: Task) -> Solution:
     best, second = _local(task, problem, task.deadline.share(0.9), score, begin)
     found = [best, at_home(_dispatch(task, True), best)] if _homes_fit(task) else [best]
     return Solution(min((copies.held(a, task.ranks) for a in found), key=task.evaluated), bound, first + second)
-
-
-def _fill_time(task: Task, holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """`replicas.Fill`."""
-    model = LayerTime(task.request.topology, task.scenarios, task.weights)
-    return _filled(task, holds, lambda layer, sent, entered, pairs, touched: model.of_copies(layer, sent, pairs, touched))

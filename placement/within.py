@@ -1,8 +1,11 @@
-"""Re-planning under each objective: a search within the budget, then the best mix of it with plans from scratch."""
+"""Re-planning: a search within the budget, then the best mix of it with plans from scratch.
+
+Here for objectives that are sums over layers (dispatch, time, load); `within_chain.py` for the others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -10,26 +13,21 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.placement import anchors, balance
+from coterie.placement import balance, replicas
 from coterie.placement.budget import EPS, Board, Option, combined
-from coterie.placement.cost import destinations, homes_of, layer_seconds, needed_ranks
+from coterie.placement.cost import homes_of, layer_seconds, layer_use
 from coterie.placement.moving import Array, Given, Holds, Layer, State, holds_of, state_of
-from coterie.placement.pricing import Chain, Even, Rows
-from coterie.placement.problem import Problem, dispatch_problem, hops_problem, one_hot
-from coterie.placement.rows import TimeScore
+from coterie.placement.pricing import Even, Rows
+from coterie.placement.problem import Problem, dispatch_problem, one_hot
+from coterie.placement.rows import Filling, TimeScore, fill_dispatch, fill_time
 from coterie.placement.task import Task, replaced
 from coterie.placement.timing import LayerTime
-from coterie.placement.topology import Topology
 from coterie.routing.errors import InputError
 
-ROUNDS = 100  # of the coherent search, at most
-STALLED = 6
-REST = 0.15  # of the time limit, for the descent at its end
 JUDGED = 8  # placements of a layer that are evaluated before one is chosen
 TRIED = 24  # swaps of a layer that are evaluated before one is taken
 PATIENCE = 6  # steps without gain after which a walk by evaluation ends
 T = TypeVar("T")
-SWEEPS = 9  # prices of a move that are tried
 TILTS = (0.0, 4.0, 16.0)  # how strongly the worst scenario is weighed up
 
 
@@ -106,67 +104,6 @@ class Search:
         )
 
 
-def _hops(s: Search) -> NDArray[np.bool_]:
-    task = s.task
-    transitions = np.asarray(hops_problem(task.transitions(), task.weights, task.ranks, task.slots, ()).transitions)
-    everyone = np.zeros(s.old.shape, np.float32)
-    counts = transitions.astype(np.float32)
-    board = s.board([Chain(n, counts, everyone, g) for n, g in enumerate(s.given)], linked=True)
-    pool = [s.holds(board.best), *s.fresh]
-    board.improve(task.deadline.share(0.3), s.rounds())
-    pool.append(s.holds(board.best))
-    if not s.task.limits and not task.copied and s.budget > 0:
-        pool += _swept(s, [layer for layer in board.layers if isinstance(layer, Chain)], max(board.price, 1e-9 * counts.sum()))
-    mixed = _linked_mix(s, transitions, pool)
-    board.begin([s.state(holds) for holds in mixed])
-    board.improve(task.deadline, s.rounds())
-    return min([s.holds(board.best), *s.whole()], key=lambda holds: _apart(transitions, holds))
-
-
-def _swept(s: Search, layers: Sequence[Chain], price: float) -> list[NDArray[np.bool_]]:
-    """Chains in which every layer is best given its neighbours, a move costing a price near that at which the budget is met."""
-    found: list[NDArray[np.bool_]] = []
-    low, high = 0.0, np.inf
-    for _ in range(SWEEPS):
-        if s.task.deadline.passed():
-            break
-        for layer, old in zip(layers, s.old, strict=True):
-            layer.place(s.state(old))
-        for layer in 2 * [*layers, *layers[-2:0:-1]]:
-            layer.settle(price)
-        found.append(s.holds([layer.state for layer in layers]))
-        low, high = (price, high) if s.moves(found[-1]) > s.budget else (low, price)
-        price = (low + high) / 2 if np.isfinite(high) else 2 * low
-    return found
-
-
-def _apart(transitions: Array, holds: NDArray[np.bool_]) -> float:
-    return float(sum(_pair(t, holds[n], holds[n + 1]) for n, t in enumerate(transitions)))
-
-
-def _pair(transitions: Array, one: Holds, two: Holds) -> float:
-    return float((transitions * ((one.astype(np.float32) @ two.T.astype(np.float32)) == 0)).sum())
-
-
-def _pairs(transitions: Array, ones: NDArray[np.bool_], twos: NDArray[np.bool_]) -> Array:
-    """`_pair` of every two placements of neighbouring layers, `[ones, twos]`."""
-    if ones.sum() + twos.sum() > (len(ones) + len(twos)) * ones.shape[1]:  # copies: what meets on two ranks counts once
-        return np.array([[_pair(transitions, one, two) for two in twos] for one in ones])
-    ahead = np.einsum("aer,ef->afr", ones.astype(np.float64), transitions, optimize=True)
-    return np.asarray(transitions.sum() - np.tensordot(ahead, twos.astype(np.float64), ([1, 2], [1, 2])))
-
-
-def _linked_mix(s: Search, transitions: Array, pool: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
-    """The best chain of layers, each from any member of the pool, within the budget."""
-    options = []
-    for number in range(len(s.old)):
-        different = {p[number].tobytes(): p[number] for p in pool}
-        options.append([Option(0.0, int((h & ~s.old[number]).sum()), s.state(h)) for h in different.values()])
-    held = [s.holds([o.what for o in layer]) for layer in options]
-    between = [_pairs(t, held[n], held[n + 1]) for n, t in enumerate(transitions)]
-    return s.holds([o.what for o in combined(options, s.budget, between)])
-
-
 def _independent(
     s: Search, layers: Sequence[Layer], value: Callable[[int, Holds], float], exact: bool = True
 ) -> NDArray[np.bool_]:
@@ -199,18 +136,19 @@ def _descent(s: Search, layer: Layer, begin: State, value: Callable[[Holds], flo
 
     def following(state: State) -> list[State]:
         layer.place(state)
-        return [_swapped(state, i, j) for i, j in layer.promising(TRIED, s.budget - layer.moves)]
+        return [swapped(state, i, j) for i, j in layer.promising(TRIED, s.budget - layer.moves)]
 
-    return _walk(s, begin, following, lambda state: value(s.holds([state])[0]), lambda state: state.here.tobytes())
+    return walk(s, begin, following, lambda state: value(s.holds([state])[0]), lambda state: state.here.tobytes())
 
 
-def _swapped(state: State, i: int, j: int) -> State:
+def swapped(state: State, i: int, j: int) -> State:
+    """Columns i and j change places."""
     here = state.here.copy()
     here[[i, j]] = here[[j, i]]
     return State(state.expert, here)
 
 
-def _walk(
+def walk(
     s: Search, begin: T, following: Callable[[T], Iterable[T]], value: Callable[[T], float], name: Callable[[T], bytes]
 ) -> list[T]:
     """From `begin` always to the best of what follows that was not visited, until PATIENCE steps or the time are over."""
@@ -239,7 +177,8 @@ def _valued(s: Search, number: int, states: Sequence[State], value: Callable[[in
     return list(found.values())
 
 
-def _rows(s: Search, problem: Problem, load: Array | None = None, score: TimeScore | None = None) -> list[Layer]:
+def row_layers(s: Search, problem: Problem, load: Array | None = None, score: TimeScore | None = None) -> list[Layer]:
+    """Every layer of a dispatch problem; load, score: see `pricing.Rows`."""
     parts = zip(problem.members, problem.prices, s.given, strict=True)
     return [Rows(m, p, None if load is None else load[n], score, n, g) for n, (m, p, g) in enumerate(parts)]
 
@@ -249,44 +188,60 @@ def _priced(s: Search) -> Problem:
     return dispatch_problem(t.patterns(exact), t.row_weights, t.ranks, t.slots, (), exact)
 
 
-def _dispatch(s: Search) -> NDArray[np.bool_]:
-    return _independent(s, _rows(s, _priced(s)), lambda number, holds: _evaluated(s.task, number, holds)[0], not s.task.copied)
+def dispatch(s: Search) -> NDArray[np.bool_]:
+    """Distinct ranks, and copies where moves and slots are left."""
+    found = _independent(s, row_layers(s, _priced(s)), lambda n, holds: _evaluated(s.task, n, holds)[0], not s.task.copied)
+    return _copied(s, found, fill_dispatch)
 
 
-def _time(s: Search) -> NDArray[np.bool_]:
+def time(s: Search) -> NDArray[np.bool_]:
+    """Predicted seconds, and copies where moves and slots are left."""
     problem = _priced(s)
     model = LayerTime(s.task.request.topology, s.task.scenarios, s.task.weights)
-    layers = _rows(s, problem, model.weight, TimeScore(model, problem.scale * problem.layers))
-    return _independent(s, layers, lambda number, holds: _evaluated(s.task, number, holds)[1], False)
+    layers = row_layers(s, problem, model.weight, TimeScore(model, problem.scale * problem.layers))
+    found = _independent(s, layers, lambda number, holds: _evaluated(s.task, number, holds)[1], False)
+    return _copied(s, found, fill_time)
+
+
+def _copied(s: Search, found: NDArray[np.bool_], fill: Filling) -> NDArray[np.bool_]:
+    """The best of what was found, with copies made of the moves that are left, and of the start with copies alone."""
+    assert s.mended is not None
+    if not s.task.copied:
+        return found
+    return min((found, *(_filled(s, begin, fill) for begin in (found, s.mended))), key=s.task.evaluated)
+
+
+def _filled(s: Search, begin: NDArray[np.bool_], fill: Filling) -> NDArray[np.bool_]:
+    """With copies, the same share of the moves that are left for every layer."""
+    left, layers, within = s.budget - s.moves(begin), len(begin), replicas.within_limits(s.task)
+
+    def allowed(layer: int, holds: Holds) -> bool:
+        share = left // layers + (layer < left % layers)
+        moves = int((holds & ~s.old[layer]).sum() - (begin[layer] & ~s.old[layer]).sum())
+        return moves <= share and within(layer, holds)
+
+    return fill(s.task, begin, allowed) if left > 0 else begin
 
 
 def _evaluated(task: Task, number: int, holds: Holds) -> tuple[float, float]:
     """Rows per token and seconds of one layer by the dispatcher's own rules, of the mixture; holds: bool `[E, ranks]`."""
     topology = task.request.topology.of_layer(number)
-    table, rows, seconds = _destinations(holds, topology), 0.0, 0.0
+    rows = seconds = 0.0
     for scenario, weight in zip(task.scenarios, task.weights, strict=True):
         trace = scenario.trace
         assert trace is not None
-        homes, ids = homes_of(trace, task.ranks), trace.expert_ids[:, number]
-        used = table[homes[:, None], ids].astype(np.int64)
-        used[ids < 0] = -1
-        sent = one_hot(homes, task.ranks).astype(np.float32).T @ needed_ranks(used, task.ranks).astype(np.float32)
+        homes = homes_of(trace, task.ranks)
+        needed, pairs, touched = layer_use(trace.expert_ids[:, number], holds, homes, topology)
+        sent = one_hot(homes, task.ranks).astype(np.float32).T @ needed.astype(np.float32)
         np.fill_diagonal(sent, 0)
-        at = (used * holds.shape[0] + ids)[used >= 0]
-        pairs = np.bincount(at, minlength=holds.size).reshape(task.ranks, -1)
-        batch = sent[None].astype(np.float64), pairs.sum(1)[None].astype(np.float64), (pairs > 0).sum(1)[None]
+        batch = sent[None].astype(np.float64), pairs[None], touched[None]
         rows += weight * float(sent.sum(dtype=np.float64)) / trace.tokens
         seconds += weight * float(layer_seconds(*batch, trace.phase, topology)[0])
     return rows, seconds
 
 
-def _destinations(holds: Holds, topology: Topology) -> NDArray[np.integer]:
-    if holds.sum() == len(holds):  # without copies there is nothing to choose
-        return np.broadcast_to(holds.argmax(1), (topology.ranks, len(holds)))
-    return destinations(holds, topology)
-
-
-def _load(s: Search) -> NDArray[np.bool_]:
+def load(s: Search) -> NDArray[np.bool_]:
+    """The busiest rank over the mean, of the scenarios' mean or worst."""
     task = s.task
     loads = np.stack([scenario.load for scenario in task.scenarios])
     worst = task.request.robust == "worst" and len(loads) > 1
@@ -314,65 +269,3 @@ def _peaks(relative: Array, holds: NDArray[np.bool_]) -> Array:
     """Busiest over mean of each scenario, averaged over layers, `[scenarios]`; relative `[scenarios, L, E]`."""
     share = holds / holds.sum(2, keepdims=True)
     return np.asarray(np.einsum("sle,ler->slr", relative, share, optimize=True).max(2).mean(1))
-
-
-def _coherent(s: Search) -> NDArray[np.bool_]:
-    """Layers priced with the anchors of the moment as homes; only what lowers the rows as evaluated is kept."""
-    task = s.task
-
-    def rows(holds: NDArray[np.bool_]) -> float:
-        return anchors.mean_rows(holds, task.scenarios, task.weights, task.request.topology)
-
-    start = s.holds(s.board(_rows(s, anchors.anchored(task, s.old))).best)
-    if s.budget == 0:
-        return start
-    early = replace(s, task=replaced(task, task.deadline.share(0.2)))
-    best = min([start, _hops(early), *s.whole()], key=rows)
-    least, quiet = rows(best), 0
-    for number in range(ROUNDS if s.rounds() is None else s.rounds() or 0):
-        if task.deadline.left() < REST * task.request.time_limit or quiet == STALLED:
-            break
-        trial = _anchored_trial(s, best, number, quiet)
-        value = rows(trial)
-        quiet = 0 if value < least - 1e-12 else quiet + 1
-        if value < least:
-            best, least = trial, value
-    return min((_lowered(s, holds, rows) for holds in (best, start)), key=rows)
-
-
-def _lowered(s: Search, holds: NDArray[np.bool_], rows: Callable[[NDArray[np.bool_]], float]) -> NDArray[np.bool_]:
-    """Goes by the evaluated rows themselves: swaps of any layer, those priced lowest with the present anchors."""
-
-    def following(whole: NDArray[np.bool_]) -> Iterator[NDArray[np.bool_]]:
-        for number, layer in enumerate(_rows(s, anchors.anchored(s.task, whole))):
-            layer.place(s.state(whole[number]))
-            for i, j in layer.promising(TRIED, s.budget - s.moves(whole)):
-                trial = whole.copy()
-                trial[number] = s.holds([_swapped(layer.state, i, j)])[0]
-                yield trial
-
-    return min(_walk(s, holds, following, rows, lambda whole: whole.tobytes()), key=rows)
-
-
-def _anchored_trial(s: Search, best: NDArray[np.bool_], number: int, quiet: int) -> NDArray[np.bool_]:
-    """A placement that is better if anchors stay as they are; after failures only every second layer changes."""
-    board = s.board(_rows(s, anchors.anchored(s.task, best)), begin=best)
-    board.rng = np.random.default_rng([s.task.request.seed, number])
-    board.improve(s.task.deadline.share(0.3), 2)
-    options = []
-    for n, layer in enumerate(board.layers):
-        states = [s.state(best[n])]
-        if not quiet or n % 2 == number % 2:
-            states += [o.what for o in board.seen[n].values() if isinstance(o.what, State)]
-            states += [s.state(holds[n]) for holds in s.fresh]
-        found = []
-        for state in states:
-            layer.place(state)
-            found.append(Option(layer.cost(), layer.moves, state))
-        options.append(found)
-    return s.holds([o.what for o in combined(options, s.budget)])
-
-
-FINDERS: dict[str, Callable[[Search], NDArray[np.bool_]]] = {
-    "hops": _hops, "coherent": _coherent, "dispatch": _dispatch, "load": _load, "time": _time,
-}  # fmt: skip

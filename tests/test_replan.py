@@ -204,6 +204,16 @@ def test_a_default_cap_that_the_old_plan_exceeds_is_no_error(memory: bool) -> No
     assert loads[0] > 1.1 and loads[-1] < loads[0]
 
 
+@pytest.mark.parametrize("objective", ["dispatch", "time"])
+def test_moves_that_are_left_make_copies_in_free_slots(objective: str) -> None:
+    """Two moves: what any exchange of experts takes, which may be worth more under time, but not in rows."""
+    trace = make_trace(tokens=60, layers=1, experts=4, top_k=1, seed=3)
+    old = old_plan(trace, 2, slots=3)
+    made = quickly(trace, request(old, objective, 2))
+    assert moves(old, made) == 2 and (objective == "time" or made.holds().sum() > old.holds().sum())
+    assert made.objective.value <= best_within(trace, old, objective, 2, copies=True) * 1.02
+
+
 @pytest.mark.parametrize("objective", ["hops", "dispatch", "load"])
 def test_copies_that_memory_has_no_room_for_are_given_up(objective: str) -> None:
     """Which takes no moves; one that must go makes room for the only copy of another."""
