@@ -8,7 +8,6 @@ turns, a part of the layers at a time, and only what lowers the rows as evaluate
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from coterie.placement.topology import Topology
 from coterie.routing.affinity import patterns
 
 ROUNDS = 200  # at most; without a better placement in STALLED rounds it ends
-STALLED = 6
+STALLED = 14
 
 
 def alternate(task: Task) -> Solution:
@@ -52,12 +51,11 @@ def alternate(task: Task) -> Solution:
     for number in range(0 if few else rounds):
         if searching.passed() or quiet == STALLED:
             break
-        problem = anchored(task, copies.held(best, task.ranks))
-        trial, more = local.search(problem, task.request.seed + number, 1, searching, begin=best)
-        made += more
+        layers = np.arange(number % (quiet + 1), len(best), quiet + 1)  # after failures fewer change at once
+        part = anchored(task, copies.held(best, task.ranks)).of_layers(layers)
         chosen = best.copy()
-        layers = np.arange(number % 2, len(best), 2) if quiet else np.arange(len(best))
-        chosen[layers] = trial[layers]
+        chosen[layers], more = local.search(part, task.request.seed + number, 1, searching, begin=best[layers])
+        made += more
         value = rows(chosen)
         quiet = 0 if value < lowest - 1e-12 else quiet + 1
         if value < lowest:
@@ -72,11 +70,10 @@ def alternate(task: Task) -> Solution:
 def _by_patterns(task: Task, found: Assignment) -> float:
     """Rows per token and layer: 2 (r - 1), r bounded from below by the semidefinite bound on shared ranks."""
     whole = dispatch_problem(task.patterns(), task.weights, task.ranks, task.slots, task.limits, known_homes=False)
-    limits = tuple(replace(limit, weights=limit.weights[1:], caps=limit.caps[1:]) for limit in whole.limits)
-    layers = max(whole.layers - 1, 1)
-    paid = replace(whole, layers=layers, members=whole.members[1:], prices=whole.prices[1:], limits=limits)
     if whole.layers == 1 or task.ranks == 1:
         return 0.0
+    layers = whole.layers - 1
+    paid = whole.of_layers(np.arange(1, whole.layers))
     rows = bounds.patterns_bound(paid, found[1:], task.deadline) * whole.scale * whole.layers / layers
     picked = [float((s.trace.expert_ids[:, 1:] >= 0).any(2).mean()) for s in task.scenarios if s.trace is not None]
     return max(0.0, 2 * rows / (1 - 1 / task.ranks) - 2 * float(np.dot(task.weights, picked)))

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from coterie.placement import bounds, copies, local, rows
 from coterie.placement.baselines import Assignment
-from coterie.placement.company import clustered
+from coterie.placement.company import clustered, picks
 from coterie.placement.cost import destinations, needed_ranks
 from coterie.placement.deadline import Deadline
 from coterie.placement.homes import HomeClass, Homes, assign, first_tokens
 from coterie.placement.plan import PlacementPlan, slots_from_holders
-from coterie.placement.prices import Prices
+from coterie.placement.prices import Prices, minimised
 from coterie.placement.problem import Problem, dispatch_problem, on_nodes
-from coterie.placement.scenarios import DEFINITIONS, ROBUST
+from coterie.placement.scenarios import summarised
 from coterie.placement.task import Solution, Task
 from coterie.routing.errors import InputError, require
 from coterie.routing.trace import RoutingTrace
@@ -111,10 +111,8 @@ def _told(task: Task, holds: NDArray[np.bool_], teller: Teller) -> _State:
     plan = PlacementPlan(
         slots_from_holders(holds, task.slots), holds.shape[1], layer_ids, topology, strategy=task.request.strategy, homes=homes
     )
-    reports = [scenario.report(plan) for scenario in task.scenarios]
-    combine, field = ROBUST[task.request.robust], DEFINITIONS[task.request.objective_name][0]
-    value = float(combine([getattr(report, field) for report in reports]))
-    paid = float(combine([task.prices.paid(report) for report in reports])) if task.prices.matter else value
+    value = summarised(plan, task.scenarios, task.request.objective_name, task.request.robust)
+    paid = minimised(plan, task.scenarios, task.request)
     return _State(holds, homes, tuple(assign(homes, trace) for trace in traces), value, paid)
 
 
@@ -224,15 +222,9 @@ def _sample(size: int) -> NDArray[np.int64]:
 
 def _uses(trace: RoutingTrace, tokens: int | None) -> NDArray[np.float32]:
     """How often a looked-at token uses each expert, float32 `[sequences, L * E]`, by ascending id."""
-    looked = first_tokens(trace, tokens)
-    _, sequence, lengths = np.unique(trace.sequence_ids[looked], return_inverse=True, return_counts=True)
-    size = trace.num_experts + 1  # unused slots are counted in a first column, which is cut off
-    found = np.empty((len(lengths), trace.layers, trace.num_experts), dtype=np.float32)
-    for layer in range(trace.layers):
-        keys = sequence[:, None] * size + (trace.expert_ids[looked, layer].astype(np.int64) + 1)
-        counts = np.bincount(keys.ravel(), minlength=len(lengths) * size).reshape(-1, size)[:, 1:]
-        found[:, layer] = counts / lengths[:, None]
-    return found.reshape(len(lengths), -1)
+    looked = trace.select(first_tokens(trace, tokens))
+    lengths = np.unique(looked.sequence_ids, return_counts=True)[1]
+    return np.asarray((picks(looked) / lengths[:, None, None]).reshape(len(lengths), -1), dtype=np.float32)
 
 
 def _moved(task: Task, here: _State, seed: int, deadline: Deadline) -> tuple[Assignment, int]:

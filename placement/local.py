@@ -26,8 +26,8 @@ TENURE = (4, 10)  # steps that an expert may not return to a rank
 PATIENCE = 40  # bursts without a better placement in any layer after which it ends
 KICK = 4  # random swaps that start a burst from the best known, if the last burst found nothing
 
-Score = Callable[[int, NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
-"""(layer, rows received `[n, ranks]`, load `[n, ranks]`) -> what to minimise `[n]`."""
+Score = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
+"""(rows received `[n, ranks]`, load `[n, ranks]`) -> what to minimise `[n]`, of a layer."""
 
 
 class Layer:
@@ -175,7 +175,7 @@ class _Tabu:
         if self.score is None:
             return state.cost()
         held = held_by(state.here, self.load, self.problem.ranks)
-        return float(self.score(self.layer, state.rows[None], held[None])[0])
+        return float(self.score(state.rows[None], held[None])[0])
 
     def burst(self, deadline: Deadline) -> None:
         """BURST tabu steps; from the best known, shaken, if the last burst found nothing better."""
@@ -195,7 +195,7 @@ class _Tabu:
 
     def _step(self, state: Layer) -> bool:
         change = state.changes()
-        value = change + change.T if self.score is None else scored(state, change, self.load, self.score, self.layer)
+        value = change + change.T if self.score is None else scored(state, change, self.load, self.score)
         possible = allowed_swaps(self.problem, state.here, self.layer)
         forbidden = self.until[:, state.here] > self.step
         forbidden |= forbidden.T
@@ -227,7 +227,7 @@ class _Tabu:
 
 
 def scored(
-    state: Layer, change: NDArray[np.float64], load: NDArray[np.float64], score: Score, layer: int,
+    state: Layer, change: NDArray[np.float64], load: NDArray[np.float64], score: Score,
     also: NDArray[np.int64] | tuple[()] = (),
 ) -> NDArray[np.float64]:  # fmt: skip
     """The score after each swap of an expert on the busiest ranks, or of those in `also`, `[E, E]`, infinite for the others.
@@ -246,7 +246,7 @@ def scored(
         rows[n, b] += change[others, e]
         loads[:, a] += load[others] - load[e]
         loads[n, b] += load[e] - load[others]
-        value[e, others] = score(layer, rows, loads)
+        value[e, others] = score(rows, loads)
     return value
 
 

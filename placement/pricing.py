@@ -67,13 +67,11 @@ class Rows(Layer):
     """`dispatch`, or with a score `time`: experts with copies stay where they are, and patterns are priced without them.
 
     members `[patterns, E]`, prices `[patterns, ranks]`: as in `Problem`.
-    load `[E]`, score: see `local.Score`; number: of the layer.
+    load `[E]`, score: see `local.Score`.
     """
 
-    def __init__(
-        self, members: Holds, prices: Array, load: Array | None, score: local.Score | None, number: int, given: Given
-    ) -> None:
-        self.members, self.prices, self.score, self.number = members, prices, score, number
+    def __init__(self, members: Holds, prices: Array, load: Array | None, score: local.Score | None, given: Given) -> None:
+        self.members, self.prices, self.score = members, prices, score
         self.load = None if load is None else np.append(load, 0.0)
         self.table: local.Layer | None = None
         super().__init__(given)
@@ -95,7 +93,7 @@ class Rows(Layer):
         if self.score is None:
             return self.table.cost()
         load: Array = np.bincount(self.here, weights=self._load(), minlength=self.ranks).astype(np.float64)
-        return float(self.score(self.number, self.table.rows[None], load[None])[0])
+        return float(self.score(self.table.rows[None], load[None])[0])
 
     def swaps(self) -> Array:
         """See `Layer`; under a score only of columns on the busiest ranks, and of those that have moved."""
@@ -105,7 +103,7 @@ class Rows(Layer):
             value = change + change.T
         else:
             moved = np.flatnonzero(self.new[self.expert, self.here])
-            value = local.scored(self.table, change, self._load(), self.score, self.number, moved) - self.cost()
+            value = local.scored(self.table, change, self._load(), self.score, moved) - self.cost()
             value = np.minimum(value, value.T)
         value[self.fixed] = value[:, self.fixed] = np.inf
         return np.asarray(value)

@@ -109,6 +109,15 @@ class Problem:
             members=tuple(np.pad(m, wide) for m in self.members),
         )  # fmt: skip
 
+    def of_layers(self, layers: NDArray[np.int64]) -> Problem:
+        """The same of some layers, where layers are independent (dispatch)."""
+        return replace(
+            self, layers=len(layers),
+            limits=tuple(replace(limit, weights=limit.weights[layers], caps=limit.caps[layers]) for limit in self.limits),
+            members=tuple(self.members[n] for n in layers), prices=tuple(self.prices[n] for n in layers),
+            node_prices=tuple(self.node_prices[n] for n in layers if self.node_prices),
+        )  # fmt: skip
+
     @property
     def interchangeable(self) -> bool:
         """Whether ranks may change names without breaking a limit."""

@@ -175,9 +175,9 @@ class TimeScore:
     time: LayerTime
     per_token: float
 
-    def __call__(self, layer: int, rows: Array, load: Array) -> Array:
-        """Seconds of the layer `[n]`."""
-        return self.time.score(layer, rows * self.per_token, load)
+    def __call__(self, rows: Array, load: Array) -> Array:
+        """Seconds of a layer `[n]`."""
+        return self.time.score(rows * self.per_token, load)
 
     def of(self, problem: Problem, assignment: Assignment) -> list[float]:
         """Seconds of every layer of a placement; infinite beyond a limit."""
@@ -185,7 +185,7 @@ class TimeScore:
         for layer, row in enumerate(assignment):
             rows = (problem.prices[layer] * (problem.held(layer, row) > 0)).sum(0)
             load = held_by(row, self.time.weight[layer], problem.ranks)
-            seconds.append(float(self(layer, rows[None], load[None])[0]) if problem.keeps(layer, row) else np.inf)
+            seconds.append(float(self(rows[None], load[None])[0]) if problem.keeps(layer, row) else np.inf)
         return seconds
 
 

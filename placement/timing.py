@@ -31,7 +31,7 @@ class LayerTime:
         # What an expert adds to its rank's time; a rank's experts add up.
         self.weight: Array = np.maximum(np.asarray(load) * self.compute, np.asarray(mixed) * self.read[:, None])
 
-    def score(self, layer: int, rows: Array, load: Array) -> Array:
+    def score(self, rows: Array, load: Array) -> Array:
         """Seconds `[n]`; rows `[n, ranks]`: received per token of the mixture; load `[n, ranks]`: sums of `weight`."""
         t = self.t
         per_home = rows * self.tokens / max(t.ranks - 1, 1)  # from each other rank

@@ -180,7 +180,7 @@ def _valued(s: Search, number: int, states: Sequence[State], value: Callable[[in
 def row_layers(s: Search, problem: Problem, load: Array | None = None, score: TimeScore | None = None) -> list[Layer]:
     """Every layer of a dispatch problem; load, score: see `pricing.Rows`."""
     parts = zip(problem.members, problem.prices, s.given, strict=True)
-    return [Rows(m, p, None if load is None else load[n], score, n, g) for n, (m, p, g) in enumerate(parts)]
+    return [Rows(m, p, None if load is None else load[n], score, g) for n, (m, p, g) in enumerate(parts)]
 
 
 def _priced(s: Search) -> Problem:
