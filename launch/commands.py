@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,19 +84,25 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """What a plan does to traces."""
     from coterie.placement.planner import compare
 
+    check_distinct(options.traces)
     made = read_plan(options.plan)
     results: dict[str, dict[str, Any]] = {}
     for path in options.traces:
         for name, routing, scenario in _scenarios(path, read_routing(path)):
             with naming(path):
                 plans = compare(made, routing, scenario)
-            if name in results:
-                raise InputError(f"{name}: found twice, expected different traces")
             tokens = routing.tokens if isinstance(routing, RoutingTrace) else None
             results[name] = {"plans": plans, "tokens": tokens, "layers": len(routing.layer_ids)}
             if not options.json:
                 print(f"{name}\n{comparison(plans)}")
     return next(iter(results.values())) if len(results) == 1 else {"scenarios": results}
+
+
+def check_distinct(paths: Sequence[Path]) -> None:
+    """Raises InputError for a recording that is given twice: it would count twice."""
+    for path in paths:
+        if paths.count(path) > 1:
+            raise InputError(f"{path}: found {paths.count(path)} times, expected different recordings")
 
 
 def _scenarios(path: Path, routing: RoutingTrace | LoadStatistics) -> list[tuple[str, RoutingTrace | LoadStatistics, int]]:

@@ -404,6 +404,16 @@ def test_output_that_cannot_be_written_is_said(trace_file: Path, tmp_path: Path)
 
 
 @pytest.mark.processes
+def test_a_recording_given_twice_is_refused_before_anything_is_printed(tmp_path, trace_file, plan_file, capsys) -> None:
+    given = (trace_file, trace_file)
+    for arguments in (
+        ("evaluate", tmp_path / "p.json", *given),
+        ("plan", *given, "--topology", "1x2", "--out", tmp_path / "q"),
+    ):
+        assert f"{trace_file}: found 2 times, expected different recordings" in fails(capsys, *arguments)
+    assert not (tmp_path / "q").exists()
+
+
 def test_a_planner_that_is_killed_takes_its_workers_along(tmp_path: Path) -> None:
     save_trace(make_trace(tokens=2000, layers=6, experts=16, top_k=2), tmp_path / "t")
     arguments = ["plan", str(tmp_path / "t"), "--topology", "1x4", "--objective", "dispatch", "--out", str(tmp_path / "p")]
