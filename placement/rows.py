@@ -153,7 +153,7 @@ def _layer_costs(problem: Problem, assignment: Assignment) -> list[float]:
 
 def at_home(problem: Problem, assignment: Assignment) -> Assignment:
     """Names each layer's groups so that as many rows as can be stay at home; the number of ranks and nodes does not change."""
-    if not problem.interchangeable:
+    if problem.node_prices and not problem.interchangeable:
         return assignment
     named = assignment.copy()
     for layer in range(problem.layers):
@@ -163,6 +163,9 @@ def at_home(problem: Problem, assignment: Assignment) -> Assignment:
             entered = on_nodes(hosts, problem.per_node).T.astype(np.float64) @ problem.node_prices[layer]
             order = nodes.named(cost, entered)
         else:
+            for limit in problem.limits:  # a group goes where there is room for it, as where it is now
+                held = held_by(assignment[layer], limit.weights[layer], problem.ranks)
+                cost[held[:, None] > np.maximum(limit.caps[layer][None], np.diag(held)) * (1 + 1e-9)] = np.inf
             _, order = linear_sum_assignment(cost)
         named[layer] = order[assignment[layer]]
     return named

@@ -94,6 +94,15 @@ class Child:
         """End it without an answer."""
         self._process.kill()
         self._process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        """Its pipes, once it has ended."""
+        self._reader.join(GRACE)
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(OSError):
+                pipe.close()
 
     def result(self) -> Any:
         """What the call returned, waited for until its deadline and a little longer.
@@ -107,9 +116,7 @@ class Child:
         if self._process.poll() is None and not self._answer:
             self._process.kill()
         self._process.wait()
-        assert self._process.stdin is not None
-        with suppress(OSError):
-            self._process.stdin.close()
+        self._close()
         if not self._answer:
             raise LostWorker(f"{self.function}: a worker ended without an answer (exit code {self._process.returncode})")
         kind, value = self._answer[0]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from coterie.placement import anchors, chain, copies, exact, ilp, local, nodes, rows, solve, starts
 from coterie.placement.copies import held
-from coterie.placement.cost import coherent_rows, evaluate, hops
+from coterie.placement.cost import coherent_rows, evaluate, homes_of, hops
 from coterie.placement.deadline import Deadline
 from coterie.placement.planner import PlanRequest, plan
 from coterie.placement.problem import Limit, Problem, dispatch_problem, hops_problem, one_hot
@@ -28,6 +28,7 @@ from coterie.placement.timing import TIE, LayerTime
 from coterie.placement.topology import Link, Topology
 from coterie.placement.traffic import Traffic
 from coterie.routing import synth
+from coterie.routing.affinity import measure
 
 SEEDS = st.integers(0, 10_000)
 LATER = 60.0
@@ -431,3 +432,19 @@ def test_a_child_told_to_stop_before_it_listens_answers_all_the_same() -> None:
     child.stop()
     found, made = child.result()
     assert problem.feasible(found) and made <= 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS)
+def test_groups_are_named_for_home_as_far_as_ranks_have_room_for_them(seed) -> None:
+    rng = np.random.default_rng(seed)
+    trace = make_trace(tokens=60, layers=1, experts=6, top_k=2, seed=seed, sequences=5)
+    affinity = measure(trace, homes_of(trace, 3), 3)
+    caps = np.array([[2.0, 3.0, 4.0]])
+    problem = dispatch_problem([affinity.patterns], [1.0], 3, 4, (Limit(np.ones((1, 6)), caps),), known_homes=True)
+    here = rng.permutation(np.repeat([0, 1, 2], [1, 2, 3]))[None]
+    named = rows.at_home(problem, here)
+    ways = [np.array(names)[here] for names in permutations(range(3))]
+    kept = [way for way in ways if problem.feasible(way)]
+    assert problem.feasible(named) and len(kept) < len(ways)
+    assert problem.cost(named) == pytest.approx(min(problem.cost(way) for way in kept))
