@@ -139,6 +139,8 @@ def _by_load(made: PlacementPlan, judged: Sequence[Scenario], request: PlanReque
         return []
     field = DEFINITIONS[request.objective_name][0]
     if request.max_load is not None and load > request.max_load * (1 + 1e-6):
-        kept = f"copies keep to --max-load {request.max_load:g} where as many tokens come from every rank"
-        return [f"the busiest rank carries {load:.2f} times the mean: {kept}; on these recordings few ranks are home to many"]
+        kept = "the mean of the recordings keeps to it, and with --robust worst each would"
+        if (made.holds().sum(2) > 1).any():
+            kept = "copies keep to it where as many tokens come from every rank; here few ranks are home to many"
+        return [f"the busiest rank carries {load:.2f} times the mean, more than --max-load {request.max_load:g}: {kept}"]
     return [f"the busiest rank carries {load:.2f} times the mean: --max-load 1.1 trades some {field} for balance"]

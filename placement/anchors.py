@@ -35,7 +35,7 @@ def alternate(task: Task) -> Solution:
         mixed = sum(w * s.transitions / s.trace.tokens for w, s in zip(weights, scenarios, strict=True) if s.trace)
         filled, iterations = replicas.with_copies(task, alternate, replicas.for_hops(np.asarray(mixed)))
         return Solution(filled, lower_bound(task), iterations)
-    few = short(scenarios)
+    few = short(scenarios) or len(scenarios[0].load) == 1  # one layer alone pays nothing
     solvers, shares = ((solve.hops,), (0.8,)) if few else ((solve.hops, dispatch), (0.3, 0.35))
     starts = [solver(replaced(task, task.deadline.share(s), prove=False)) for solver, s in zip(solvers, shares, strict=True)]
     begun = [s.holds.argmax(2) for s in starts]
@@ -51,7 +51,8 @@ def alternate(task: Task) -> Solution:
     for number in range(0 if few else rounds):
         if searching.passed() or quiet == STALLED:
             break
-        layers = np.arange(number % (quiet + 1), len(best), quiet + 1)  # after failures fewer change at once
+        apart = min(quiet + 1, len(best))
+        layers = np.arange(number % apart, len(best), apart)  # after failures fewer change at once
         part = anchored(task, copies.held(best, task.ranks)).of_layers(layers)
         chosen = best.copy()
         chosen[layers], more = local.search(part, task.request.seed + number, 1, searching, begin=best[layers])

@@ -65,12 +65,6 @@ def search(
     return np.where(found == loads.shape[2], -1, found), made
 
 
-def value(slots: Slots, loads: Array, worst: bool) -> float:
-    """Busiest over mean, averaged over layers, then the worst or the mean of the scenarios; arguments as in `search`."""
-    by_scenario = [float(peaks(slots, load).mean()) for load in loads]
-    return max(by_scenario) if worst else float(np.mean(by_scenario))
-
-
 def peaks(slots: Slots, load: Array) -> Array:
     """Busiest over mean in every layer, `[L]`; 1 where nothing is loaded. slots: as of `search`; load `[L, E]`."""
     holds = holders(slots, load.shape[1], slots.shape[1]).astype(np.float64)

@@ -115,6 +115,8 @@ def rows_with_few_copies(problem: Problem, spare: NDArray[np.int64], found: Assi
 def hops_with_few_copies(problem: Problem, spare: NDArray[np.int64], deadline: Deadline) -> float:
     """The same of a `hops` problem, in counts: only pairs with an expert that has copies are brought together by them."""
     assert problem.transitions is not None
+    if problem.layers == 1:
+        return 0.0
     traffic = np.zeros((problem.layers, problem.experts))
     traffic[:-1] += problem.transitions.sum(2)
     traffic[1:] += problem.transitions.sum(1)

@@ -71,21 +71,28 @@ class Board:
 
         What these are still exceeded by, in shares.
         """
-        used = self.moves
         for required in (True, False):
             for number in np.argsort([-layer.excess(required) for layer in self.layers], kind="stable"):
-                layer = self.layers[number]
-                while layer.excess(required) > EPS:
-                    known = [c for c in layer.mending(required) if c.moves <= self.budget - used]
-                    helps = [c for c in known if c.cost < -EPS]
-                    room = [c for c in known if not c.swap and c.cost <= EPS]  # a copy less may let another expert in
-                    if not helps and not room:
-                        break
-                    choice = min(helps or room, key=_per_move)
-                    used += choice.moves
-                    layer.take(choice)
+                self._mend(self.layers[number], required)
         self.begin()
         return sum(layer.excess(True) for layer in self.layers)
+
+    def _mend(self, layer: Layer, required: bool) -> None:
+        """One layer; what is required is not broken for the rest, and copies go only if that helps in the end."""
+        start: State | None = None  # before copies that were given up for the room
+        while layer.excess(required) > EPS:
+            known = [c for c in layer.mending(required) if c.moves <= self.budget - self.moves]
+            helps = sorted((c for c in known if c.cost < -EPS), key=_per_move)
+            room = [c for c in known if not c.swap and c.cost <= EPS] if layer.excess_of(~layer.shared) > EPS else []
+            if any(_helped(layer, change, required) for change in helps):
+                start = None
+            elif room:
+                start = start or layer.state
+                layer.take(room[0])
+            else:
+                break
+        if start is not None and layer.excess(required) > EPS:
+            layer.place(start)
 
     def improve(self, deadline: Deadline, rounds: int | None) -> None:
         """Search until the deadline, for so many rounds, or until nothing is gained any more; `best` is then the placement."""
@@ -228,6 +235,16 @@ def combined(options: Sequence[Sequence[Option]], budget: int, between: Sequence
         at, left = int(origins[number - 1][at, left]), left - chosen[-1].moves
         chosen.append(options[number - 1][at])
     return chosen[::-1]
+
+
+def _helped(layer: Layer, change: Change, required: bool) -> bool:
+    """Takes it, unless limits are then exceeded as far: where a copy moves all are dealt out anew, which no price knows."""
+    before, needed, state = layer.excess(required), layer.excess(True), layer.state
+    layer.take(change)
+    if layer.excess(required) < before - EPS and layer.excess(True) <= needed + EPS:
+        return True
+    layer.place(state)
+    return False
 
 
 def _per_move(change: Change) -> float:

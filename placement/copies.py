@@ -174,7 +174,8 @@ class _Work:
         load = self.traffic.load.sum(0)
         while (over := holds.sum(0) > slots).any() and not self.deadline.passed():
             copies = np.argwhere(holds & (holds.sum(1) > 1)[:, None] & over)
-            following = next(self._fitting(holds, copies[np.argsort(load[copies[:, 0]], kind="stable")], False), None)
+            order = np.lexsort((-holds.sum(0)[copies[:, 1]], load[copies[:, 0]]))  # of equal ones that of the fullest rank
+            following = next(self._fitting(holds, copies[order], False), None)
             if following is None:
                 return
             holds[:] = following

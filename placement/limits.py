@@ -157,7 +157,7 @@ def mend(here: NDArray[np.int64], weights: NDArray[np.float64], caps: NDArray[np
     here: `[E]`; weights `[limits, E]`; caps `[limits, ranks]`.
     """
     ranks = caps.shape[1]
-    floor = np.maximum(caps, 1e-3 * weights.max(1, keepdims=True) + 1e-300)  # a rank may have no room at all
+    floor = floors(weights, caps)
     while True:
         held = np.stack([np.bincount(here, weights=w, minlength=ranks) for w in weights])
         excess = np.maximum(0.0, held / floor - 1 - 1e-9).sum(0)  # by rank
@@ -165,6 +165,8 @@ def mend(here: NDArray[np.int64], weights: NDArray[np.float64], caps: NDArray[np
             return 0.0
         worst = int(excess.argmax())
         inside, outside = np.flatnonzero(here == worst), np.flatnonzero(here != worst)
+        if not len(outside):
+            return float(excess.sum())
         change = weights[:, None, outside] - weights[:, inside, None]  # [limits, inside, outside]
         mine = np.maximum(0.0, (held[:, worst, None, None] + change) / floor[:, worst, None, None] - 1 - 1e-9).sum(0)
         others = here[outside]
@@ -174,6 +176,11 @@ def mend(here: NDArray[np.int64], weights: NDArray[np.float64], caps: NDArray[np
         if gain[i, o] <= 1e-12 + 1e-9 * excess.sum():
             return float(excess.sum())
         here[inside[i]], here[outside[o]] = here[outside[o]], here[inside[i]]
+
+
+def floors(weights: NDArray[np.float64], caps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Caps `[limits, ranks]` to divide by: a rank may have no room at all; weights `[limits, E]`."""
+    return np.asarray(np.maximum(caps, 1e-3 * weights.max(1, keepdims=True, initial=0.0) + 1e-300))
 
 
 def mend_layer(problem: Problem, layer: int, here: NDArray[np.int64]) -> None:

@@ -40,7 +40,7 @@ class Layer:
     def __init__(self, members: NDArray[np.bool_], prices: NDArray[np.float64], here: NDArray[np.int64]) -> None:
         used = members.any(1)
         self.members = members if used.all() else members[used]
-        alike = prices.strides[1] == 0  # one price for all ranks takes the memory of one
+        alike = bool((prices == prices[:, :1]).all())  # one price for all ranks takes the memory of one
         narrow = (prices[:, :1] if alike else prices)[used].astype(np.float32)
         self.prices = np.broadcast_to(narrow, (len(narrow), prices.shape[1])) if alike else narrow
         self.picks = csr_array(self.members.astype(np.float32))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from coterie.placement.chain import allowed_swaps
 from coterie.placement.cost import dealt
+from coterie.placement.limits import floors
 from coterie.placement.problem import Limit, Problem
 from coterie.placement.topology import Topology
 
@@ -168,7 +169,7 @@ class Layer:
     def mending(self, required: bool) -> list[Change]:
         """As `changes`, going by `excess`; copies may go, too."""
         kept = self.required | (not required)
-        held, floor, weight = self.held()[kept], np.maximum(self.caps, 1e-300)[kept], self.weight[kept]
+        held, floor, weight = self.held()[kept], floors(self.weights, self.caps)[kept], self.weight[kept]
         change = weight[:, None, :] - weight[:, :, None]  # the rank of i, j instead: [limits, i, j]
         after = over((held[:, self.here, None] + change) / floor[:, self.here, None])
         before = over(held / floor)
@@ -193,7 +194,7 @@ class Layer:
 
     def excess_of(self, limits: NDArray[np.bool_]) -> float:
         """The same of some limits, bool `[limits]`."""
-        return float(over(self.held()[limits] / np.maximum(self.caps, 1e-300)[limits]).sum())
+        return float(over(self.held()[limits] / floors(self.weights, self.caps)[limits]).sum())
 
     def held(self) -> Array:
         """What each rank carries of what is limited, `[limits, ranks]`."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from coterie.placement import balance, chain, copies, homing
 from coterie.placement.baselines import BASELINES, Assignment
-from coterie.placement.capacity import memory_limit
+from coterie.placement.capacity import memory_limit, open_slots
 from coterie.placement.cost import evaluate, evaluate_load
 from coterie.placement.deadline import Deadline, interruptible
 from coterie.placement.exflow import exflow
@@ -288,7 +288,9 @@ def _limits(scenarios: tuple[Scenario, ...], request: PlanRequest, slots: int) -
         loads = [_mixed_load(scenarios)] if request.robust == "mean" else [s.load for s in scenarios]
 
         def with_copies(load: NDArray[np.float64]) -> NDArray[np.float64]:
-            found, _ = balance.search(load[None], ranks, slots, request.seed, 1, Deadline(request.time_limit), worst=False)
+            room = open_slots(request.topology, layers, experts, slots)
+            late = Deadline(float("inf"))  # one descent, which must end alike on every process
+            found, _ = balance.search(load[None], ranks, slots, request.seed, 1, late, worst=False, room=room)
             return np.asarray(balance.peaks(found, load) * load.sum(1) / ranks)
 
         limits = load_limits(loads, ranks, slots, request.max_load, memory, with_copies if ranks * slots > experts else None)

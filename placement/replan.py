@@ -73,10 +73,12 @@ def replan(task: Task, previous: NDArray[np.bool_], max_moves: int) -> Solution:
     except InputError as error:
         refused = error
     given = _given(task, previous)
-    search = Search(task, previous, max_moves, given, _renamed(task, previous, fresh), refused)
+    search = Search(task, previous, max_moves, given, [], refused)
+    search.fresh = [holds for holds in _renamed(task, previous, fresh) if search.kept(holds, required=True)]
     found = FINDERS[name](search)
     if search.mended is not None and not search.kept(found, required=True):
         found = search.mended  # changes of experts with copies are priced as if the others' shares stayed
+    found = min(task.world.gather(found), key=task.evaluated)
     if name == "load":
         solve.check_even(task, found)
     bound = None if fresh is None or not search.kept(found) else fresh.lower_bound

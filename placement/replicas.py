@@ -24,7 +24,7 @@ from coterie.placement.topology import Topology
 from coterie.routing.errors import InputError
 
 THINNED = 0.4  # of a further placement, what there must be slots for if it is to be placed and thinned
-TIGHTER = 0.25
+TIGHTER = 0.25  # of what a load cap is above the mean, what is left of it where copies will be taken away
 SEARCHED = 0.8  # of the time; the rest is for the bound
 EVENING = 8  # descents of an even placement
 SEARCH_SHARE = 0.6  # of the time of one beginning; the rest is for its copies
@@ -52,9 +52,11 @@ def with_copies(task: Task, solver: Solver, fill: Fill, thins: bool = False) -> 
             placed = np.tile(solution.holds, times)
             found += [placed, fill(replaced(task, deadline), placed)]
     within = [holds for holds in found if fits(task, holds)]
-    if not within:
+    mine = min(within, key=task.minimised) if within else None
+    best = [holds for holds in task.world.gather(mine) if holds is not None]
+    if not best:
         raise none_found(task)
-    return min(within, key=task.minimised), made
+    return min(best, key=task.minimised), made
 
 
 def _may_begin(task: Task) -> bool:
@@ -131,7 +133,8 @@ def _part(task: Task, times: int, slots: int) -> Task:
         memory = tuple(np.reshape(memory, (times, ranks)).min(0).tolist())
     part: Topology = replace(topology, nodes=nodes, ranks_per_node=ranks // nodes, memory_bytes=memory)
     limits = tuple(_least(limit, times, 1.0 if slots <= task.slots else TIGHTER) for limit in task.limits)
-    return replace(task, request=replace(task.request, topology=part), slots=slots, limits=limits)
+    request, silent = replace(task.request, topology=part), lambda value, bound, iterations: None  # another problem's numbers
+    return replace(task, request=request, slots=slots, limits=limits, progress=silent)
 
 
 def _least(limit: Limit, times: int, kept: float) -> Limit:

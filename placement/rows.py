@@ -28,7 +28,7 @@ def dispatch(task: Task) -> Solution:
     """
     known = _dispatch(task, True) if _homes_fit(task) else None
     if task.copied:
-        proves = task.prove and known is not None
+        proves = task.prove and known is not None and task.world.rank == 0
         part = replaced(task, task.deadline.share(replicas.SEARCHED if proves else 1.0))
         holds, made = replicas.with_copies(part, dispatch, fill_dispatch, thins=True)
         target = _dispatch(task, False) if known is None else known

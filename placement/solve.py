@@ -43,7 +43,7 @@ def hops(task: Task) -> Solution:
         part = replaced(task, task.deadline.share(replicas.SEARCHED if task.prove else 1.0))
         holds, made = replicas.with_copies(part, hops, replicas.for_hops(np.asarray(problem.transitions)))
         bound = bounds.hops_with_copies(problem)
-        if task.prove:
+        if task.prove and task.world.rank == 0:
             bound = bounds.hops_with_few_copies(problem, task.spare, task.deadline)
         return Solution(holds, whole(problem, bound) * problem.scale, made)
     if exact.fits(problem):
@@ -54,7 +54,8 @@ def hops(task: Task) -> Solution:
     searching = task.deadline if proof.child or not proof.wanted else task.deadline.share(SEARCH_SHARE)
     likely = problem if ilp.fits(problem) else _hops_problem(task, task.likely_transitions())
     arguments = {"problem": likely, "iterations": iterations_for(task, problem, task.prove)}
-    report = lambda cost, made: task.progress(cost * problem.scale, proof.bound, made)  # noqa: E731
+    shown = problem.scale if likely is problem or not task.shares_out else None  # else it is not what is evaluated
+    report = lambda cost, made: task.progress(shown and cost * shown, proof.bound, made)  # noqa: E731
     own = {"target": 0.0 if likely is not problem and task.shares_out else proof.cheap, "report": report}
     spread = Spread(task, "coterie.placement.chain:search", arguments)
     with ended([proof.child]):
@@ -147,7 +148,7 @@ def load(task: Task) -> Solution:
     bound = bounds.load_bound(loads, task.ranks, task.slots, worst)
     spread = Spread(task, "coterie.placement.balance:search", arguments)
     report = lambda value, made: task.progress(value, bound, made)  # noqa: E731
-    apart = task.copied and not task.short_of_memory and task.scenarios[0].trace is not None
+    apart = task.copied and not task.short_of_memory and any(s.trace is not None for s in task.scenarios)
     searching = task.deadline.share(0.9) if apart else task.deadline
     found = spread.run(balance.search, searching, max(0, task.request.workers - 1), report=report)
     candidates = [holders(slots, loads.shape[2], task.ranks) for slots, _ in found]
@@ -158,7 +159,7 @@ def load(task: Task) -> Solution:
         mixed = np.tensordot(task.weights, balance.relative_loads(loads, task.ranks), 1)
         single = np.stack([limits.balanced(load, task.ranks, least)[: len(load)] for load in mixed])
         candidates += [holders(slots, loads.shape[2], task.ranks), copies.held(single, task.ranks)]
-    holds = min(candidates, key=task.evaluated)
+    holds = min(task.world.gather(min(candidates, key=task.evaluated)), key=task.evaluated)
     check_even(task, holds)
     return Solution(holds, bound, sum(n for _, n in found))
 

@@ -18,7 +18,7 @@ from coterie.placement.within import TRIED, Search, row_layers, swapped, walk
 
 ROUNDS = 100  # of the coherent search, at most
 STALLED = 6
-REST = 0.15  # of the time limit, for the descent at its end
+REST = 0.15  # of the time, for the descent at its end
 SWEEPS = 9  # prices of a move that are tried
 
 
@@ -96,9 +96,9 @@ def coherent(s: Search) -> NDArray[np.bool_]:
         return start
     early = replace(s, task=replaced(task, task.deadline.share(0.2)))
     best = min([start, hops(early), *s.whole()], key=rows)
-    least, quiet = rows(best), 0
+    least, quiet, rest = rows(best), 0, REST * task.deadline.left()
     for number in range(ROUNDS if s.rounds() is None else s.rounds() or 0):
-        if task.deadline.left() < REST * task.request.time_limit or quiet == STALLED:
+        if task.deadline.left() < rest or quiet == STALLED:
             break
         trial = _anchored_trial(s, best, number, quiet)
         value = rows(trial)

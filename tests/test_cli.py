@@ -403,7 +403,6 @@ def test_output_that_cannot_be_written_is_said(trace_file: Path, tmp_path: Path)
         assert (ended.returncode, told, "defect" in ended.stderr) == (1, True, False), ended.stderr
 
 
-@pytest.mark.processes
 def test_a_recording_given_twice_is_refused_before_anything_is_printed(tmp_path, trace_file, plan_file, capsys) -> None:
     given = (trace_file, trace_file)
     for arguments in (
@@ -414,6 +413,7 @@ def test_a_recording_given_twice_is_refused_before_anything_is_printed(tmp_path,
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.processes
 def test_a_planner_that_is_killed_takes_its_workers_along(tmp_path: Path) -> None:
     save_trace(make_trace(tokens=2000, layers=6, experts=16, top_k=2), tmp_path / "t")
     arguments = ["plan", str(tmp_path / "t"), "--topology", "1x4", "--objective", "dispatch", "--out", str(tmp_path / "p")]

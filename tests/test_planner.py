@@ -509,3 +509,31 @@ def test_a_worker_that_raises_is_no_lost_worker(monkeypatch) -> None:
 def test_an_expert_size_of_zero_among_others_is_refused() -> None:
     with pytest.raises(InputError, match="expert_bytes: found 0 for layer 1 of the list; give every layer's, or none: 0"):
         Topology(1, 4, expert_bytes=(10.0, 0.0, 10.0))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("slots", [None, 5])
+@pytest.mark.parametrize("objective", ["coherent", "hops"])
+def test_a_few_layers_are_planned_until_nothing_is_gained(layers: int, slots: int | None, objective: str) -> None:
+    """With a proof and without iterations to end it; top-3, and enough picks for the search of rows."""
+    trace = make_trace(tokens=400, layers=layers, experts=9, top_k=3)
+    asked = PlanRequest(Topology(1, 3), "coherent", objective, slots_per_rank=slots, time_limit=2)
+    made = plan(trace, asked)
+    assert made.objective.value == pytest.approx(value_of(made, trace))
+    assert layers > 1 or made.objective.value == 0
+
+
+@pytest.mark.parametrize("objective", ["dispatch", "hops", "time"])
+def test_memory_limits_where_a_rank_has_slots_for_all_experts(objective: str) -> None:
+    trace = make_trace(tokens=100, layers=2, experts=6)
+    topology = Topology(1, 2, memory_bytes=(80.0, 60.0), expert_bytes=10.0)
+    made = plan(trace, PlanRequest(topology, objective=objective, slots_per_rank=6, time_limit=3, iterations=1))
+    assert (made.holds().sum((0, 1)) * 10 <= np.array(topology.memory_bytes)).all()
+
+
+def test_load_does_not_depend_on_the_order_of_recordings() -> None:
+    trace = make_trace(tokens=400, layers=2, experts=8, sequences=2)
+    other = LoadStatistics(np.arange(16).reshape(1, 2, 8) + 1, trace.model, trace.layer_ids, ("other",))
+    asked = PlanRequest(Topology(1, 3), objective="load", time_limit=3, iterations=6)
+    one, two = (plan(given, asked).objective.value for given in ([trace, other], [other, trace]))
+    assert one == pytest.approx(two, rel=0.02)

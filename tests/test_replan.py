@@ -12,12 +12,13 @@ from conftest import make_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.placement.budget import Option, combined
+from coterie.placement.budget import Board, Option, combined
 from coterie.placement.cost import carried
 from coterie.placement.limits import balanced_peak
-from coterie.placement.moving import holds_of, state_of
+from coterie.placement.moving import Given, holds_of, state_of
 from coterie.placement.plan import PlacementPlan, slots_from_assignment, slots_from_holders
 from coterie.placement.planner import PlanRequest, baseline_plan, plan
+from coterie.placement.pricing import Even
 from coterie.placement.replan import moves
 from coterie.placement.scenarios import gathered, summarised
 from coterie.placement.topology import Topology
@@ -214,6 +215,36 @@ def test_moves_that_are_left_make_copies_in_free_slots(objective: str) -> None:
     assert made.objective.value <= best_within(trace, old, objective, 2, copies=True) * 1.02
 
 
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("required", [False, True])
+def test_mending_ends_and_breaks_nothing(seed: int, required: bool) -> None:
+    """Copies on ranks that do not divide: where one moves, all are dealt out anew."""
+    rng = np.random.default_rng(seed)
+    topology = Topology(2, 3)
+    holds = np.zeros((1, 11, 6), dtype=bool)
+    holds[0, np.arange(11), rng.permutation(np.arange(11) % 6)] = True
+    for _ in range(10):
+        free = np.argwhere(~holds[0] & (holds[0].sum(0) < 4)[None])
+        holds[0][tuple(rng.choice(free))] = True
+    load = rng.integers(0, 50, 11).astype(float) ** 2
+    weights = np.stack([load, np.full(11, 3.5e8)])
+    caps = np.stack([np.full(6, 1.1 * load.sum() / 6), 3.5e8 * (holds[0].sum(0) - (rng.random(6) < 0.3))])
+    mask = np.array([required, True])
+    given = Given(holds[0], 4, weights, caps, np.array([True, False]), mask, topology)
+    for budget in (0, 5, 66):
+        layer = Even(load[None] / load.sum() * 6, np.ones(1), given)
+        before = layer.excess(), layer.excess(True)
+        board = Board([layer], budget, False, rng)
+        left = board.mend()
+        assert left == pytest.approx(layer.excess(True)) and left <= before[1] + 1e-9 and layer.moves <= budget
+        assert layer.holds.any(1).all()
+    roomy = replace(given, caps=np.stack([caps[0], np.full(6, 1e12)]))
+    kept = Even(load[None] / load.sum() * 6, np.ones(1), roomy)
+    before = kept.excess()
+    Board([kept], 0, False, rng).mend()
+    assert (kept.holds == holds[0]).all() or kept.excess() < before  # copies do not go for nothing
+
+
 @pytest.mark.parametrize("objective", ["hops", "dispatch", "load"])
 def test_copies_that_memory_has_no_room_for_are_given_up(objective: str) -> None:
     """Which takes no moves; one that must go makes room for the only copy of another."""
@@ -251,12 +282,11 @@ def test_a_cap_that_a_plan_with_copies_keeps_as_tokens_are_sent_is_kept() -> Non
     assert (made.holds() == holds).all()
 
 
-@pytest.mark.parametrize("ranks", [32])
-def test_a_rank_far_above_the_others_is_relieved(ranks: int, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_rank_far_above_the_others_is_relieved(recwarn: pytest.WarningsRecorder) -> None:
     load = np.ones((1, 1, 64), dtype=np.int64)
     load[0, 0, :2] = 10_000
     statistics = LoadStatistics(load, "m", (0,), ("hot",))
-    old = baseline_plan("contiguous", statistics, Topology(1, ranks), "all_to_all")
+    old = baseline_plan("contiguous", statistics, Topology(1, 32), "all_to_all")
     made = quickly(statistics, request(old, "load", 2))
     assert made.objective.value < 0.6 * summarised(old, gathered([statistics]), "load", "mean")
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
