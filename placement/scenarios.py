@@ -17,7 +17,7 @@ from coterie.routing.trace import LoadStatistics, RoutingTrace
 
 ROBUST: dict[str, Callable[[Sequence[float]], float]] = {"worst": max, "mean": lambda values: float(np.mean(values))}
 
-PARTS, LONG_TRACE = (4, 8), 1000  # parts of a shorter and of a longer trace; tokens of the latter
+PARTS, LONG_TRACE = (4, 16), 1000  # parts of a shorter and of a longer trace; tokens of the latter
 FEW_PICKS = 32  # of an expert in a layer: recordings with fewer are short ones
 REPORTS = 4  # that a scenario remembers
 SHARED = 0.1  # of a short recording's transitions, what companions share
@@ -70,16 +70,12 @@ class Scenario:
         return pattern_counts(self.trace, homes_of(self.trace, ranks) if homes is None else homes, ranks)
 
     def parts(self) -> list[NDArray[np.float64]]:
-        """The load `[L, E]` of parts of the trace, whole sequences if there are enough; none of load statistics."""
+        """The load `[L, E]` of parts of the trace, each of tokens that follow each other; none of load statistics."""
         if self.trace is None or self.trace.tokens < 2 * PARTS[0]:
             return []
         count = PARTS[self.trace.tokens >= LONG_TRACE]
-        sequences = np.unique(self.trace.sequence_ids)
-        if len(sequences) >= count:
-            part = np.searchsorted(sequences, self.trace.sequence_ids) % count
-        else:
-            part = np.arange(self.trace.tokens) * count // self.trace.tokens
-        return [expert_load(self.trace.select(part == number)) for number in range(count)]
+        order = np.lexsort((self.trace.positions, self.trace.sequence_ids))
+        return [expert_load(self.trace.select(part)) for part in np.array_split(order, count)]
 
     def report(self, plan: PlacementPlan) -> CostReport:
         """What the plan does to it; known of the last few plans that were asked about."""

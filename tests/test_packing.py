@@ -394,7 +394,7 @@ def test_a_mean_over_recordings_counts_each_the_same_whatever_its_length(monkeyp
     monkeypatch.setattr(balance, "search", watched)
     plan([long, other], PlanRequest(Topology(1, 4), objective="load", time_limit=5, iterations=2))
     (weights, is_other), *_ = counted
-    assert len(weights) == 10 and sum(weights) == pytest.approx(1)
+    assert len(weights) == 18 and sum(weights) == pytest.approx(1)
     assert sum(w for w, theirs in zip(weights, is_other, strict=True) if theirs) == pytest.approx(0.5)
 
 
