@@ -84,7 +84,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """What a plan does to traces."""
     from coterie.placement.planner import compare
 
-    check_distinct(options.traces)
+    _check_distinct(options.traces)
     made = read_plan(options.plan)
     results: dict[str, dict[str, Any]] = {}
     for path in options.traces:
@@ -98,8 +98,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     return next(iter(results.values())) if len(results) == 1 else {"scenarios": results}
 
 
-def check_distinct(paths: Sequence[Path]) -> None:
-    """Raises InputError for a recording that is given twice: it would count twice."""
+def _check_distinct(paths: Sequence[Path]) -> None:
+    """Raises InputError for a recording that is given twice: results are told by its name."""
     for path in paths:
         if paths.count(path) > 1:
             raise InputError(f"{path}: found {paths.count(path)} times, expected different recordings")

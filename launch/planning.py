@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.launch.available import system_bytes, usable_cores
-from coterie.launch.commands import check_distinct, comparison, say
+from coterie.launch.commands import comparison, say
 from coterie.launch.distributed import launched_rank, launched_size, same_on_all, together
 from coterie.launch.launched import find_launch
 from coterie.placement.baselines import BASELINES
@@ -61,7 +61,6 @@ def plan(options: argparse.Namespace) -> dict[str, Any] | None:
 def _read(options: argparse.Namespace) -> tuple[PlanRequest, list[RoutingTrace | LoadStatistics]]:
     if launched_rank() == 0:  # `--from` may be replaced by what follows it
         check_writable(options.out, *options.traces, options.topology)
-    check_distinct(options.traces)
     routings = [read_routing(path) for path in options.traces]
     for path, routing in zip(options.traces, routings, strict=True):
         if isinstance(routing, RoutingTrace) and options.objective != "load" and options.method not in BASELINES:
