@@ -52,11 +52,12 @@ def hops(task: Task) -> Solution:
             return Solution(copies.held(optimum, task.ranks), problem.cost(optimum) * problem.scale, 1)
     proof = _Proof(task, problem)
     searching = task.deadline if proof.child or not proof.wanted else task.deadline.share(SEARCH_SHARE)
-    likely = problem if ilp.fits(problem) else _hops_problem(task, task.likely_transitions())
+    shared = task.shares_out and not ilp.fits(problem)
+    likely = _hops_problem(task, task.likely_transitions()) if shared else problem
     arguments = {"problem": likely, "iterations": iterations_for(task, problem, task.prove)}
-    shown = problem.scale if likely is problem or not task.shares_out else None  # else it is not what is evaluated
+    shown = None if shared else problem.scale  # what is not evaluated so is not shown
     report = lambda cost, made: task.progress(shown and cost * shown, proof.bound, made)  # noqa: E731
-    own = {"target": 0.0 if likely is not problem and task.shares_out else proof.cheap, "report": report}
+    own = {"target": 0.0 if shared else proof.cheap, "report": report}
     spread = Spread(task, "coterie.placement.chain:search", arguments)
     with ended([proof.child]):
         found = spread.run(chain.search, searching, max(0, task.request.workers - 1 - (proof.child is not None)), **own)
